@@ -1,0 +1,80 @@
+"""The tangent kernel of a PyTorch network, exact and fast, and what it says about the network.
+
+The names below are the public ones. They are loaded on first use, so that `import ntkit` costs no more than torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ntkit.errors import (
+    FidelityWarning,
+    InputError,
+    ModelError,
+    NotPositiveDefiniteError,
+    NtkitError,
+    SlowRouteWarning,
+)
+
+if TYPE_CHECKING:
+    from ntkit.kernel.base import DenseKernel, Kernel
+    from ntkit.kernel.empirical import TangentKernel, empirical_ntk
+    from ntkit.solve.estimators import NTKClassifier, NTKRegressor
+    from ntkit.tangent.linearize import Tangent, linearize
+    from ntkit.tangent.readout import Logits, Loss, RandomLogits, SingleLogit, SumOfLogits
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DenseKernel",
+    "FidelityWarning",
+    "InputError",
+    "Kernel",
+    "Logits",
+    "Loss",
+    "ModelError",
+    "NTKClassifier",
+    "NTKRegressor",
+    "NotPositiveDefiniteError",
+    "NtkitError",
+    "RandomLogits",
+    "SingleLogit",
+    "SlowRouteWarning",
+    "SumOfLogits",
+    "Tangent",
+    "TangentKernel",
+    "__version__",
+    "empirical_ntk",
+    "linearize",
+]
+
+_HOME = {
+    "DenseKernel": "ntkit.kernel.base",
+    "Kernel": "ntkit.kernel.base",
+    "Logits": "ntkit.tangent.readout",
+    "Loss": "ntkit.tangent.readout",
+    "NTKClassifier": "ntkit.solve.estimators",
+    "NTKRegressor": "ntkit.solve.estimators",
+    "RandomLogits": "ntkit.tangent.readout",
+    "SingleLogit": "ntkit.tangent.readout",
+    "SumOfLogits": "ntkit.tangent.readout",
+    "Tangent": "ntkit.tangent.linearize",
+    "TangentKernel": "ntkit.kernel.empirical",
+    "empirical_ntk": "ntkit.kernel.empirical",
+    "linearize": "ntkit.tangent.linearize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from the module where it lives (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # the next look-up finds it without coming here
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names that are not loaded yet as well, so that completion finds them."""
+    return sorted({*globals(), *__all__})

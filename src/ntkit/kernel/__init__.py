@@ -1,0 +1,1 @@
+"""Derivatives become a matrix that is read in tiles."""

@@ -1,0 +1,261 @@
+"""The one shape every kernel has: a 2-D matrix that is read in tiles.
+
+Two things are required of a kernel, its `shape` and a `tile` of it. Everything else a user of a matrix expects is
+derived from them here, and may be overridden where a kernel knows a faster way.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ntkit.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from scipy.sparse.linalg import LinearOperator
+
+# Rows read at once by the derived methods. Large enough for a matrix product to be efficient, small enough that a
+# strip of a tall matrix stays far from the size of the whole.
+STRIP = 1024
+
+
+class Kernel(ABC):
+    """A matrix of inner products, example-major: row n*K + k is read-out scalar k of example n.
+
+    Required: `shape`, `dtype`, `device` and `tile(rows, cols)`. Derived from those: `dense`, `diagonal`, `@`,
+    `to_scipy`, sums, scaling and centring.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Floating point type of the entries."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device on which tiles appear."""
+
+    @property
+    @abstractmethod
+    def symmetric(self) -> bool:
+        """Whether rows and columns stand for the same scalars, so that the matrix equals its transpose."""
+
+    @abstractmethod
+    def tile(self, rows: slice, cols: slice) -> Tensor:
+        """The entries at `rows` x `cols` (slices with step 1, as for a NumPy array) as a dense tensor."""
+
+    def dense(self) -> Tensor:
+        """The whole matrix. Memory: rows * columns entries."""
+        return self.tile(slice(None), slice(None))
+
+    def diagonal(self) -> Tensor:
+        """The main diagonal, shape (min(rows, columns),)."""
+        size = min(self.shape)
+        return torch.cat([self.tile(strip, strip).diagonal() for strip in strips(size)] or [self._empty(0)])
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """Product with a vector (columns,) or a block of right-hand sides (columns, R), strip by strip."""
+        if other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
+            raise InputError(
+                f"cannot multiply a kernel of shape {self.shape} by a tensor of shape {tuple(other.shape)}: "
+                f"expected ({self.shape[1]},) or ({self.shape[1]}, R)"
+            )
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        other = other.to(self.device, dtype)
+        products = [self.tile(strip, slice(None)).to(dtype) @ other for strip in strips(self.shape[0])]
+        return torch.cat(products) if products else other.new_zeros(0, *other.shape[1:])
+
+    def to_scipy(self) -> LinearOperator:
+        """The kernel as a SciPy `LinearOperator` (on the CPU), for SciPy's iterative solvers and eigensolvers."""
+        import numpy as np
+        from scipy.sparse.linalg import LinearOperator
+
+        def product(kernel: Kernel, v: np.ndarray) -> np.ndarray:
+            return (kernel @ torch.from_numpy(np.ascontiguousarray(v))).cpu().numpy()
+
+        transposed = self if self.symmetric else Transposed(self)
+        return LinearOperator(
+            shape=self.shape,
+            dtype=torch.empty(0, dtype=self.dtype).numpy().dtype,
+            matvec=lambda v: product(self, v.reshape(-1)),
+            rmatvec=lambda v: product(transposed, v.reshape(-1)),
+            matmat=lambda v: product(self, v),
+            rmatmat=lambda v: product(transposed, v),
+        )
+
+    def __add__(self, other: Kernel) -> Kernel:
+        """Sum of two kernels on the same examples: the kernel of the concatenated features."""
+        if not isinstance(other, Kernel):
+            return NotImplemented
+        return Sum(self, other)
+
+    def __mul__(self, factor: float) -> Kernel:
+        """The kernel scaled by a number."""
+        if not isinstance(factor, (int, float)):
+            return NotImplemented
+        return Scaled(self, float(factor))
+
+    __rmul__ = __mul__
+
+    def centred(self) -> Kernel:
+        """H K H with H = I - 11^T/n: the kernel of features whose mean over the examples has been removed."""
+        return Centred(self)
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=self.dtype, device=self.device)
+
+
+def strips(size: int, height: int = STRIP) -> Iterator[slice]:
+    """Consecutive slices of at most `height` that cover range(size)."""
+    return (slice(start, min(start + height, size)) for start in range(0, size, height))
+
+
+def bounds(index: slice, size: int) -> tuple[int, int]:
+    """Start and stop of a slice over `size` entries.
+
+    Raises:
+        InputError: if the slice has a step other than 1.
+    """
+    start, stop, step = index.indices(size)
+    if step != 1:
+        raise InputError(f"a kernel is read in tiles of neighbouring rows: got a slice with step {step}, expected 1")
+    return start, max(start, stop)
+
+
+class DenseKernel(Kernel):
+    """A matrix that is already there, as a kernel."""
+
+    def __init__(self, matrix: Tensor, *, symmetric: bool | None = None) -> None:
+        """Wrap a 2-D floating point tensor; `symmetric` defaults to a comparison with the transpose."""
+        if matrix.ndim != 2 or not matrix.is_floating_point():
+            raise InputError(
+                f"a kernel is a 2-D floating point tensor: got shape {tuple(matrix.shape)}, dtype {matrix.dtype}"
+            )
+        self._matrix = matrix
+        square = matrix.shape[0] == matrix.shape[1]
+        self._symmetric = square and torch.equal(matrix, matrix.T) if symmetric is None else symmetric
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        return self._matrix.shape[0], self._matrix.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:  # noqa: D102
+        return self._matrix.dtype
+
+    @property
+    def device(self) -> torch.device:  # noqa: D102
+        return self._matrix.device
+
+    @property
+    def symmetric(self) -> bool:  # noqa: D102
+        return self._symmetric
+
+    def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
+        return self._matrix[rows, cols]
+
+
+class _Wrapped(Kernel):
+    """A kernel made from one other kernel of the same type and place."""
+
+    def __init__(self, inner: Kernel) -> None:
+        self._inner = inner
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._inner.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._inner.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._inner.device
+
+    @property
+    def symmetric(self) -> bool:
+        return self._inner.symmetric
+
+
+class Transposed(_Wrapped):
+    """Rows and columns exchanged."""
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        rows, cols = self._inner.shape
+        return cols, rows
+
+    def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
+        return self._inner.tile(cols, rows).T
+
+
+class Scaled(_Wrapped):
+    """A kernel times a number."""
+
+    def __init__(self, inner: Kernel, factor: float) -> None:
+        """Scale `inner` by `factor`."""
+        super().__init__(inner)
+        self._factor = factor
+
+    def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
+        return self._factor * self._inner.tile(rows, cols)
+
+    def diagonal(self) -> Tensor:  # noqa: D102
+        return self._factor * self._inner.diagonal()
+
+
+class Sum(_Wrapped):
+    """Sum of two kernels of one shape."""
+
+    def __init__(self, left: Kernel, right: Kernel) -> None:
+        """Add `right` to `left`."""
+        if left.shape != right.shape:
+            raise InputError(f"cannot add kernels of different shapes: {left.shape} and {right.shape}")
+        super().__init__(left)
+        self._right = right
+
+    @property
+    def dtype(self) -> torch.dtype:  # noqa: D102
+        return torch.promote_types(self._inner.dtype, self._right.dtype)
+
+    @property
+    def symmetric(self) -> bool:  # noqa: D102
+        return self._inner.symmetric and self._right.symmetric
+
+    def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
+        return self._inner.tile(rows, cols) + self._right.tile(rows, cols)
+
+    def diagonal(self) -> Tensor:  # noqa: D102
+        return self._inner.diagonal() + self._right.diagonal()
+
+
+class Centred(_Wrapped):
+    """H K H for a symmetric kernel; row means are computed once, in strips."""
+
+    def __init__(self, inner: Kernel) -> None:
+        """Centre a symmetric kernel."""
+        if not inner.symmetric:
+            raise InputError("only a symmetric kernel can be centred: its rows and columns must be the same examples")
+        super().__init__(inner)
+        ones = torch.ones(inner.shape[1], dtype=inner.dtype, device=inner.device)
+        self._means = (inner @ ones) / inner.shape[1]
+
+    def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
+        return (
+            self._inner.tile(rows, cols)
+            - self._means[rows, None]
+            - self._means[None, cols]
+            + self._means.mean()
+        )

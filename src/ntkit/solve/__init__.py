@@ -1,0 +1,1 @@
+"""Kernel and targets become coefficients, with evidence."""

@@ -1,0 +1,421 @@
+"""Kernel regression with the tangent kernel of a network, as scikit-learn estimators.
+
+    f(x) = f0(x) + K(x, X) (K(X, X) + ridge I)^-1 (Y - f0(X))
+
+Which kernel is used follows from `trace` and `readout`:
+
+    trace=True (default)              (N, N)      the mean of the diagonal C x C blocks: of all kernels that treat every
+                                                  output alike the one nearest to the full kernel, trained or not
+    readout=SumOfLogits(), ...        (N, N)      one scalar per example (pNTK): C times cheaper to compute
+    trace=False, readout=Logits()     (NC, NC)    the full kernel: exact, couples the outputs, C^2 times the memory
+
+scikit-learn is imported in this file only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import issparse
+from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
+from sklearn.utils import Tags, check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ntkit.errors import InputError, ModelError
+from ntkit.kernel.base import Kernel
+from ntkit.kernel.empirical import TangentKernel
+from ntkit.solve.mlp import MLP
+from ntkit.solve.regression import RegressionFit, regress
+from ntkit.solve.ridge import FixedRidge, SearchedRidge
+from ntkit.tangent.linearize import Tangent, linearize
+from ntkit.tangent.readout import Logits, Readout
+
+Factory = Callable[[Any, int], nn.Module]
+
+
+@dataclass(frozen=True)
+class Precomputed:
+    """In the place of a model: X is the kernel itself.
+
+    `fit` is given the kernel between the training examples, (N, N) or the full (N*C, N*C), and `predict` the kernel
+    between new and training examples, (M, N) or (M*C, N*C): matrices or `Kernel` objects. There is no network, so f0 is
+    zero. Matrices (N, N) work with scikit-learn's cross-validation, which then selects rows and columns.
+    """
+
+
+class _NTKEstimator(BaseEstimator):
+    """What regressor and classifier share: data in, network, kernel, regression."""
+
+    # set by the __init__ of the two estimators
+    model: nn.Module | Factory | Precomputed | None
+    readout: Readout | None
+    trace: bool
+    parameters: Any
+    ridge: float | FixedRidge | SearchedRidge
+    around_model: bool
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    memory: int | None
+    random_state: int | np.random.RandomState | None
+
+    # set by fit
+    model_: nn.Module
+    regression_: RegressionFit
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.pairwise = isinstance(self.model, Precomputed)
+        tags.input_tags.three_d_array = not tags.input_tags.pairwise
+        return tags
+
+    def __sklearn_clone__(self) -> _NTKEstimator:
+        # All at once: `parameters` may be a submodule of `model`, and has to be one of the copied model.
+        return type(self)(**copy.deepcopy(self.get_params(deep=False)))
+
+    def _fit(self, x: Any, targets: np.ndarray) -> None:
+        """Fit float targets (N, C) on data that have been read."""
+        if isinstance(self.model, Precomputed):
+            self.regression_ = regress(x, targets, self.ridge)
+        else:
+            network, parameters = self._network(x, targets.shape[1])
+            readout = self._readout()
+            tangent = linearize(network, readout=readout, parameters=parameters)
+            x = _as_input_of(network, x)
+            kernel = self._kernel(tangent, x)
+            examples = len(tangent.examples(x))
+            if examples != len(targets):
+                raise InputError(f"X has {examples} examples and y has {len(targets)}: they must be as many")
+            self._check_outputs(kernel.shape[0] // examples, targets.shape[1], readout)
+            self.model_, self.parameter_names_, self.X_fit_ = network, tangent.parameter_names, x
+            prior = self._prior(x, targets.shape[1]) if self.around_model else None
+            self.regression_ = regress(kernel, targets, self.ridge, prior=prior)
+        fit = self.regression_
+        self.dual_coef_ = fit.coefficients.cpu().numpy()
+        self.ridge_, self.relative_ridge_ = fit.ridge, fit.relative_ridge
+        self.loo_, self.gcv_ = fit.leave_one_out, fit.gcv
+        self.loo_predictions_ = targets - fit.loo_residuals.cpu().numpy()
+
+    def _values(self, X: Any) -> np.ndarray:
+        """f(x), shape (M, C)."""
+        check_is_fitted(self)
+        x = self._read_inputs(X, reset=False)
+        if isinstance(self.model, Precomputed):
+            return self.regression_.predict(x).cpu().numpy()
+        x = _as_input_of(self.model_, x)
+        tangent = linearize(self.model_, readout=self._readout(), parameters=self.parameter_names_)
+        prior = self._prior(x, self.dual_coef_.shape[1]) if self.regression_.around else None
+        return self.regression_.predict(self._kernel(tangent, x, self.X_fit_), prior).cpu().numpy()
+
+    # ------------------------------------------------------------ the network and its kernel
+
+    def _network(self, x: Any, outputs: int) -> tuple[nn.Module, Any]:
+        """A network of our own in evaluation mode, and which of its parameters take part."""
+        parameters = self.parameters
+        if isinstance(self.model, nn.Module):
+            try:
+                # Together, so that a submodule among `parameters` is found again in the copy.
+                network, parameters = copy.deepcopy((self.model, parameters))
+            except Exception as error:
+                raise ModelError(
+                    f"the estimator keeps a copy of the model as it is now, and {type(self.model).__name__} cannot be "
+                    f"copied ({error}): pass a factory, model=lambda n_features, n_outputs: ..., that makes it"
+                ) from error
+        elif self.model is None or callable(self.model):
+            network = self._made(MLP() if self.model is None else self.model, x, outputs)
+        else:
+            raise InputError(
+                "model is a torch.nn.Module, a callable (n_features, n_outputs) -> Module, Precomputed(), or None for "
+                f"an MLP: got {self.model!r}"
+            )
+        return network.to(device=self.device, dtype=self.dtype).eval(), parameters
+
+    def _made(self, factory: Factory, x: Any, outputs: int) -> nn.Module:
+        """The factory's network; torch's global generators are seeded for it and put back."""
+        if not isinstance(x, (np.ndarray, Tensor)):
+            raise InputError(
+                f"a network can be made for arrays and tensors only, whose shape is known: got X of type "
+                f"{type(x).__name__}; pass model=... as a torch.nn.Module"
+            )
+        features = x.shape[1] if x.ndim == 2 else tuple(x.shape[1:])
+        seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+        with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+            torch.manual_seed(seed)
+            network = factory(features, outputs)
+        if not isinstance(network, nn.Module):
+            raise InputError(f"the model factory must return a torch.nn.Module: it returned {type(network).__name__}")
+        return network
+
+    def _readout(self) -> Readout:
+        readout = Logits() if self.readout is None else self.readout
+        if isinstance(readout, Readout) and readout.needs_targets:
+            raise InputError(
+                f"{type(readout).__name__} needs the targets of new examples too, so it cannot predict them: use "
+                "Logits(), SumOfLogits(), SingleLogit(...) or RandomLogits(...)"
+            )
+        return readout
+
+    def _kernel(self, tangent: Tangent, rows: Any, cols: Any = None) -> TangentKernel:
+        budget = {} if self.memory is None else {"memory": self.memory}
+        return TangentKernel(tangent, rows, cols, trace=self.trace, **budget)
+
+    @staticmethod
+    def _check_outputs(scalars: int, outputs: int, readout: Readout) -> None:
+        """A kernel with several rows per example is right only if these are the outputs themselves."""
+        if scalars == 1 or (scalars == outputs and isinstance(readout, Logits)):
+            return
+        raise InputError(
+            f"the kernel has {scalars} rows per example by {readout!r} and the targets have {outputs} columns: a full "
+            "kernel couples outputs, so it needs Logits() of as many outputs as targets. Use trace=True, or a read-out "
+            "of one scalar such as SumOfLogits(), for one kernel that is shared by all targets"
+        )
+
+    def _prior(self, x: Any, outputs: int) -> Tensor:
+        """The network's own outputs, (N, C)."""
+        logits = Logits(select=getattr(self._readout(), "select", None))
+        prior = linearize(self.model_, readout=logits, parameters=self.parameter_names_).outputs(x)
+        if prior.shape[1] != outputs:
+            raise InputError(
+                f"around_model=True starts from the network's outputs, one per target: the network has "
+                f"{prior.shape[1]} and the targets {outputs} (classes, or columns of y); around_model=False starts "
+                "from zero"
+            )
+        return prior
+
+    # ------------------------------------------------------------ data
+
+    def _read_inputs(self, X: Any, *, reset: bool) -> Any:
+        """Check X without y and remember, or compare, its number of features."""
+        if isinstance(self.model, Precomputed) and isinstance(X, Kernel):
+            shape = X.shape
+        elif _is_structured(X) and not isinstance(self.model, Precomputed):
+            _require_finite(X)
+            if not isinstance(X, Tensor) or X.ndim < 2:
+                return X
+            shape = tuple(X.shape)
+        else:
+            if isinstance(X, Tensor):
+                X = X.detach().cpu().numpy()
+            X = validate_data(self, X, reset=reset, allow_nd=True, dtype=[np.float64, np.float32])
+            shape = X.shape
+        if reset:
+            self.n_features_in_, self._input_shape = shape[1], tuple(shape[1:])
+        elif tuple(shape[1:]) != getattr(self, "_input_shape", shape[1:]):
+            raise InputError(
+                f"X has examples of shape {tuple(shape[1:])}, and the fit was on examples of shape {self._input_shape}"
+            )
+        return X
+
+
+class NTKRegressor(MultiOutputMixin, RegressorMixin, _NTKEstimator):
+    """Kernel ridge regression with the tangent kernel of a network, around the network's own predictions.
+
+    Args:
+        model: a `torch.nn.Module`; a callable (n_features, n_outputs) -> Module (n_features is a tuple where X has more
+            than two axes); `Precomputed()`, with which X is a kernel; or None for `MLP()`, a network of two hidden
+            layers of 512 units. A module is copied by `fit` and put in evaluation mode there; yours is not changed.
+        readout: which scalars of the output are differentiated, e.g. `SumOfLogits()`; None for `Logits()`.
+        trace: whether to average the diagonal C x C blocks of the kernel, which leaves (N, N) for all outputs.
+        parameters: which parameters take part, as in `linearize`; None for all that require gradients.
+        ridge: a number, in units of the mean diagonal entry of the training kernel, or `Relative`, `Absolute`, `GCV`,
+            `LeaveOneOut` of `ntkit.solve.ridge`.
+        around_model: whether to regress what the network leaves of y, and add its predictions f0 back; False is f0 = 0.
+        dtype: type of the network, and so of the kernel; None for the type it has. The solve is in float64 in any case.
+        device: where the network, and so the kernel and the solve, are; None for where it is.
+        memory: budget in bytes for computing kernel tiles, passed to `TangentKernel`.
+        random_state: seeds torch's generators while a callable makes the network.
+
+    Attributes:
+        model_: the network of the fit. parameter_names_: the parameters that take part. X_fit_: the training inputs.
+        dual_coef_: coefficients, (N, C).
+        ridge_, relative_ridge_: the ridge used, as added to the diagonal and in units of the mean diagonal.
+        loo_: mean squared leave-one-out error, summed over outputs; exact, without refitting.
+        loo_predictions_: prediction of each example by the fit without it, (N, C).
+        gcv_: generalized cross-validation estimate of the same; see `KernelRegression.gcv` for the full kernel.
+        regression_: all of the evidence, a `RegressionFit`.
+        n_features_in_, feature_names_in_: as in scikit-learn.
+
+    X is an array (N, features), or with more axes for images; it is cast to the network's type. Tensors likewise, but
+    integer tensors stay integers (token ids). Also tuples and dicts of tensors and `torch.utils.data.Dataset`s, which
+    scikit-learn's cross-validation cannot split. Cost: the kernel, then 2/3 n^3 and 16 n^2 bytes for the solve, with
+    n = N, or NC for the full kernel; a search for the ridge takes about 9 n^3 and 32 n^2 bytes.
+    """
+
+    def __init__(  # noqa: PLR0913 (scikit-learn wants every parameter by name)
+        self,
+        model: nn.Module | Factory | Precomputed | None = None,
+        *,
+        readout: Readout | None = None,
+        trace: bool = True,
+        parameters: Any = None,
+        ridge: float | FixedRidge | SearchedRidge = 1e-3,
+        around_model: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        memory: int | None = None,
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
+        self.model = model
+        self.readout = readout
+        self.trace = trace
+        self.parameters = parameters
+        self.ridge = ridge
+        self.around_model = around_model
+        self.dtype = dtype
+        self.device = device
+        self.memory = memory
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any) -> NTKRegressor:
+        """Compute the kernel and solve for y of shape (N,) or (N, C).
+
+        Raises:
+            InputError: if data, targets or parameters do not fit each other.
+            ModelError: if the network cannot be linearized.
+            NotPositiveDefiniteError: if the ridge is too small, with one that helps.
+        """
+        y = validate_data(self, "no_validation", _as_array(y), multi_output=True, y_numeric=True)
+        x = self._read_inputs(X, reset=True)
+        self._vector = y.ndim == 1
+        self._fit(x, np.asarray(y, dtype=np.float64).reshape(len(y), -1))
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """f(x), in the shape of y."""
+        values = self._values(X)
+        return values[:, 0] if self._vector else values
+
+
+class NTKClassifier(ClassifierMixin, _NTKEstimator):
+    """Least-squares classification with the tangent kernel of a network: regression on one-hot targets, then argmax.
+
+    Targets are 1 for the class and 0 for the others. With one kernel for all classes (the default) other codings, such
+    as 1 - 1/C and -1/C, give the same decisions.
+
+    `around_model` is off by default: the logits of a network that was trained with cross-entropy are defined up to a
+    constant and of any size, so that "one-hot minus logits" is not a quantity that training left small. Switch it on
+    for a network that was trained with squared loss on one-hot targets, whose outputs are already on that scale.
+
+    There is no `predict_proba`: least-squares values are not probabilities. scikit-learn's `CalibratedClassifierCV`
+    makes some from `decision_function`.
+
+    Leave-one-out and GCV predict the squared error on the one-hot targets. They are honest only if the kernel has not
+    seen the labels: not for a network that was trained on the same examples.
+
+    Args:
+        model: as for `NTKRegressor`; a callable is asked for one output per class, also for two classes.
+        readout: as for `NTKRegressor`.
+        trace: as for `NTKRegressor`.
+        parameters: as for `NTKRegressor`.
+        ridge: as for `NTKRegressor`.
+        around_model: whether to regress what the network leaves of the one-hot targets; see above.
+        dtype: as for `NTKRegressor`.
+        device: as for `NTKRegressor`.
+        memory: as for `NTKRegressor`.
+        random_state: as for `NTKRegressor`.
+
+    Attributes:
+        classes_: the labels, sorted; the columns of all (N, C) attributes.
+        loo_accuracy_: share of the training examples whose class is found by the fit without them.
+
+    The other attributes are those of `NTKRegressor`.
+    """
+
+    def __init__(  # noqa: PLR0913 (scikit-learn wants every parameter by name)
+        self,
+        model: nn.Module | Factory | Precomputed | None = None,
+        *,
+        readout: Readout | None = None,
+        trace: bool = True,
+        parameters: Any = None,
+        ridge: float | FixedRidge | SearchedRidge = 1e-3,
+        around_model: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        memory: int | None = None,
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
+        self.model = model
+        self.readout = readout
+        self.trace = trace
+        self.parameters = parameters
+        self.ridge = ridge
+        self.around_model = around_model
+        self.dtype = dtype
+        self.device = device
+        self.memory = memory
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any) -> NTKClassifier:
+        """Compute the kernel and solve for the classes y of shape (N,).
+
+        Raises:
+            InputError: if data, targets or parameters do not fit each other, or there is one class only.
+            ModelError: if the network cannot be linearized.
+            NotPositiveDefiniteError: if the ridge is too small, with one that helps.
+        """
+        y = validate_data(self, "no_validation", _as_array(y))
+        x = self._read_inputs(X, reset=True)
+        check_classification_targets(y)
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise InputError(f"a classifier needs at least two classes: y has one class, {self.classes_[0]!r}")
+        self._fit(x, np.eye(len(self.classes_))[codes])
+        self.loo_accuracy_ = float(np.mean(self.loo_predictions_.argmax(1) == codes))
+        return self
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """f(x), (M, C); for two classes f_1(x) - f_0(x), (M,)."""
+        values = self._values(X)
+        return values[:, 1] - values[:, 0] if len(self.classes_) == 2 else values
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The class with the largest f(x)."""
+        values = self._values(X)
+        return self.classes_[values.argmax(1)]
+
+
+def _is_structured(X: Any) -> bool:
+    """Whether X is data of torch rather than an array-like of scikit-learn."""
+    if isinstance(X, tuple):
+        return len(X) > 0 and all(isinstance(part, Tensor) for part in X)
+    if isinstance(X, dict):
+        return not issparse(X)  # one of SciPy's sparse matrices is a dict
+    return isinstance(X, (Tensor, Dataset))
+
+
+def _tensors(X: Any) -> list[Tensor]:
+    parts = X.values() if isinstance(X, dict) else X if isinstance(X, tuple) else [X]
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
+def _require_finite(X: Any) -> None:
+    for part in _tensors(X):
+        if part.is_floating_point() and not part.isfinite().all():
+            raise InputError("X contains NaN or infinity")
+
+
+def _as_input_of(network: nn.Module, x: Any) -> Any:
+    """Data in the floating point type of the network; integer tensors and Datasets stay what they are."""
+    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    if isinstance(x, np.ndarray):
+        return torch.tensor(x, dtype=dtype)
+    if isinstance(x, Tensor):
+        return x.detach().to(dtype) if x.is_floating_point() else x.detach()
+    if isinstance(x, tuple):
+        return tuple(_as_input_of(network, part) for part in x)
+    if isinstance(x, dict):
+        return {name: _as_input_of(network, part) for name, part in x.items()}
+    return x
+
+
+def _as_array(y: Any) -> Any:
+    """Targets that came as a tensor, as an array."""
+    return y.detach().cpu().numpy() if isinstance(y, Tensor) else y

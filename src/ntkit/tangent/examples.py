@@ -1,0 +1,146 @@
+"""Examples: tensors with a common first axis, read by `len` and slices.
+
+A tensor is one argument of the model, a tuple is its positional arguments, a dict its keyword arguments. A
+`torch.utils.data.Dataset` is read through torch's own collation; there a pair means (input, target), as everywhere in
+PyTorch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from ntkit.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some examples, ready for a model: its arguments, and targets where the read-out needs them."""
+
+    size: int
+    arguments: tuple[Tensor, ...] = ()
+    keywords: dict[str, Any] = field(default_factory=dict)
+    targets: Any = None
+
+    def call(self, model: nn.Module) -> Any:
+        """The model's output on these examples."""
+        return model(*self.arguments, **self.keywords)
+
+    @property
+    def signature(self) -> tuple:
+        """What has to be equal for two batches to take the same path through a model: shapes without N, and types."""
+        named = [*enumerate(self.arguments), *sorted(self.keywords.items(), key=lambda item: item[0])]
+        return tuple((name, tuple(t.shape[1:]), t.dtype) if isinstance(t, Tensor) else (name, t) for name, t in named)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors among the arguments."""
+        return (t for t in (*self.arguments, *self.keywords.values()) if isinstance(t, Tensor))
+
+
+class Examples:
+    """N examples that can be read in any order, without copying them all."""
+
+    def __init__(self, data: Any, *, with_targets: bool = False) -> None:
+        """Look at the data once; nothing is read before `batch`.
+
+        Args:
+            data: a tensor, a tuple or dict of tensors with a common first axis, or a `Dataset` with `len`.
+            with_targets: whether the last member of a tuple is the target of a loss rather than an argument.
+
+        Raises:
+            InputError: if the data are of another kind, empty, or of different lengths.
+        """
+        if isinstance(data, Examples):
+            data = data.data
+        self.data = data
+        self.with_targets = with_targets
+        self.size = _length(data)
+        if with_targets and not (isinstance(data, Dataset) or (isinstance(data, tuple) and len(data) >= 2)):
+            raise InputError(
+                f"a loss read-out needs targets: got {type(data).__name__}, "
+                "expected a tuple (inputs, targets) or a Dataset of such pairs"
+            )
+
+    def __len__(self) -> int:
+        """Number of examples N."""
+        return self.size
+
+    def batch(self, index: slice | Sequence[int], device: torch.device | None = None) -> Batch:
+        """Copy out some examples. A copy, because models may write into their inputs; the user's data stay theirs."""
+        data = self.data
+        if isinstance(data, Dataset):
+            numbers = range(*index.indices(self.size)) if isinstance(index, slice) else index
+            items = [data[i] for i in numbers]  # pyright: ignore[reportIndexIssue]
+            return self._from_dataset(default_collate(items), len(items), device)
+        size = len(range(*index.indices(self.size))) if isinstance(index, slice) else len(index)
+        if isinstance(data, Tensor):
+            return Batch(size, (_take(data, index, device),))
+        if isinstance(data, dict):
+            return Batch(size, (), {name: _take(t, index, device) for name, t in data.items()})
+        members = tuple(_take(t, index, device) for t in data)
+        if self.with_targets:
+            return Batch(size, members[:-1], {}, members[-1])
+        return Batch(size, members)
+
+    def _from_dataset(self, items: Any, size: int, device: torch.device | None) -> Batch:
+        items = _move(items, device)
+        if isinstance(items, dict):
+            return Batch(size, (), items)
+        if isinstance(items, Tensor):
+            return Batch(size, (items,))
+        members = tuple(items)
+        inputs, target = (members, None) if len(members) == 1 else (members[:-1], members[-1])
+        if len(inputs) == 1 and isinstance(inputs[0], dict):
+            return Batch(size, (), inputs[0], target)
+        return Batch(size, inputs, {}, target)
+
+
+def _length(data: Any) -> int:
+    if isinstance(data, Dataset):
+        if not hasattr(data, "__len__"):
+            raise InputError("a Dataset must have a length to index a kernel's rows: got one without __len__")
+        size = len(data)  # pyright: ignore[reportArgumentType]
+    else:
+        members = {"x": data} if isinstance(data, Tensor) else data
+        if isinstance(members, tuple):
+            members = dict(enumerate(members))
+        if not isinstance(members, dict) or not members:
+            raise InputError(
+                f"examples are a tensor, a tuple or dict of tensors, or a Dataset: got {type(data).__name__}. "
+                "Convert a NumPy array with torch.from_numpy, a list of arguments to a tuple"
+            )
+        for name, t in members.items():
+            if not isinstance(t, Tensor) or t.ndim == 0:
+                shape = "a scalar tensor" if isinstance(t, Tensor) else type(t).__name__
+                raise InputError(f"member {name!r} of the examples must be a tensor with a first axis: got {shape}")
+        lengths = {name: len(t) for name, t in members.items()}
+        if len(set(lengths.values())) > 1:
+            raise InputError(f"the members of the examples must share their first axis: got lengths {lengths}")
+        size = next(iter(lengths.values()))
+    if size == 0:
+        raise InputError("a kernel needs at least one example: got 0")
+    return size
+
+
+def _take(t: Tensor, index: slice | Sequence[int], device: torch.device | None) -> Tensor:
+    part = t[index].detach().clone() if isinstance(index, slice) else t[list(index)].detach()
+    return part if device is None else part.to(device)
+
+
+def _move(items: Any, device: torch.device | None) -> Any:
+    if isinstance(items, Tensor):
+        return items.detach() if device is None else items.detach().to(device)
+    if isinstance(items, dict):
+        return {name: _move(item, device) for name, item in items.items()}
+    if isinstance(items, (tuple, list)):
+        return tuple(_move(item, device) for item in items)
+    return items

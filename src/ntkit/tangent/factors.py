@@ -1,0 +1,412 @@
+"""Per-example gradients of one use of one parameter, kept in factored form and contracted without being formed.
+
+Index letters in this file: n, m examples; k, l read-out scalars; t, s positions (tokens, pixels, calls); i input
+features; o output features. A factor stands for the rows R[n, k] = d f_k(x_n) / d W, one array of W's shape each.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ntkit.tangent.products import inner
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+# Bytes of scratch that one contraction may use when nothing else is said: large enough for efficient matrix products,
+# small beside the activations of the batches it serves.
+SCRATCH = 96 * 2**20
+
+
+class Factor(ABC):
+    """Rows of per-example gradients with respect to one array of shape `shape`.
+
+    Required: `shape`, `size`, `scalars`, `rows`, `narrow`. `gram` and `squared_norms` have derived forms that go
+    through blocks of rows; factors with structure do better.
+    """
+
+    shape: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def examples(self) -> int:
+        """Number of examples n."""
+
+    @property
+    @abstractmethod
+    def scalars(self) -> int:
+        """Number of read-out scalars k per example."""
+
+    @abstractmethod
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The rows (n, k, *shape), or of their first parameter axis only the entries start:stop."""
+
+    @abstractmethod
+    def narrow(self, start: int, stop: int) -> Factor:
+        """The same for examples start:stop."""
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """sum_nk weights[n, k] R[n, k]: one gradient of the parameter's shape."""
+        return torch.einsum("nk,nk...->...", weights, self.rows())
+
+    def gram(self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:
+        """Inner products of all rows: (n, k, m, l), or with `trace` summed over k = l: (n, m)."""
+        return rows_gram([self.blocks(other, scratch)], trace=trace)
+
+    def squared_norms(self, scratch: int = SCRATCH) -> Tensor:
+        """Squared length of every row, (n, k)."""
+        total = 0
+        for left, _ in self.blocks(self, scratch):
+            total = total + left.flatten(2).square().sum(2)
+        return total  # pyright: ignore[reportReturnType]
+
+    def blocks(self, other: Factor, scratch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows of self and of other, the same columns in both, in blocks that fit the scratch memory."""
+        height = self.shape[0] if self.shape else 1
+        each = prod(self.shape[1:]) * (self.examples * self.scalars + other.examples * other.scalars)
+        step = max(1, min(height, scratch // max(1, each * 4)))
+        for start in range(0, height, step):
+            left = self.rows(start, min(start + step, height))
+            yield left, left if other is self else other.rows(start, min(start + step, height))
+
+
+def rows_gram(pairs: Sequence[Iterator[tuple[Tensor, Tensor]]], *, trace: bool) -> Tensor:
+    """The Gram matrix of rows that arrive in column blocks."""
+    total: Tensor | None = None
+    for blocks in pairs:
+        for left, right in blocks:
+            n, k, m, l = left.shape[0], left.shape[1], right.shape[0], right.shape[1]  # noqa: E741
+            if trace:
+                part = inner(left.reshape(n, -1), right.reshape(m, -1))
+            else:
+                part = inner(left.reshape(n * k, -1), right.reshape(m * l, -1)).view(n, k, m, l)
+            total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Factor):
+    """Rows that are there already: biases, normalization weights, whatever has no cheaper form."""
+
+    values: Tensor  # (n, k, *shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]  # noqa: D102
+        return tuple(self.values.shape[2:])
+
+    @property
+    def examples(self) -> int:  # noqa: D102
+        return self.values.shape[0]
+
+    @property
+    def scalars(self) -> int:  # noqa: D102
+        return self.values.shape[1]
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
+        return self.values[:, :, start:stop] if self.shape else self.values
+
+    def narrow(self, start: int, stop: int) -> Rows:  # noqa: D102
+        return Rows(self.values[start:stop])
+
+
+@dataclass(frozen=True)
+class OuterWork:
+    """FLOPs of the two ways to contract sums of outer products: by pairs of positions, or by rows."""
+
+    examples: int
+    scalars: int
+    positions: int
+    inputs: int
+    outputs: int
+    groups: int = 1
+
+    def pairs(self, other: OuterWork, trace: bool) -> int:
+        """(A A^T) * (G G^T) summed over pairs of positions."""
+        pairs = self.examples * self.positions * other.examples * other.positions * self.groups
+        heads = self.scalars if trace else self.scalars * other.scalars
+        # the product of the two and the sum over positions are bound by memory: counted as 16 FLOPs an entry
+        touched = 0 if self.positions == other.positions == 1 else 16
+        return pairs * (2 * (self.inputs + heads * self.outputs) + touched * (1 if trace else heads))
+
+    def rows(self, other: OuterWork, trace: bool) -> int:
+        """Forming the rows of both sides (once, where both are the same) and multiplying them."""
+        heads = self.scalars if trace else self.scalars * other.scalars
+        own = self.forming() + (0 if other is self else other.forming())
+        return own + 2 * self.row_size * self.examples * other.examples * heads
+
+    def forming(self) -> int:
+        """FLOPs of forming all rows."""
+        return 2 * self.row_size * self.examples * self.scalars * self.positions
+
+    @property
+    def row_size(self) -> int:
+        """Entries of one row."""
+        return self.groups * self.inputs * self.outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Outer(Factor):
+    """R[n, k] = sum_t g[n, k, t, :] (outer) a[n, t, :], per group: linear layers, and convolutions over patches.
+
+    Groups are independent blocks of output features with inputs of their own; a plain linear layer has one.
+    """
+
+    inputs: Tensor  # (n, groups, t, i)
+    cotangents: Tensor  # (n, k, groups, t, o)
+    shape: tuple[int, ...]  # of the parameter: groups*o entries by i, in whatever axes
+    inputs_first: bool = False  # the parameter is stored (i, o)
+
+    @property
+    def examples(self) -> int:  # noqa: D102
+        return self.inputs.shape[0]
+
+    @property
+    def scalars(self) -> int:  # noqa: D102
+        return self.cotangents.shape[1]
+
+    @property
+    def positions(self) -> int:
+        """Number of positions t that are summed over."""
+        return self.inputs.shape[2]
+
+    def narrow(self, start: int, stop: int) -> Outer:  # noqa: D102
+        return replace(self, inputs=self.inputs[start:stop], cotangents=self.cotangents[start:stop])
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
+        n, k, groups = self.examples, self.scalars, self.inputs.shape[1]
+        stop = self.shape[0] if stop is None else stop
+        if groups > 1:
+            letters = "nkgto,ngti->nkgio" if self.inputs_first else "nkgto,ngti->nkgoi"
+            rows = torch.einsum(letters, self.cotangents, self.inputs)
+            return rows.reshape(n, k, *self.shape)[:, :, start:stop]
+        if self.inputs_first:
+            a = self.inputs[:, 0, :, start:stop]
+            g = self.cotangents[:, :, 0].permute(0, 2, 1, 3).reshape(n, self.positions, -1)
+            rows = torch.bmm(a.transpose(1, 2), g).view(n, stop - start, k, -1).transpose(1, 2)
+            return rows.reshape(n, k, stop - start, *self.shape[1:])
+        g = self.cotangents[:, :, 0, :, start:stop].transpose(2, 3).reshape(n, k * (stop - start), -1)
+        return torch.bmm(g, self.inputs[:, 0]).view(n, k, stop - start, *self.shape[1:])
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
+        g = torch.einsum("nk,nkgto->gnto", weights, self.cotangents).flatten(1, 2)
+        a = self.inputs.transpose(0, 1).flatten(1, 2)
+        total = a.transpose(1, 2) @ g if self.inputs_first else g.transpose(1, 2) @ a
+        return total.reshape(self.shape)
+
+    def gram(self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:  # noqa: D102
+        if isinstance(other, Outer) and self.work.pairs(other.work, trace) <= self.work.rows(other.work, trace):
+            return _pairs_gram(self, other, trace=trace, scratch=scratch)
+        return super().gram(other, trace=trace, scratch=scratch)
+
+    @cached_property
+    def work(self) -> OuterWork:
+        """The sizes that decide between the two routes."""
+        _, groups, t, i = self.inputs.shape
+        return OuterWork(self.examples, self.scalars, t, i, self.cotangents.shape[4], groups)
+
+    def squared_norms(self, scratch: int = SCRATCH) -> Tensor:  # noqa: D102
+        if self.positions == 1:
+            a = self.inputs[:, :, 0].square().sum(2)  # n, groups
+            return torch.einsum("ng,nkgo->nk", a, self.cotangents[:, :, :, 0].square())
+        i, o = self.inputs.shape[3], self.cotangents.shape[4]
+        if self.positions * (i + self.scalars * o) > self.scalars * i * o:
+            return super().squared_norms(scratch)
+        aa = self.inputs @ self.inputs.transpose(2, 3)
+        gg = self.cotangents @ self.cotangents.transpose(3, 4)
+        return torch.einsum("ngts,nkgts->nk", aa, gg)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution's window moves: one number per spatial axis; padding may differ between the two ends."""
+
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool = False
+
+    def patches(self, images: Tensor, places: tuple[int, ...]) -> Tensor:
+        """Windows of (b, c, *space) images at `places` positions per axis: (b, groups, places, c/groups * window)."""
+        padding = [end for pair in reversed(self.padding) for end in pair]
+        images = F.pad(images, padding).contiguous()
+        b, c, *_ = images.shape
+        steps = images.stride()[2:]
+        view = images.as_strided(
+            (b, c, *self.window, *places),
+            (
+                *images.stride()[:2],
+                *(step * d for step, d in zip(steps, self.dilation, strict=True)),
+                *(step * s for step, s in zip(steps, self.stride, strict=True)),
+            ),
+        )
+        # copied with places innermost, where the strides are short, and handed out transposed
+        return view.reshape(b, self.groups, c // self.groups * prod(self.window), prod(places)).transpose(2, 3)
+
+
+# Examples unfolded at a time: eight keep the patches of a batch in cache-sized pieces (measured best on a CPU).
+UNFOLDED = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Convolution(Factor):
+    """A convolution's weight: an `Outer` over the patches, unfolded a few examples at a time.
+
+    For a transposed convolution input and output change places: the patches are those of the cotangent.
+    """
+
+    inputs: Tensor  # (n, c, *space)
+    cotangents: Tensor  # (n, k, o, *space)
+    shape: tuple[int, ...]
+    geometry: Geometry
+
+    @property
+    def examples(self) -> int:  # noqa: D102
+        return self.inputs.shape[0]
+
+    @property
+    def scalars(self) -> int:  # noqa: D102
+        return self.cotangents.shape[1]
+
+    def narrow(self, start: int, stop: int) -> Convolution:  # noqa: D102
+        return replace(self, inputs=self.inputs[start:stop], cotangents=self.cotangents[start:stop])
+
+    @cached_property
+    def work(self) -> OuterWork:
+        """The sizes that decide between pairs and rows."""
+        groups, rest = self.geometry.groups, prod(self.shape[1:])
+        places = self.inputs.shape[2:] if self.geometry.transposed else self.cotangents.shape[3:]
+        return OuterWork(self.examples, self.scalars, prod(places), rest, self.shape[0] // groups, groups)
+
+    def outer(self) -> Outer:
+        """The same rows as sums of outer products over patches."""
+        a, g, groups = self.inputs, self.cotangents, self.geometry.groups
+        n, k = g.shape[:2]
+        if self.geometry.transposed:
+            places = tuple(a.shape[2:])
+            patches = self.geometry.patches(g.flatten(0, 1), places)
+            patches = patches.reshape(n, k, *patches.shape[1:])
+            a = a.reshape(n, groups, a.shape[1] // groups, -1).transpose(2, 3)
+            return Outer(a, patches, self.shape, inputs_first=True)
+        patches = self.geometry.patches(a, tuple(g.shape[3:]))
+        g = g.reshape(n, k, groups, g.shape[2] // groups, -1).transpose(3, 4)
+        return Outer(patches, g, self.shape)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
+        stop = self.shape[0] if stop is None else stop
+        parts = [
+            self.narrow(first, first + UNFOLDED).outer().rows(start, stop)
+            for first in range(0, self.examples, UNFOLDED)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
+        return self.outer().weighted_sum(weights)
+
+    def gram(self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:  # noqa: D102
+        if isinstance(other, Convolution) and self.work.pairs(other.work, trace) <= self.work.rows(other.work, trace):
+            left = self.outer()
+            return _pairs_gram(left, left if other is self else other.outer(), trace=trace, scratch=scratch)
+        return super().gram(other, trace=trace, scratch=scratch)
+
+
+def _pairs_gram(left: Outer, right: Outer, *, trace: bool, scratch: int) -> Tensor:
+    """sum_ts (a_t . a_s)(g_t . g_s), a strip of the left examples at a time so that the pairs fit the scratch memory."""
+    n, k, t = left.examples, left.scalars, left.positions
+    m, l, s = right.examples, right.scalars, right.positions  # noqa: E741
+    heads = 1 if trace else k * l
+    out = left.inputs.new_zeros((n, m) if trace else (n, k, m, l))
+    each = left.inputs.element_size() * t * m * s * (1 + 2 * heads)
+    step = max(1, min(n, scratch // max(1, each)))
+    for group in range(left.inputs.shape[1]):
+        b = right.inputs[:, group].reshape(m * s, -1)
+        h = right.cotangents[:, :, group]  # m l s o
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            aa = inner(left.inputs[start:stop, group].reshape((stop - start) * t, -1), b)
+            g = left.cotangents[start:stop, :, group]  # n k t o
+            if trace:  # the scalars are summed over, so they are more features of the cotangent
+                gg = inner(g.transpose(1, 2).reshape((stop - start) * t, -1), h.transpose(1, 2).reshape(m * s, -1))
+                aa = aa.mul_(gg).view(stop - start, t, m, s)
+                out[start:stop] += aa.sum((1, 3)) if t * s > 1 else aa[:, 0, :, 0]
+                continue
+            gg = inner(g.reshape((stop - start) * k * t, -1), h.reshape(m * l * s, -1))
+            gg = gg.view(stop - start, k, t, m, l, s).mul_(aa.view(stop - start, 1, t, m, 1, s))
+            out[start:stop] += gg.sum((2, 5)) if t * s > 1 else gg[:, :, 0, :, :, 0]
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup(Factor):
+    """Rows of an embedding: g[n, k, t, :] added to row ids[n, t]. Only the ids that occur are ever formed."""
+
+    ids: Tensor  # (n, t)
+    cotangents: Tensor  # (n, k, t, o); already zero at padding
+    shape: tuple[int, ...]  # (vocabulary, o)
+
+    @property
+    def examples(self) -> int:  # noqa: D102
+        return self.ids.shape[0]
+
+    @property
+    def scalars(self) -> int:  # noqa: D102
+        return self.cotangents.shape[1]
+
+    def narrow(self, start: int, stop: int) -> Lookup:  # noqa: D102
+        return replace(self, ids=self.ids[start:stop], cotangents=self.cotangents[start:stop])
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
+        stop = self.shape[0] if stop is None else stop
+        return self._scatter(self.ids - start, stop - start)
+
+    def _scatter(self, ids: Tensor, height: int) -> Tensor:
+        """Rows over `height` places; ids outside are dropped."""
+        n, k, t, o = self.cotangents.shape
+        inside = (ids >= 0) & (ids < height)
+        ids = torch.where(inside, ids, height)
+        rows = self.cotangents.new_zeros(n, k, height + 1, o)
+        rows.scatter_add_(2, ids[:, None, :, None].expand(n, k, t, o), self.cotangents)
+        return rows[:, :, :height]
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
+        g = torch.einsum("nk,nkto->nto", weights, self.cotangents)
+        return g.new_zeros(self.shape).index_add_(0, self.ids.reshape(-1), g.reshape(-1, self.shape[1]))
+
+    def gram(self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:  # noqa: D102
+        if not isinstance(other, Lookup):
+            return super().gram(other, trace=trace, scratch=scratch)
+        return rows_gram([self.common_blocks(other, scratch)], trace=trace)
+
+    def squared_norms(self, scratch: int = SCRATCH) -> Tensor:  # noqa: D102
+        same = (self.ids[:, :, None] == self.ids[:, None, :]).to(self.cotangents)
+        gg = self.cotangents @ self.cotangents.transpose(2, 3)
+        return torch.einsum("nts,nkts->nk", same, gg)
+
+    def common_blocks(self, other: Lookup, scratch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Row blocks over the ids that occur in both batches; all others contribute nothing."""
+        left, right = self.ids.unique(), other.ids.unique()
+        common = left if other is self else left[torch.isin(left, right)]
+        rows = self.examples * self.scalars + other.examples * other.scalars
+        step = max(1, min(len(common), scratch // max(1, rows * self.shape[1] * 4)))
+        if len(common) == 0:
+            yield self._scatter(self.ids - self.shape[0], 1), other._scatter(other.ids - other.shape[0], 1)
+        for start in range(0, len(common), step):
+            part = common[start : start + step]
+            mine = self._scatter(_positions(self.ids, part), len(part))
+            yield mine, mine if other is self else other._scatter(_positions(other.ids, part), len(part))
+
+
+def _positions(ids: Tensor, sorted_values: Tensor) -> Tensor:
+    """Index of each id in `sorted_values`, or -1."""
+    place = torch.searchsorted(sorted_values, ids).clamp_(max=len(sorted_values) - 1)
+    return torch.where(sorted_values[place] == ids, place, -1)

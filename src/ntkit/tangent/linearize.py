@@ -1,0 +1,271 @@
+"""`linearize`: a network at fixed parameters, with its derivatives per example."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ntkit.errors import InputError, SlowRouteWarning
+from ntkit.tangent import parameters as selecting
+from ntkit.tangent.capture import Capture, Deviation, Source, plain_module, run_backward
+from ntkit.tangent.derivatives import Derivatives, Part, Term, partition
+from ntkit.tangent.examples import Batch, Examples
+from ntkit.tangent.generic import generic_rows
+from ntkit.tangent.readout import Logits, Readout
+from ntkit.tangent.trial import Anatomy, check_scalars, examine, run_model
+from ntkit.tangent.untouched import check_evaluation, untouched
+
+if TYPE_CHECKING:
+    from ntkit.tangent.parameters import Choice, Selection
+
+
+def linearize(model: nn.Module, *, readout: Readout | None = None, parameters: Choice | None = None) -> Tangent:
+    """A network at its present parameters, ready to give its derivatives per example.
+
+    Nothing is computed here, and the model is not changed now or later.
+
+    Args:
+        model: any module in evaluation mode.
+        readout: which scalars of the output are differentiated; all logits by default.
+        parameters: which parameters take part: None for all that require gradients, a predicate (name, parameter) ->
+            bool, a name pattern such as "head.*", a submodule, a parameter, or an iterable of those.
+
+    Raises:
+        ModelError: if BatchNorm or Dropout are in training mode, or a parameter is not of a floating point type.
+        InputError: if no parameter is selected.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"linearize expects a torch.nn.Module: got {type(model).__name__}")
+    readout = Logits() if readout is None else readout
+    if not isinstance(readout, Readout):
+        raise InputError(f"readout must be a read-out such as ntkit.Logits(): got {readout!r}")
+    model = plain_module(model)
+    check_evaluation(model)
+    return Tangent(model, readout, selecting.select(model, parameters))
+
+
+@dataclass(frozen=True, eq=False)
+class Tangent:
+    """A network at fixed parameters with a read-out of K scalars per example.
+
+    Made by `linearize`. Examples x are a tensor, a tuple or dict of tensors with a common first axis, or a `Dataset`.
+
+    Attributes:
+        model: the user's module.
+        readout: what is differentiated.
+        selection: the P parameters that take part.
+    """
+
+    model: nn.Module
+    readout: Readout
+    selection: Selection
+    # What trials have found out, by the signature of their examples. A memo, not state: it only saves time.
+    _anatomies: dict[tuple, tuple[Anatomy, list[Part]]] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the parameters that take part, in the order of the Jacobian's columns."""
+        return self.selection.names
+
+    @property
+    def count(self) -> int:
+        """Number of scalar parameters P."""
+        return self.selection.count
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters, and of all derivatives."""
+        return self.selection.tensors[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters; examples are copied to it batch by batch."""
+        return self.selection.tensors[0].device
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the content of parameters and buffers, their selection and the read-out. Cost: reads P numbers."""
+        return selecting.fingerprint(self.model, self.selection) + f"-{self.readout!r}"
+
+    def examples(self, x: Any) -> Examples:
+        """The data as examples that this tangent can read.
+
+        Raises:
+            InputError: if they are of the wrong kind, empty, or of different lengths.
+        """
+        return Examples(x, with_targets=self.readout.needs_targets)
+
+    def outputs(self, x: Any, *, batch: int = 256) -> Tensor:
+        """The scalars themselves, (N, K). Cost: N forward passes."""
+        examples = self.examples(x)
+        parts = []
+        with untouched(self.model), torch.no_grad():
+            for start in range(0, len(examples), batch):
+                some = examples.batch(slice(start, start + batch), self.device)
+                scalars = self.readout.scalars(run_model(self.model, self.selection, some), some.targets)
+                check_scalars(scalars, some)
+                parts.append(scalars)
+        return torch.cat(parts)
+
+    def anatomy(self, x: Any) -> Anatomy:
+        """What the trial run on the first examples finds: the script, the scalars K, the sizes of all uses."""
+        examples = self.examples(x)
+        return self._anatomy(examples, examples.batch([0], self.device))[0]
+
+    def _anatomy(self, examples: Examples, some: Batch) -> tuple[Anatomy, list[Part]]:
+        key = (some.signature, self.selection.tensors[0].device)
+        known = self._anatomies.get(key)
+        if known is None:
+            with untouched(self.model):
+                anatomy = examine(self.model, self.selection, self.readout, examples, self.device)
+                with torch.no_grad():
+                    parts = partition([Term(source, factor) for source, factor in anatomy.factors])
+            known = (anatomy, parts)
+            announce(anatomy)
+            self._anatomies[key] = known
+        return known
+
+    def derivatives(self, x: Any, index: slice | Sequence[int] = slice(None)) -> Derivatives:
+        """All per-example gradients of some examples at once, in factored form.
+
+        Cost: one forward and K backward passes. Memory: the inputs and K cotangents of every use, n examples each.
+
+        Raises:
+            ModelError: if an output or gradient is NaN or infinite, or the model mixes examples.
+            InputError: if the model cannot take the examples.
+        """
+        examples = self.examples(x)
+        some = examples.batch(index, self.device)
+        anatomy, parts = self._anatomy(examples, some)
+        with untouched(self.model):
+            try:
+                outputs, terms = self._captured(anatomy, some)
+                generic = list(anatomy.generic)
+            except Deviation as deviation:
+                reason = f"this batch takes another path through the model than the first examples: {deviation}"
+                announce(Anatomy([], dict.fromkeys(self.selection.names, reason), {}, anatomy.scalars, []))
+                outputs, terms, generic = None, [], list(self.selection.names)
+            if generic:
+                numbers = range(*index.indices(len(examples))) if isinstance(index, slice) else index
+                alone, rows = generic_rows(
+                    self.model, self.selection, self.readout, examples, numbers, generic, self.device
+                )
+                outputs = alone if outputs is None else outputs
+                leaves = {n: t.detach() for n, t in zip(self.selection.names, self.selection.tensors, strict=True)}
+                terms = terms + [Term(Source(leaves[name], {name: leaves[name]}), rows[name]) for name in generic]
+            assert outputs is not None
+            with torch.no_grad():
+                if generic or len(terms) != sum(len(part.terms) for part in parts):
+                    parts = partition(terms)
+        return Derivatives(outputs, terms, parts)
+
+    def _captured(self, anatomy: Anatomy, some: Batch) -> tuple[Tensor | None, list[Term]]:
+        if set(anatomy.generic) >= set(self.selection.names):
+            return None, []
+        capture = Capture(self.selection, anatomy.script)
+        with capture:
+            output = run_model(self.model, self.selection, some)
+        if capture.position != len(anatomy.script):
+            raise Deviation(f"{len(anatomy.script) - capture.position} operations with parameters were left out")
+        scalars = self.readout.scalars(output, some.targets)
+        check_scalars(scalars, some)
+        for record in capture.records:
+            record.check_inputs()
+        run_backward(scalars, capture.records)
+        terms = []
+        with torch.no_grad():
+            while capture.records:  # emptied as it is read, so that each cotangent is freed once it has been used
+                record = capture.records.pop(0)
+                for source, factor in record.factors(some.size):
+                    if not set(source.leaves) & set(anatomy.generic):
+                        terms.append(Term(source, factor))
+        return scalars.detach(), terms
+
+    def jacobian(self, x: Any) -> Tensor:
+        """The rows themselves, (N*K, P), example-major. Memory: N*K*P numbers; meant for small P or few examples."""
+        found = self.derivatives(x)
+        shapes = [t.shape for t in self.selection.tensors]
+        with torch.no_grad():
+            rows = found.rows(self.selection.names, shapes)
+        return rows.reshape(-1, self.count)
+
+    def vjp(self, x: Any, cotangents: Tensor, *, batch: int = 256) -> Tensor:
+        """J^T u: the gradient of sum_nk u[n, k] f_k(x_n), shape (P,). Cost: one forward and one backward pass.
+
+        Raises:
+            InputError: if `cotangents` is not (N, K).
+        """
+        examples = self.examples(x)
+        total = torch.zeros(self.count, dtype=self.dtype, device=self.device)
+        with untouched(self.model), self.selection.differentiable():
+            for start in range(0, len(examples), batch):
+                some = examples.batch(slice(start, start + batch), self.device)
+                scalars = self.readout.scalars(run_model(self.model, self.selection, some), some.targets)
+                if cotangents.shape != (len(examples), scalars.shape[1]):
+                    raise InputError(
+                        f"cotangents have shape {tuple(cotangents.shape)}, expected {(len(examples), scalars.shape[1])}"
+                    )
+                weights = cotangents[start : start + some.size].to(scalars)
+                grads = torch.autograd.grad((scalars * weights).sum(), self.selection.tensors, allow_unused=True)
+                total += self._flat(grads)
+        return total
+
+    def jvp(self, x: Any, tangent: Tensor, *, batch: int = 256) -> Tensor:
+        """J v: the change of the scalars along a direction in parameter space, (N, K).
+
+        By two backward passes (the derivative of u -> J^T u), which work for every model that has gradients.
+
+        Raises:
+            InputError: if `tangent` is not (P,).
+        """
+        if tangent.shape != (self.count,):
+            raise InputError(f"a direction in parameter space has shape ({self.count},): got {tuple(tangent.shape)}")
+        directions = self.selection.split(tangent.to(self.device, self.dtype))
+        examples = self.examples(x)
+        parts = []
+        with untouched(self.model), self.selection.differentiable():
+            for start in range(0, len(examples), batch):
+                some = examples.batch(slice(start, start + batch), self.device)
+                scalars = self.readout.scalars(run_model(self.model, self.selection, some), some.targets)
+                weights = torch.zeros_like(scalars, requires_grad=True)
+                grads = torch.autograd.grad(
+                    scalars, self.selection.tensors, weights, create_graph=True, allow_unused=True
+                )
+                pairs = [(g * d).sum() for g, d in zip(grads, directions, strict=True) if g is not None]
+                product = torch.autograd.grad(torch.stack(pairs).sum(), weights)[0] if pairs else torch.zeros_like(scalars)
+                parts.append(product.detach())
+        return torch.cat(parts)
+
+    def _flat(self, grads: Sequence[Tensor | None]) -> Tensor:
+        columns = [
+            torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.selection.tensors, strict=True)
+        ]
+        return torch.cat([column.detach().reshape(-1) for column in columns])
+
+
+def announce(anatomy: Anatomy) -> None:
+    """Say once which parameters take a slow route, and why."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in anatomy.generic.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"parameters {', '.join(names[:3])}{more} take the generic route, one backward pass per example and scalar "
+            f"(exact, slow): {reason}",
+            SlowRouteWarning,
+            stacklevel=4,
+        )
+    for operation, parameter in anatomy.slow.items():
+        warnings.warn(
+            f"parameter {parameter!r} meets {operation}, which has no rule: its gradients are computed by "
+            "differentiating that operation example by example (exact, slower than a rule)",
+            SlowRouteWarning,
+            stacklevel=4,
+        )
+
+

@@ -1,0 +1,1 @@
+"""Rules: how the per-example gradient of a parameter follows from one use of it, per family of operation."""

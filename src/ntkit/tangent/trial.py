@@ -1,0 +1,436 @@
+"""The trial: two or three tiny runs that find out how a model works, and check that what was found is true.
+
+A plain run on FEW examples logs the shapes of all operations and gives, by one ordinary backward pass, the true
+gradient of a random combination of the outputs. A captured run on MORE examples (the same and one more) learns the
+script: an operation whose output grows with the number of examples is a use, any other that touches a parameter is
+derived. Then the guard: outputs of the common examples must agree, and the gradient put together from the captured
+factors must be the true one. Whatever the capture cannot see (code that hides from torch's overrides) is found here,
+and goes the generic way; whatever makes examples depend on each other is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ntkit.errors import InputError, ModelError, NtkitError
+from ntkit.tangent.capture import (
+    Capture,
+    Deviation,
+    Record,
+    Source,
+    Step,
+    Watch,
+    makes_no_tensor,
+    operation_name,
+    run_backward,
+    writes_in_place,
+)
+from ntkit.tangent.layout import FEW, MORE, ExampleAxis, NoExampleAxis, grows, locate
+from ntkit.tangent.rules.local import local
+from ntkit.tangent.rules.registry import RULES
+from ntkit.tangent.structure import Rebuild, flatten
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ntkit.tangent.examples import Batch, Examples
+    from ntkit.tangent.factors import Factor
+    from ntkit.tangent.parameters import Selection
+    from ntkit.tangent.readout import Readout
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a trial found out about a model.
+
+    Attributes:
+        script: every operation that touches a selected parameter, in order.
+        generic: the parameters that must take the generic route, and why.
+        slow: operations without a rule that take the local route, and a parameter that meets each.
+        scalars: K.
+        factors: the factors of the trial's captured run, which show the sizes of every use (for cost estimates).
+    """
+
+    script: list[Step]
+    generic: dict[str, str]
+    slow: dict[str, str]
+    scalars: int
+    factors: list[tuple[Source, Factor]] = field(repr=False)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative difference below which two ways of computing the same thing agree: 10 sqrt(machine epsilon)."""
+    return 10 * torch.finfo(dtype).eps ** 0.5
+
+
+def examine(model: nn.Module, selection: Selection, readout: Readout, examples: Examples, device: torch.device) -> Anatomy:
+    """Learn the script of `model` on the first few examples, and check it.
+
+    Raises:
+        ModelError: if the model mixes examples or is not deterministic.
+        InputError: if it cannot be run on the examples.
+    """
+    numbers = [i % len(examples) for i in range(MORE)]
+    more, few = examples.batch(numbers, device), examples.batch(numbers[:FEW], device)
+    plain = _plain_run(model, selection, readout, few)
+    try:
+        learned = _learn(model, selection, readout, few, more, plain)
+    except _Hidden as hidden:
+        reason = str(hidden)
+        return Anatomy([], dict.fromkeys(selection.names, reason), {}, plain.scalars.shape[1], [])
+    return _guarded(model, selection, readout, examples.batch([0], device), plain, learned)
+
+
+# --- the plain run ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    function: Callable
+    arguments: list[tuple[int, ...] | None]
+    outputs: list[tuple[int, ...]]
+
+
+class _Log(Watch):
+    """Shapes of all tensors of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Call] = []
+
+    def see(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        arguments = [tuple(a.shape) for a in flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+        call = _Call(func, arguments, [])  # pyright: ignore[reportArgumentType]
+        self.calls.append(call)
+        result = func(*args, **kwargs)
+        call.outputs = [tuple(o.shape) for o in flatten(result)[0] if isinstance(o, Tensor)]
+        return result
+
+
+@dataclass
+class _Plain:
+    calls: list[_Call]
+    scalars: Tensor  # FEW, K
+    weights: Tensor  # FEW, K
+    gradients: list[Tensor | None]  # by selected parameter
+
+
+def _plain_run(model: nn.Module, selection: Selection, readout: Readout, batch: Batch) -> _Plain:
+    log = _Log()
+    with selection.differentiable():
+        with log:
+            output = run_model(model, selection, batch)
+        scalars = readout.scalars(output, batch.targets)
+        check_scalars(scalars, batch)
+        weights = torch.empty(scalars.shape, dtype=torch.float64).uniform_(
+            0.5, 1.5, generator=torch.Generator().manual_seed(0)
+        )
+        weights = weights.to(scalars)
+        gradients: list[Tensor | None] = [None] * len(selection.tensors)
+        if scalars.requires_grad:
+            gradients = list(torch.autograd.grad((scalars * weights).sum(), selection.tensors, allow_unused=True))
+    return _Plain(log.calls, scalars.detach(), weights, gradients)
+
+
+def run_model(model: nn.Module, selection: Selection, batch: Batch) -> Any:
+    """The model's output, with torch's complaint about types or devices in words.
+
+    Raises:
+        InputError: if the examples' type or device is not the model's.
+    """
+    try:
+        return batch.call(model)
+    except NtkitError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        parameter = selection.tensors[0]
+        for t in batch.tensors():
+            if t.is_floating_point() and t.dtype != parameter.dtype:
+                raise InputError(
+                    f"the model's parameters are {parameter.dtype}, the examples {t.dtype}: convert one of them, for "
+                    f"example x.to({parameter.dtype})"
+                ) from error
+            if t.device != parameter.device:
+                raise InputError(
+                    f"the model is on {parameter.device}, the examples on {t.device}: move one of them"
+                ) from error
+        shapes = [tuple(t.shape) for t in batch.tensors()]
+        raise InputError(f"the model fails on examples of shapes {shapes}: {type(error).__name__}: {error}") from error
+
+
+def check_scalars(scalars: Tensor, batch: Batch) -> None:
+    """The read-out gives finite (N, K) scalars.
+
+    Raises:
+        InputError: if their number is not that of the examples.
+        ModelError: if one is NaN or infinite.
+    """
+    if scalars.ndim != 2 or scalars.shape[0] != batch.size:
+        raise InputError(
+            f"the read-out of {batch.size} examples has shape {tuple(scalars.shape)}, expected ({batch.size}, K): the "
+            "model must give one row per example; say which scalars are meant with select=..."
+        )
+    if not bool(scalars.isfinite().all()):
+        bad = int((~scalars.isfinite().all(1)).nonzero()[0])
+        raise ModelError(
+            f"the model's output is NaN or infinite (first at example {bad} of a batch): its tangent kernel is not "
+            "defined. Check the inputs, the weights and the precision"
+        )
+
+
+# --- the captured run -------------------------------------------------------------------------------------------------
+
+
+class _Hidden(NtkitError):
+    """The model's operations cannot be followed; everything takes the generic route."""
+
+
+class _Learner(Capture):
+    """Writes the script while it runs, by comparing shapes with the plain run's log."""
+
+    def __init__(self, selection: Selection, calls: list[_Call]) -> None:
+        super().__init__(selection, [])
+        self.calls = calls
+        self.count = 0
+        self.outputs: list[list[Tensor]] = []
+        self.opaque: dict[str, str] = {}
+
+    def see(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self.count += 1
+        return super().see(func, args, kwargs)
+
+    def step(self, func: Callable, leaves: list[Any], rebuild: Rebuild, touched: dict[int, Source]) -> Step | None:
+        if makes_no_tensor(func):
+            return None
+        if self.count > len(self.calls) or self.calls[self.count - 1].function != func:
+            raise _Hidden(f"the operations of the model depend on the number of examples (at {operation_name(func)})")
+        call = self.calls[self.count - 1]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        try:
+            operands = [_provisional(few, t) for few, t in zip(call.arguments, tensors, strict=True)]
+            outputs = self._outputs(func, leaves, rebuild, touched, call, operands)
+        except NoExampleAxis as problem:
+            for source in touched.values():
+                for name in source.leaves:
+                    self.opaque.setdefault(name, f"{operation_name(func)} on tensors without an example axis: {problem}")
+            step = Step(len(self.script), func, True, opaque=True)
+        else:
+            is_use = any(axis is not None for axis in outputs)
+            axes = (tuple(operands), tuple(outputs)) if is_use else ()
+            step = Step(len(self.script), func, is_use, *axes)
+        self.script.append(step)
+        return step
+
+    def _outputs(
+        self,
+        func: Callable,
+        leaves: list[Any],
+        rebuild: Rebuild,
+        touched: dict[int, Source],
+        call: _Call,
+        operands: list[ExampleAxis | None],
+    ) -> list[ExampleAxis | None]:
+        if writes_in_place(func):
+            return operands[:1]
+        filled = [leaf.detach() if i in touched else leaf for i, leaf in enumerate(leaves)]
+        if RULES.get(func, local) is not local and len(call.outputs) == 1 and any(a is not None for a in operands):
+            filled = [leaf.to("meta") if isinstance(leaf, Tensor) else leaf for leaf in filled]
+        arguments, keywords = rebuild(filled)
+        with torch.no_grad():
+            results = [out for out in flatten(func(*arguments, **keywords))[0] if isinstance(out, Tensor)]
+        if len(results) != len(call.outputs):
+            raise NoExampleAxis(f"{len(call.outputs)} outputs for {FEW} examples, {len(results)} for {MORE}")
+        return [_provisional(few, out) for few, out in zip(call.outputs, results, strict=True)]
+
+    def witness(self, record: Record, outputs: list[Tensor]) -> None:
+        self.outputs.append([out.detach().clone() if _is_merged(record.step) else out for out in outputs])
+
+
+class _Witness(Capture):
+    """Follows the script on FEW examples and keeps the outputs of uses whose example axis is merged with others."""
+
+    def __init__(self, selection: Selection, script: list[Step]) -> None:
+        super().__init__(selection, script)
+        self.outputs: list[list[Tensor]] = []
+
+    def witness(self, record: Record, outputs: list[Tensor]) -> None:
+        self.outputs.append([out.detach().clone() if _is_merged(record.step) else out for out in outputs])
+
+
+def _provisional(few: tuple[int, ...] | None, more: Tensor) -> ExampleAxis | None:
+    found = grows(few or (), tuple(more.shape))
+    return None if found is None else ExampleAxis(found[0], 1, found[1])
+
+
+def _is_merged(step: Step) -> bool:
+    return any(axis is not None and axis.after > 1 for axis in (*step.operands, *step.outputs))
+
+
+@dataclass
+class _Learned:
+    script: list[Step]
+    records: list[Record]
+    opaque: dict[str, str]
+    scalars: Tensor
+
+
+def _learn(
+    model: nn.Module, selection: Selection, readout: Readout, few: Batch, more: Batch, plain: _Plain
+) -> _Learned:
+    learner = _Learner(selection, plain.calls)
+    try:
+        with learner:
+            output = more.call(model)
+    except (_Hidden, Deviation, ModelError):
+        raise
+    except Exception as error:
+        raise _Hidden(f"the model cannot be run with its operations watched ({type(error).__name__}: {error})") from error
+    scalars = readout.scalars(output, more.targets)
+    script, records = learner.script, learner.records
+    if any(_is_merged(step) for step in script):
+        witness = _Witness(selection, script)
+        try:
+            with witness:
+                few.call(model)
+            final = _settle(records, learner.outputs, witness)
+        except (Deviation, NoExampleAxis) as error:
+            raise _Hidden(f"the model's operations change from run to run: {error}") from error
+        for record in records:
+            record.step = final.get(record.step.index, record.step)
+        script = [final.get(step.index, step) for step in script]
+    return _Learned(script, records, learner.opaque, scalars)
+
+
+def _settle(records: list[Record], outputs: list[list[Tensor]], witness: _Witness) -> dict[int, Step]:
+    """The true axes of every use with merged axes, by place in the script, from the values of the two runs."""
+    final: dict[int, Step] = {}
+    for record, outs, other, other_outs in zip(records, outputs, witness.records, witness.outputs, strict=True):
+        step = record.step
+        if _is_merged(step):
+            mine = [leaf for leaf in record.leaves if isinstance(leaf, Tensor)]
+            theirs = [leaf for leaf in other.leaves if isinstance(leaf, Tensor)]
+            operands = tuple(locate(few, more) for few, more in zip(theirs, mine, strict=True))
+            places = tuple(locate(few, more) for few, more in zip(other_outs, outs, strict=True))
+            final[step.index] = replace(step, operands=operands, outputs=places)
+    return final
+
+
+# --- the guard --------------------------------------------------------------------------------------------------------
+
+
+def _guarded(
+    model: nn.Module, selection: Selection, readout: Readout, alone: Batch, plain: _Plain, learned: _Learned
+) -> Anatomy:
+    allowed = tolerance(plain.scalars.dtype)
+    scale = float(plain.scalars.abs().max()) or 1.0
+    check_scalars_agree(plain.scalars, learned.scalars[:FEW].detach(), allowed * scale, "in a batch of two and of three")
+    combined = (learned.scalars[:FEW] * plain.weights).sum(1, keepdim=True)
+    padded = torch.cat([combined, combined.new_zeros(MORE - FEW, 1)])
+    generic = dict(learned.opaque)
+    factors: list[tuple[Source, Factor]] = []
+    found: dict[str, Tensor] = {}
+    slow: dict[str, str] = {}
+    try:
+        for record in learned.records:
+            record.check_inputs()
+        run_backward(padded, learned.records)
+        with torch.no_grad():
+            for record in learned.records:
+                contributions = record.factors(MORE)
+                factors += contributions
+                if contributions and not record.step.has_rule:
+                    slow.setdefault(record.step.name, next(iter(contributions[0][0].leaves)))
+        ones = torch.ones(MORE, 1, dtype=padded.dtype, device=padded.device)
+        for source, factor in factors:
+            for name, gradient in pull_back(source, factor.weighted_sum(ones).detach()):
+                found[name] = found[name] + gradient if name in found else gradient
+    except (ModelError, InputError):
+        raise
+    except Deviation as error:
+        generic = dict.fromkeys(selection.names, str(error))
+    except Exception as error:
+        generic = dict.fromkeys(selection.names, f"its gradients cannot be captured ({type(error).__name__}: {error})")
+    for name, reason in _disagreements(selection, plain.gradients, found, allowed).items():
+        generic.setdefault(name, reason)
+    if generic:
+        _spread_reasons(generic, [source for source, _ in factors])
+        _check_alone(model, selection, readout, alone, plain, allowed * scale)
+    kept = [(source, factor) for source, factor in factors if not set(source.leaves) & set(generic)]
+    return Anatomy(learned.script, generic, slow, plain.scalars.shape[1], kept)
+
+
+def pull_back(source: Source, gradient: Tensor) -> list[tuple[str, Tensor]]:
+    """A gradient with respect to a source as gradients with respect to the parameters it is made of."""
+    if source.is_leaf:
+        return [(next(iter(source.leaves)), gradient)]
+    grads = torch.autograd.grad(
+        source.tensor, list(source.leaves.values()), gradient.to(source.tensor), retain_graph=True, allow_unused=True
+    )
+    return [(name, grad) for name, grad in zip(source.leaves, grads, strict=True) if grad is not None]
+
+
+def check_scalars_agree(a: Tensor, b: Tensor, allowed: float, how: str) -> None:
+    """Two runs on the same examples give the same scalars.
+
+    Raises:
+        ModelError: if they do not.
+    """
+    difference = float((a - b).abs().max())
+    if not difference <= allowed:
+        raise ModelError(
+            f"the model's outputs for the same examples differ by {difference:.3g} {how}: either examples influence "
+            "each other (batch statistics, attention or sorting across the batch), or the model is random or keeps "
+            "state between calls. A tangent kernel needs a fixed function of each example: call model.eval() and "
+            "remove what mixes or remembers examples"
+        )
+
+
+def _disagreements(
+    selection: Selection, true: list[Tensor | None], found: dict[str, Tensor], allowed: float
+) -> dict[str, str]:
+    """Parameters whose captured gradient is not the true one, and what that means."""
+    norms = [float(g.norm()) for g in true if g is not None]
+    total = sum(norm**2 for norm in norms) ** 0.5
+    wrong: dict[str, str] = {}
+    for name, gradient in zip(selection.names, true, strict=True):
+        captured = found.get(name)
+        if gradient is None and captured is None:
+            continue
+        if gradient is None:
+            gradient = torch.zeros_like(captured)  # pyright: ignore[reportArgumentType]
+        if captured is None:
+            captured = torch.zeros_like(gradient)
+            reason = "it is used by code that torch's overrides do not see"
+        else:
+            reason = "a part of its uses is hidden from torch's overrides"
+        difference = float((gradient - captured.reshape(gradient.shape)).norm())
+        if not difference <= allowed * (float(gradient.norm()) + allowed * total):
+            wrong[name] = reason
+    return wrong
+
+
+def _spread_reasons(generic: dict[str, str], sources: list[Source]) -> None:
+    """A tensor made of several parameters takes one route: if one of them is generic, all are."""
+    changed = True
+    while changed:
+        changed = False
+        for source in sources:
+            reasons = [generic[name] for name in source.leaves if name in generic]
+            missing = [name for name in source.leaves if name not in generic]
+            if reasons and missing:
+                generic.update(dict.fromkeys(missing, reasons[0]))
+                changed = True
+
+
+def _check_alone(
+    model: nn.Module, selection: Selection, readout: Readout, alone: Batch, plain: _Plain, allowed: float
+) -> None:
+    """Before the generic route, which runs examples alone: alone they must give what they give in company."""
+    with torch.no_grad():
+        scalars = readout.scalars(run_model(model, selection, alone), alone.targets)
+    check_scalars_agree(plain.scalars[:1], scalars, allowed, "alone and in a batch of two")

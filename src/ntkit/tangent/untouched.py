@@ -1,0 +1,77 @@
+"""Working with a model and leaving it as it was."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ntkit.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run a model's plain Python path, and give back buffers and global switches as they were, also after an error.
+
+    Fused attention kernels and compiled code hide the operations that a kernel has to see, so both are switched off
+    inside. Buffers can change in a forward pass (power iteration, counters); they are restored from copies.
+    """
+    buffers = [
+        (module, name, buffer, buffer._version, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if isinstance(buffer, Tensor)
+    ]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.compiler.set_stance("force_eager"), torch.enable_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        with torch.no_grad():
+            for module, name, buffer, version, copy in buffers:
+                module._buffers[name] = buffer
+                if buffer._version != version:
+                    buffer.copy_(copy)
+
+
+def check_evaluation(model: nn.Module) -> None:
+    """Refuse modules whose training-mode behaviour makes a per-example derivative meaningless.
+
+    Raises:
+        ModelError: naming every BatchNorm that uses the batch's statistics and every active Dropout.
+    """
+    mixing, random = [], []
+    for name, module in model.named_modules():
+        label = f"{name or 'the model'} ({type(module).__name__})"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.training or module.running_mean is None:
+                mixing.append(label)
+        elif isinstance(module, nn.modules.dropout._DropoutNd):
+            if module.training and module.p > 0:
+                random.append(label)
+        elif isinstance(module, nn.RNNBase) and module.training and module.dropout > 0:
+            random.append(label)
+        elif isinstance(module, nn.MultiheadAttention) and module.training and module.dropout > 0:
+            random.append(label)
+    if mixing or random:
+        causes = []
+        if mixing:
+            causes.append("batch statistics make an output depend on the other examples: " + _first(mixing))
+        if random:
+            causes.append("dropout is active: " + _first(random))
+        raise ModelError(
+            f"the tangent kernel of this model is not defined: {'; '.join(causes)}. "
+            "Call model.eval() first (BatchNorm then uses its running statistics)"
+        )
+
+
+def _first(labels: list[str], most: int = 4) -> str:
+    more = f" and {len(labels) - most} more" if len(labels) > most else ""
+    return ", ".join(labels[:most]) + more
