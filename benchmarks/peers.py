@@ -47,7 +47,7 @@ def tutorial(
 ) -> Tensor:
     """The official tutorial: vmap(jacrev) for both sides, then one einsum per parameter, summed: (N*K, N*K).
 
-    https://docs.pytorch.org/functorch/stable/notebooks/neural_tangent_kernels.html ("method 1: Jacobian contraction").
+    https://pytorch.org/tutorials/intermediate/neural_tangent_kernels.html (method 1, "Jacobian contraction").
     As written there, the Jacobians of the two sides are computed separately even where the sides are the same.
     """
     n = len(x)
@@ -105,11 +105,14 @@ def rows(
     k = len(values)
     one_hot = torch.eye(k, dtype=values.dtype, device=values.device)
 
-    def pulled_back(parameters: Parameters, example: Tensor) -> Parameters:
-        _, pull = vjp(lambda at: single(at, example), parameters)
+    def one(parameters: Parameters, example: Tensor) -> Parameters:
+        return grad(lambda at: single(at, example).sum())(parameters)
+
+    def several(parameters: Parameters, example: Tensor) -> Parameters:
+        pull = vjp(lambda at: single(at, example), parameters)[1]
         return vmap(pull)(one_hot)[0]
 
-    gradients = grad(lambda at, example: single(at, example).sum()) if k == 1 else pulled_back
+    gradients = one if k == 1 else several
 
     def matrix(examples: Tensor) -> Tensor:
         out = values.new_empty(len(examples) * k, p)

@@ -75,6 +75,14 @@ def cnn(width: int = 64, outputs: int = OUTPUTS) -> nn.Module:
 # ---------------------------------------------------------------- W3
 
 
+def _near_zero(values: Tensor) -> None:
+    nn.init.normal_(values, std=0.1)
+
+
+def _near_one(values: Tensor) -> None:
+    nn.init.uniform_(values, 0.5, 1.5)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al., 2016)."""
 
@@ -86,9 +94,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -111,11 +117,11 @@ class ResNet18(nn.Module):
         self.head = nn.Linear(inputs, outputs)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):  # as after training: fresh statistics would make it the identity
-                assert module.running_mean is not None and module.running_var is not None
-                nn.init.normal_(module.running_mean, std=0.1)
-                nn.init.uniform_(module.running_var, 0.5, 1.5)
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.normal_(module.bias, std=0.1)
+                for statistic, draw in ((module.running_mean, _near_zero), (module.running_var, _near_one)):
+                    assert statistic is not None
+                    draw(statistic)
+                _near_one(module.weight)
+                _near_zero(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))

@@ -34,7 +34,8 @@ class Case:
         data: n -> n examples: a tensor, or a tuple or dict of tensors with first axis n.
         select: The model's raw output -> (N, C); None where the output is (N, C) already.
         parameters: (name, parameter) -> bool, which parameters take part; None for all that require a gradient.
-        slow_route: Whether an announced slow route is expected: the model holds an operation that has no rule.
+        slow_route: Whether an announced slow route is expected: the model holds an operation that has no rule. None
+            where it depends on the examples.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Case:
     data: Data
     select: Callable[[Any], Tensor] | None = None
     parameters: Callable[[str, nn.Parameter], bool] | None = None
-    slow_route: bool = False
+    slow_route: bool | None = False
 
     def scalars(self, output: Any) -> Tensor:
         """The (N, C) outputs that are meant."""
@@ -78,7 +79,7 @@ def case(
     *,
     select: Callable[[Any], Tensor] | None = None,
     parameters: Callable[[str, nn.Parameter], bool] | None = None,
-    slow_route: bool = False,
+    slow_route: bool | None = False,
 ) -> Case:
     """A `Case` whose builder is `make` made reproducible: own seed, float64, eval mode, shaken values."""
 
@@ -330,13 +331,13 @@ def tokens(function: Callable[..., Tensor], **parts: Callable[[], Any]) -> Make:
 
 
 def on_vectors(
-    name: str, function: Callable[..., Tensor], *, slow_route: bool = False, **parts: Callable[[], Any]
+    name: str, function: Callable[..., Tensor], *, slow_route: bool | None = False, **parts: Callable[[], Any]
 ) -> Case:
     return case(name, vectors(function, **parts), VECTOR, slow_route=slow_route)
 
 
 def on_tokens(
-    name: str, function: Callable[..., Tensor], *, slow_route: bool = False, **parts: Callable[[], Any]
+    name: str, function: Callable[..., Tensor], *, slow_route: bool | None = False, **parts: Callable[[], Any]
 ) -> Case:
     return case(name, tokens(function, **parts), TOKENS, slow_route=slow_route)
 
@@ -1018,7 +1019,7 @@ FORWARD = [
     on_vectors("forward/detached_branch", lambda m, x: m.a(x) * m.b(x).detach() + m.b(x.detach()),
                a=linear(), b=linear()),
     case("forward/checkpointed", lambda: Net(checkpointed, stem=nn.Linear(5, 5),
-         block=nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)), head=nn.Linear(5, 3)), VECTOR),
+         block=nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)), head=nn.Linear(5, 3)), VECTOR, slow_route=True),
     case("forward/hooks_that_change_outputs", hooked, VECTOR),
     case("forward/integers_and_floats", lambda: Net(integers_and_floats, table=nn.Embedding(6, 4), f=nn.Linear(5, 4),
          head=nn.Linear(8, 3)), together(integers(6, 4), VECTOR, lambda n: (~padding(4)(n)).double())),
@@ -1112,9 +1113,9 @@ def one_by_one(m: Any, x: Tensor) -> Tensor:
 
 EXOTIC = [
     case("exotic/routed_tokens", lambda: Net(routed, gate=nn.Linear(5, 3), head=nn.Linear(5, 3),
-         experts=nn.ModuleList(nn.Linear(5, 5) for _ in range(3))), TOKENS, slow_route=True),
+         experts=nn.ModuleList(nn.Linear(5, 5) for _ in range(3))), TOKENS, slow_route=None),
     case("exotic/masked_examples", lambda: Net(masked, f=nn.Linear(5, 4), rest=weight(4), head=nn.Linear(4, 3)), VECTOR,
-         slow_route=True),
+         slow_route=None),
     case("exotic/loop_over_examples", lambda: Net(one_by_one, f=mlp()), VECTOR, slow_route=True),
     on_vectors("exotic/vmap_inside", lambda m, x: torch.vmap(m.f)(x), f=linear(), slow_route=True),
     on_vectors("exotic/function_old_style", lambda m, x: ScaleOldStyle.apply(x, m.g), g=p(5), slow_route=True),

@@ -14,6 +14,7 @@ from ntkit.errors import InputError, NotPositiveDefiniteError
 from ntkit.kernel.base import DenseKernel, Kernel
 from ntkit.solve.direct import Cholesky
 from ntkit.solve.ridge import DEFAULT_GRID, GCV, Absolute, LeaveOneOut, Relative, as_ridge
+from ntkit.solve.symmetric import symmetric_matrix
 from tests import oracles
 
 SIZES = st.integers(1, 12)
@@ -108,6 +109,7 @@ def test_rounding_asymmetry_is_averaged():
     y = torch.ones(20, dtype=torch.float64)
     value = Cholesky().factor(noisy).solve(y).value
     assert oracles.relative_error(value, oracles.ridge_solve((noisy + noisy.T) / 2, y, 0.0)) < 1e-12
+    assert torch.equal(symmetric_matrix(noisy).values, (noisy + noisy.T) / 2)
 
 
 def test_the_kernel_is_read_once_and_left_alone():
@@ -222,6 +224,18 @@ def check_advice(kernel: Tensor, error: NotPositiveDefiniteError) -> None:
     assert (relative is not None) == (float(kernel.double().diagonal().mean()) > 0)
     if relative is not None:
         Cholesky().factor(kernel, float(relative[1]))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 400 * 2.0**-52), (torch.float32, 2.0**-23)])
+def test_where_an_eigenvalue_ends_and_rounding_begins(dtype, limit):
+    def factored(smallest: float):
+        diagonal = torch.ones(400, dtype=dtype)
+        diagonal[7] = smallest
+        return Cholesky().factor(torch.diag(diagonal))
+
+    assert factored(1.1 * limit).smallest_eigenvalue == pytest.approx(1.1 * limit)
+    with pytest.raises(NotPositiveDefiniteError, match="cannot be told from zero"):
+        factored(0.9 * limit)
 
 
 def test_ill_conditioned_is_not_singular():

@@ -206,10 +206,11 @@ def test_leave_one_out_accuracy():
 
 def test_on_real_data_it_classifies_and_knows_how_well():
     images, labels = load_digits(return_X_y=True)
-    train, new = slice(0, 500), slice(500, None)
+    order = np.random.default_rng(0).permutation(len(labels))  # as bundled, the writers of the last digits are others
+    train, new = order[:500], order[500:]
     fitted = NTKClassifier(MLP(width=128), random_state=0, ridge=LeaveOneOut()).fit(images[train] / 16, labels[train])
     accuracy = fitted.score(images[new] / 16, labels[new])
-    assert accuracy > 0.93
+    assert accuracy > 0.95
     assert abs(fitted.loo_accuracy_ - accuracy) < 0.04
 
 
@@ -247,7 +248,7 @@ def test_a_model_that_cannot_be_copied():
         def __deepcopy__(self, memo):
             raise RuntimeError("no twins")
 
-    with pytest.raises(ModelError, match="no twins.*pass a factory"):
+    with pytest.raises(ModelError, match=r"no twins.*pass a factory"):
         NTKRegressor(Stubborn(D, C)).fit(X, Y)
 
 
@@ -314,9 +315,10 @@ def test_mlp(depth, layers):
 
 
 def test_mlp_keeps_the_size_of_the_signal():
-    torch.manual_seed(0)
-    outputs = MLP(width=512, depth=3)(200, 400)(normal(50, 200))
-    assert float(outputs.var()) == pytest.approx(1, rel=0.2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = MLP(width=512, depth=3)(200, 400)
+    assert float(network(normal(50, 200)).detach().var()) == pytest.approx(1, rel=0.2)
 
 
 @pytest.mark.parametrize("sizes", [{"width": 0}, {"depth": -1}])
@@ -503,13 +505,13 @@ NAN = torch.where(torch.arange(D) == 2, float("nan"), X)
             NTKRegressor(net(), trace=False, readout=ntkit.RandomLogits(C, torch.Generator().manual_seed(0))),
             X,
             Y,
-            "use trace=True|Use trace=True",
+            "3 rows per example .* Use trace=True",
         ),
         (NTKRegressor(net(), ridge="auto"), X, Y, "ridge is a number"),
         (NTKRegressor(net(), ridge=-1.0), X, Y, "finite number >= 0"),
         (NTKClassifier(net()), X, np.zeros(N), "one class"),
         (NTKClassifier(net()), X, Y[:, 0], "Unknown label type"),
-        (NTKRegressor(Precomputed()), X, Y, r"N=9, C=3.*|square"),
+        (NTKRegressor(Precomputed()), X, Y, r"square|symmetric"),
         (NTKRegressor(Precomputed()), torch.eye(8), Y, "8"),
     ],
 )

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ntkit.errors import InputError
-from ntkit.kernel.base import STRIP, Kernel, strips
+from ntkit.kernel.base import Kernel, strips
 from ntkit.solve.symmetric import EPS, as_kernel, as_tensor, symmetric_matrix
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +117,7 @@ def alignment(kernel: Kernel | Tensor | np.ndarray, targets: Tensor | np.ndarray
     outputs = kernel.shape[0] // len(y)
     flat, centred = (v.reshape(kernel.shape[0], -1) for v in (y, y - y.mean(0)))
     square, products, sums = 0.0, [], []
-    for strip in _example_strips(kernel, outputs):
+    for strip in strips(kernel.shape[0]):
         tile = _strip(kernel, strip)
         square += float(tile.square().sum())
         products.append(tile @ torch.cat([flat, centred], 1))
@@ -195,7 +191,7 @@ def cka(left: Kernel | Tensor | np.ndarray, right: Kernel | Tensor | np.ndarray,
         raise InputError(f"a kernel of {left.shape[0]} rows does not have {scalars} rows per example")
     product, first, second = 0.0, 0.0, 0.0
     left_sums, right_sums = [], []
-    for strip in _example_strips(left, scalars):
+    for strip in strips(left.shape[0]):
         a, b = _strip(left, strip), _strip(right, strip)
         product += float((a * b).sum())
         first += float(a.square().sum())
@@ -206,11 +202,6 @@ def cka(left: Kernel | Tensor | np.ndarray, right: Kernel | Tensor | np.ndarray,
     return _cosine(
         _centred(product, az, bz), _centred(first, az, az), _centred(second, bz, bz), "once centred, a kernel is"
     )
-
-
-def _example_strips(kernel: Kernel, scalars: int) -> Iterator[slice]:
-    """Strips of whole examples."""
-    return strips(kernel.shape[0], max(STRIP // scalars, 1) * scalars)
 
 
 def _over_examples(rows: Tensor, scalars: int) -> Tensor:

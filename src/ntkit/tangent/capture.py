@@ -126,7 +126,10 @@ class Record:
         if self.step.function in RULES and not (self.in_place and RULES[self.step.function] is not local):
             contributions = RULES[self.step.function](use, *arguments, **keywords)
         if contributions is NotImplemented:
-            contributions = local(use)
+            try:
+                contributions = local(use)
+            except (RuntimeError, IndexError, ValueError, NotImplementedError) as error:
+                raise Deviation(f"{self.step.name} cannot be cut into examples ({error})") from error
         return [(self.sources[operand.place], factor) for operand, factor in contributions]
 
     def _cotangent(self, output: int, examples: int) -> Tensor | None:
@@ -205,10 +208,11 @@ class _Tap(torch.autograd.Function):
 class Capture(Watch):
     """Runs a model under a script and keeps what is needed for the per-example gradients of its parameters."""
 
-    def __init__(self, selection: Selection, script: list[Step]) -> None:
-        """Prepare to follow `script`."""
+    def __init__(self, selection: Selection, script: list[Step], examples: int) -> None:
+        """Prepare to follow `script` on a batch of so many examples."""
         super().__init__()
         self.script = script
+        self.examples = examples
         self.position = 0
         self.records: list[Record] = []
         self.sources: dict[int, Source] = {}
@@ -285,6 +289,10 @@ class Capture(Watch):
             get_gradient_edge(out) if axis is not None and out.requires_grad else None
             for out, axis in zip(tensors, step.outputs, strict=True)
         ]
+        seen = [leaf for leaf in kept if isinstance(leaf, Tensor)]
+        for tensor, axis in zip([*seen, *tensors], [*step.operands, *step.outputs], strict=True):
+            if axis is not None and not axis.fits(tensor, self.examples):
+                raise Deviation(f"{step.name} meets shape {tuple(tensor.shape)} in a batch of {self.examples}")
         versions = {
             i: leaf._version
             for i, leaf in enumerate(kept)

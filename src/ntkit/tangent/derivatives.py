@@ -1,56 +1,160 @@
-"""The derivatives of one batch, parameter by parameter, and the Gram matrix of two batches."""
+"""The derivatives of a batch, parameter by parameter, and the Gram matrix of two batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from math import prod
 
 import torch
 from torch import Tensor
 
 from ntkit.tangent.capture import Source
-from ntkit.tangent.factors import SCRATCH, Factor, Outer, Rows, rows_gram
+from ntkit.tangent.factors import SCRATCH, Factor, Outer, PulledBack, Rows, Total
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter, or a part of one that shares no entries with the rest: what has one factor of its own.
+
+    Attributes:
+        name: the parameter.
+        terms: which of a batch's (source, factor) terms contribute to it.
+        direct: whether the terms' own inner products are those of the parameter.
+    """
+
+    name: str
+    terms: tuple[int, ...]
+    direct: bool
+
+
+Term = tuple[Source, Factor]
 
 
 @dataclass(frozen=True, eq=False)
-class Term:
-    """One use's contribution: a factor, and the parameter or derived tensor that it is the gradient of."""
+class Derivatives:
+    """All per-example gradients of a batch, in factored form.
 
-    source: Source
-    factor: Factor
+    Attributes:
+        outputs: the scalars (n, k).
+        factors: one for each part; the same parts for every batch of one model.
+    """
 
-    def narrow(self, start: int, stop: int) -> Term:
-        """The same for examples start:stop."""
-        return Term(self.source, self.factor.narrow(start, stop))
+    outputs: Tensor
+    factors: dict[Part, Factor]
 
-    def leaf_rows(self) -> dict[str, Tensor]:
-        """Rows (n, k, *shape) of each parameter behind the source."""
-        rows = self.factor.rows()
-        if self.source.is_leaf:
-            return {next(iter(self.source.leaves)): rows}
-        return _pull_back_rows(self.source, rows)
+    @property
+    def examples(self) -> int:
+        """Number of examples n."""
+        return self.outputs.shape[0]
 
+    @property
+    def scalars(self) -> int:
+        """Number of scalars k per example."""
+        return self.outputs.shape[1]
 
-def _pull_back_rows(source: Source, rows: Tensor) -> dict[str, Tensor]:
-    """Rows with respect to a derived tensor as rows of the parameters it is made of, by batched backward passes."""
-    n, k = rows.shape[:2]
-    flat = rows.reshape(n * k, *source.tensor.shape)
-    leaves = list(source.leaves.values())
-    try:
-        grads = torch.autograd.grad(
-            source.tensor, leaves, flat, retain_graph=True, allow_unused=True, is_grads_batched=True
+    @property
+    def nbytes(self) -> int:
+        """Memory held by the factors."""
+        return sum(factor.nbytes for factor in self.factors.values())
+
+    def narrow(self, start: int, stop: int) -> Derivatives:
+        """The same for examples start:stop, without a copy."""
+        return Derivatives(
+            self.outputs[start:stop], {part: factor.narrow(start, stop) for part, factor in self.factors.items()}
         )
-    except RuntimeError:  # an operation that torch cannot vectorize
-        single = [
-            torch.autograd.grad(source.tensor, leaves, row, retain_graph=True, allow_unused=True) for row in flat
-        ]
-        grads = [None if column[0] is None else torch.stack(column) for column in zip(*single, strict=True)]
-    return {
-        name: rows.new_zeros(n, k, *leaf.shape) if grad is None else grad.view(n, k, *leaf.shape)
-        for (name, leaf), grad in zip(source.leaves.items(), grads, strict=True)
-    }
+
+    def extend(self, others: Sequence[Derivatives]) -> Derivatives:
+        """The same for the examples of self and then those of others."""
+        if not others:
+            return self
+        return Derivatives(
+            torch.cat([self.outputs, *(o.outputs for o in others)]),
+            {part: factor.extend([o.factors[part] for o in others]) for part, factor in self.factors.items()},
+        )
+
+    def settled(self, partners: int, *, trace: bool, reused: bool) -> Derivatives:
+        """With rows formed now where that saves memory, or work if they are used again.
+
+        Args:
+            partners: number of examples on the other side of each product.
+            trace: whether the products are summed over the scalars.
+            reused: whether several products follow.
+        """
+        settled = {}
+        for part, factor in self.factors.items():
+            if not isinstance(factor, Rows) and factor.prefers_rows_among(partners, trace=trace):
+                size = self.outputs.element_size() * self.examples * self.scalars * _numel(factor.shape)
+                settled[part] = Rows(factor.rows()) if reused or size < factor.nbytes else factor
+            else:
+                settled[part] = factor
+        return replace(self, factors=settled)
+
+    def grams(self, other: Derivatives, *, trace: bool, scratch: int = SCRATCH) -> Iterator[tuple[str, Tensor]]:
+        """For each part its parameter's name and the inner products: (n, k, m, l), or summed over k = l: (n, m)."""
+        for part, factor in self.factors.items():
+            partner = factor if other is self else other.factors[part]
+            yield part.name, factor.gram(partner, trace=trace, scratch=scratch)
+
+    def gram(self, other: Derivatives, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:
+        """The kernel of two batches: (n*k, m*k) example-major, or with `trace` (n, m), the mean over k."""
+        n, k, m = self.examples, self.scalars, other.examples
+        total = self.outputs.new_zeros((n, m) if trace else (n, k, m, k))
+        for _, gram in self.grams(other, trace=trace, scratch=scratch):
+            total += gram
+        return total.div_(k) if trace else total.view(n * k, m * k)
+
+    def squared_norms(self, scratch: int = SCRATCH) -> Tensor:
+        """The kernel's diagonal as (n, k)."""
+        total = torch.zeros_like(self.outputs)
+        for factor in self.factors.values():
+            total += factor.squared_norms(scratch)
+        return total
+
+
+def _numel(shape: Sequence[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def assemble(outputs: Tensor, terms: Sequence[Term], parts: Sequence[Part]) -> Derivatives:
+    """One factor for each part from the terms of a batch."""
+    return Derivatives(outputs, {part: _factor(part, [terms[i] for i in part.terms]) for part in parts})
+
+
+def _factor(part: Part, terms: Sequence[Term]) -> Factor:
+    if part.direct:
+        return _join([factor for _, factor in terms])
+    pulled = []
+    for source, factor in terms:
+        leaf = source.leaves[part.name]
+        pulled.append(factor if source.tensor is leaf else PulledBack(factor, source.tensor, leaf))
+    return pulled[0] if len(pulled) == 1 else Total(tuple(pulled))
+
+
+def leaf_rows(name: str, terms: Sequence[Term]) -> Tensor | None:
+    """Rows (n, k, *shape) of a whole parameter, None if no term reaches it."""
+    mine = tuple(i for i, (source, _) in enumerate(terms) if name in source.leaves)
+    return _factor(Part(name, mine, False), [terms[i] for i in mine]).rows() if mine else None
+
+
+def partition(terms: Sequence[Term]) -> list[Part]:
+    """The parts: connected groups of terms whose sources share parameter entries, one part per parameter of each."""
+    spans = [_span(source) for source, _ in terms]
+    groups: list[list[int]] = []
+    for i, (source, _) in enumerate(terms):
+        touching = [g for g in groups if any(_share(terms[j][0], spans[j], source, spans[i]) for j in g)]
+        groups = [g for g in groups if g not in touching]
+        groups.append(sorted([*(j for g in touching for j in g), i]))
+    parts = []
+    for group in sorted(groups):
+        geometries = {spans[i].geometry if spans[i] else None for i in group}  # pyright: ignore[reportOptionalMemberAccess]
+        direct = len(geometries) == 1 and None not in geometries and _joinable([terms[i][1] for i in group])
+        for name in dict.fromkeys(name for i in group for name in terms[i][0].leaves):
+            mine = tuple(i for i in group if name in terms[i][0].leaves)
+            parts.append(Part(name, mine, direct))
+    return parts
 
 
 @dataclass(frozen=True)
@@ -71,69 +175,34 @@ def _span(source: Source) -> _Span | None:
         return None
     tensor, leaf = source.tensor, next(iter(source.leaves.values()))
     if tensor is leaf:
-        return _Span(0, max(0, leaf.numel() - 1), (0, leaf.shape, leaf.stride()))
+        return _Span(0, max(0, leaf.numel() - 1), (0, tuple(leaf.shape), leaf.stride()))
     if tensor.dtype != leaf.dtype or tensor.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr():
         return None
-    sizes = [(step, size) for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
     reach = 0
-    for step, size in sorted(sizes):  # one-to-one if each axis steps over all that the faster ones cover
-        if step <= reach:
+    for step, size in sorted((step, size) for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
+        if step <= reach:  # one-to-one only if each axis steps over all that the faster ones cover
             return None
         reach += step * (size - 1)
     first = tensor.storage_offset() - leaf.storage_offset()
-    return _Span(first, first + reach, (first, tensor.shape, tensor.stride()))
+    return _Span(first, first + reach, (first, tuple(tensor.shape), tensor.stride()))
 
 
-@dataclass(frozen=True)
-class Part:
-    """Terms that must be contracted together because their sources share parameters.
-
-    Attributes:
-        terms: places in the list of terms.
-        direct: whether the factors' own inner products are those of the parameters.
-        names: the parameters.
-    """
-
-    terms: tuple[int, ...]
-    direct: bool
-    names: tuple[str, ...]
-
-
-def partition(terms: Sequence[Term]) -> list[Part]:
-    """The smallest groups of terms without shared parameter entries between them."""
-    spans = [_span(term.source) for term in terms]
-    groups: list[list[int]] = []
-    for i, term in enumerate(terms):
-        touching = [g for g in groups if any(_share(terms[j], spans[j], term, spans[i]) for j in g)]
-        groups = [g for g in groups if g not in touching]
-        groups.append(sorted([*(j for g in touching for j in g), i]))
-    parts = []
-    for group in sorted(groups):
-        names = tuple(dict.fromkeys(name for i in group for name in terms[i].source.leaves))
-        alike = {spans[i].geometry if spans[i] else None for i in group}  # pyright: ignore[reportOptionalMemberAccess]
-        direct = len(alike) == 1 and None not in alike and (len(group) == 1 or _joinable([terms[i] for i in group]))
-        parts.append(Part(tuple(group), direct, names))
-    return parts
-
-
-def _share(a: Term, a_span: _Span | None, b: Term, b_span: _Span | None) -> bool:
-    if not set(a.source.leaves) & set(b.source.leaves):
+def _share(a: Source, a_span: _Span | None, b: Source, b_span: _Span | None) -> bool:
+    if not set(a.leaves) & set(b.leaves):
         return False
     if a_span is None or b_span is None:
         return True
     return a_span.first <= b_span.last and b_span.first <= a_span.last
 
 
-def _joinable(terms: Sequence[Term]) -> bool:
-    first = terms[0].factor
+def _joinable(factors: Sequence[Factor]) -> bool:
+    first = factors[0]
+    if len(factors) == 1:
+        return True
     if isinstance(first, Outer):
-        return all(
-            isinstance(t.factor, Outer)
-            and t.factor.inputs_first == first.inputs_first
-            and t.factor.inputs.shape[1] == first.inputs.shape[1]
-            for t in terms
-        )
-    return all(isinstance(t.factor, Rows) for t in terms)
+        kinds = {(f.inputs_first, f.inputs.shape[1]) if isinstance(f, Outer) else None for f in factors}
+        return len(kinds) == 1
+    return all(isinstance(f, Rows) for f in factors)
 
 
 def _join(factors: Sequence[Factor]) -> Factor:
@@ -147,115 +216,4 @@ def _join(factors: Sequence[Factor]) -> Factor:
             inputs=torch.cat([f.inputs for f in factors], 2),  # pyright: ignore[reportAttributeAccessIssue]
             cotangents=torch.cat([f.cotangents for f in factors], 3),  # pyright: ignore[reportAttributeAccessIssue]
         )
-    total = factors[0].rows().clone()
-    for factor in factors[1:]:
-        total += factor.rows()
-    return Rows(total)
-
-
-@dataclass(frozen=True, eq=False)
-class Derivatives:
-    """All per-example gradients of a batch, in factored form.
-
-    Attributes:
-        outputs: the scalars (n, k).
-        terms: one per use and parameter; the same in number and order for every batch of one model.
-        parts: their grouping, the same for every batch.
-    """
-
-    outputs: Tensor
-    terms: list[Term]
-    parts: list[Part]
-
-    @property
-    def examples(self) -> int:
-        """Number of examples n."""
-        return self.outputs.shape[0]
-
-    @property
-    def scalars(self) -> int:
-        """Number of scalars k per example."""
-        return self.outputs.shape[1]
-
-    def narrow(self, start: int, stop: int) -> Derivatives:
-        """The same for examples start:stop."""
-        return Derivatives(self.outputs[start:stop], [t.narrow(start, stop) for t in self.terms], self.parts)
-
-    def grams(self, other: Derivatives, *, trace: bool, scratch: int = SCRATCH) -> Iterator[tuple[Part, Tensor]]:
-        """For each part, inner products of rows: (n, k, m, l), or summed over k = l: (n, m)."""
-        for part in self.parts:
-            if part.direct:
-                left = self.joined[part]
-                right = left if other is self else other.joined[part]
-                yield part, left.gram(right, trace=trace, scratch=scratch)
-            else:
-                yield part, rows_gram([self._pairs(part, name, other) for name in part.names], trace=trace)
-
-    def named_grams(self, other: Derivatives, *, trace: bool, scratch: int = SCRATCH) -> Iterator[tuple[str, Tensor]]:
-        """The same, one for each parameter by name; a name can come several times (its parts add up)."""
-        for part in self.parts:
-            if len(part.names) == 1:
-                alone = replace(self, parts=[part])
-                yield part.names[0], next(alone.grams(other, trace=trace, scratch=scratch))[1]
-            else:
-                for name in part.names:
-                    yield name, rows_gram([self._pairs(part, name, other)], trace=trace)
-
-    def gram(self, other: Derivatives, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:
-        """The kernel of two batches: (n*k, m*k) example-major, or with `trace` (n, m), the mean over k."""
-        n, k, m = self.examples, self.scalars, other.examples
-        total = self.outputs.new_zeros((n, m) if trace else (n, k, m, k))
-        for _, gram in self.grams(other, trace=trace, scratch=scratch):
-            total += gram
-        return total.div_(k) if trace else total.view(n * k, m * k)
-
-    def squared_norms(self, scratch: int = SCRATCH) -> Tensor:
-        """The kernel's diagonal as (n, k)."""
-        total = torch.zeros_like(self.outputs)
-        for part in self.parts:
-            if part.direct:
-                total += self.joined[part].squared_norms(scratch)
-            else:
-                for name in part.names:
-                    for left, _ in self._pairs(part, name, self):
-                        total += left.flatten(2).square().sum(2)
-        return total
-
-    def rows(self, names: Sequence[str], shapes: Sequence[torch.Size]) -> Tensor:
-        """The Jacobian (n, k, P) over the named parameters, in their order."""
-        n, k = self.examples, self.scalars
-        columns = {name: self.outputs.new_zeros(n, k, *shape) for name, shape in zip(names, shapes, strict=True)}
-        for term in self.terms:
-            for name, rows in term.leaf_rows().items():
-                columns[name] += rows.reshape(columns[name].shape)
-        return torch.cat([column.reshape(n, k, -1) for column in columns.values()], 2)
-
-    @cached_property
-    def joined(self) -> dict[Part, Factor]:
-        """One factor for each direct part."""
-        return {part: _join([self.terms[i].factor for i in part.terms]) for part in self.parts if part.direct}
-
-    def _pairs(self, part: Part, name: str, other: Derivatives) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of one parameter summed over the terms of a part, for both batches, in blocks where possible."""
-        mine = [self.terms[i] for i in part.terms if name in self.terms[i].source.leaves]
-        theirs = [other.terms[i] for i in part.terms if name in self.terms[i].source.leaves]
-        if all(term.source.is_leaf for term in mine):
-            shape = mine[0].source.tensor.shape
-            height = shape[0] if len(shape) else 1
-            each = prod(shape[1:]) * (self.examples * self.scalars + other.examples * other.scalars) * 4
-            step = max(1, min(height, SCRATCH // max(1, each)))
-            for start in range(0, height, step):
-                stop = min(start + step, height)
-                left = sum_of([t.factor.rows(start, stop) for t in mine])
-                yield left, left if other is self else sum_of([t.factor.rows(start, stop) for t in theirs])
-        else:
-            left = sum_of([t.leaf_rows()[name] for t in mine])
-            yield left, left if other is self else sum_of([t.leaf_rows()[name] for t in theirs])
-
-
-def sum_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Their sum, without a copy where there is only one."""
-    total = tensors[0]
-    for t in tensors[1:]:
-        total = total + t
-    return total
+    return Rows(Total(tuple(factors)).rows())

@@ -29,8 +29,8 @@ SCRATCH = 96 * 2**20
 class Factor(ABC):
     """Rows of per-example gradients with respect to one array of shape `shape`.
 
-    Required: `shape`, `size`, `scalars`, `rows`, `narrow`. `gram` and `squared_norms` have derived forms that go
-    through blocks of rows; factors with structure do better.
+    Required: `shape`, `examples`, `scalars`, `rows`, `narrow`, `extend`, `nbytes`. `gram` and `squared_norms` have
+    derived forms that go through blocks of rows; factors with structure do better.
     """
 
     shape: tuple[int, ...]
@@ -53,13 +53,26 @@ class Factor(ABC):
     def narrow(self, start: int, stop: int) -> Factor:
         """The same for examples start:stop."""
 
+    @abstractmethod
+    def extend(self, others: Sequence[Factor]) -> Factor:
+        """The same for more examples: those of self, then those of others of the same kind."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory held."""
+
+    def prefers_rows_among(self, partners: int, *, trace: bool) -> bool:
+        """Whether products with `partners` examples of the same kind go through rows that are worth keeping."""
+        return False
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """sum_nk weights[n, k] R[n, k]: one gradient of the parameter's shape."""
         return torch.einsum("nk,nk...->...", weights, self.rows())
 
     def gram(self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:
         """Inner products of all rows: (n, k, m, l), or with `trace` summed over k = l: (n, m)."""
-        return rows_gram([self.blocks(other, scratch)], trace=trace)
+        return rows_gram(self.blocks(other, scratch), trace=trace)
 
     def squared_norms(self, scratch: int = SCRATCH) -> Tensor:
         """Squared length of every row, (n, k)."""
@@ -78,17 +91,16 @@ class Factor(ABC):
             yield left, left if other is self else other.rows(start, min(start + step, height))
 
 
-def rows_gram(pairs: Sequence[Iterator[tuple[Tensor, Tensor]]], *, trace: bool) -> Tensor:
-    """The Gram matrix of rows that arrive in column blocks."""
+def rows_gram(blocks: Iterator[tuple[Tensor, Tensor]], *, trace: bool) -> Tensor:
+    """The Gram matrix of rows that arrive in column blocks: (n, k, m, l), or with `trace` (n, m)."""
     total: Tensor | None = None
-    for blocks in pairs:
-        for left, right in blocks:
-            n, k, m, l = left.shape[0], left.shape[1], right.shape[0], right.shape[1]  # noqa: E741
-            if trace:
-                part = inner(left.reshape(n, -1), right.reshape(m, -1))
-            else:
-                part = inner(left.reshape(n * k, -1), right.reshape(m * l, -1)).view(n, k, m, l)
-            total = part if total is None else total.add_(part)
+    for left, right in blocks:
+        n, k, m, l = left.shape[0], left.shape[1], right.shape[0], right.shape[1]  # noqa: E741
+        if trace:
+            part = inner(left.reshape(n, -1), right.reshape(m, -1))
+        else:
+            part = inner(left.reshape(n * k, -1), right.reshape(m * l, -1)).view(n, k, m, l)
+        total = part if total is None else total.add_(part)
     assert total is not None
     return total
 
@@ -116,6 +128,13 @@ class Rows(Factor):
 
     def narrow(self, start: int, stop: int) -> Rows:  # noqa: D102
         return Rows(self.values[start:stop])
+
+    def extend(self, others: Sequence[Factor]) -> Rows:  # noqa: D102
+        return Rows(torch.cat([self.values, *(f.values for f in others)]))  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        return self.values.nbytes
 
 
 @dataclass(frozen=True)
@@ -181,6 +200,17 @@ class Outer(Factor):
     def narrow(self, start: int, stop: int) -> Outer:  # noqa: D102
         return replace(self, inputs=self.inputs[start:stop], cotangents=self.cotangents[start:stop])
 
+    def extend(self, others: Sequence[Factor]) -> Outer:  # noqa: D102
+        return replace(
+            self,
+            inputs=torch.cat([self.inputs, *(f.inputs for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
+            cotangents=torch.cat([self.cotangents, *(f.cotangents for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
+        )
+
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        return self.inputs.nbytes + self.cotangents.nbytes
+
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
         n, k, groups = self.examples, self.scalars, self.inputs.shape[1]
         stop = self.shape[0] if stop is None else stop
@@ -203,9 +233,17 @@ class Outer(Factor):
         return total.reshape(self.shape)
 
     def gram(self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:  # noqa: D102
-        if isinstance(other, Outer) and self.work.pairs(other.work, trace) <= self.work.rows(other.work, trace):
-            return _pairs_gram(self, other, trace=trace, scratch=scratch)
-        return super().gram(other, trace=trace, scratch=scratch)
+        if self._through_rows(other, trace):
+            return super().gram(other, trace=trace, scratch=scratch)
+        assert isinstance(other, Outer)
+        return _pairs_gram(self, other, trace=trace, scratch=scratch)
+
+    def _through_rows(self, other: Factor, trace: bool) -> bool:
+        return not isinstance(other, Outer) or self.work.rows(other.work, trace) < self.work.pairs(other.work, trace)
+
+    def prefers_rows_among(self, partners: int, *, trace: bool) -> bool:  # noqa: D102
+        other = replace(self.work, examples=partners)
+        return self.work.rows(other, trace) < self.work.pairs(other, trace)
 
     @cached_property
     def work(self) -> OuterWork:
@@ -281,6 +319,17 @@ class Convolution(Factor):
     def narrow(self, start: int, stop: int) -> Convolution:  # noqa: D102
         return replace(self, inputs=self.inputs[start:stop], cotangents=self.cotangents[start:stop])
 
+    def extend(self, others: Sequence[Factor]) -> Convolution:  # noqa: D102
+        return replace(
+            self,
+            inputs=torch.cat([self.inputs, *(f.inputs for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
+            cotangents=torch.cat([self.cotangents, *(f.cotangents for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
+        )
+
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        return self.inputs.nbytes + self.cotangents.nbytes
+
     @cached_property
     def work(self) -> OuterWork:
         """The sizes that decide between pairs and rows."""
@@ -304,20 +353,30 @@ class Convolution(Factor):
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
         stop = self.shape[0] if stop is None else stop
-        parts = [
-            self.narrow(first, first + UNFOLDED).outer().rows(start, stop)
-            for first in range(0, self.examples, UNFOLDED)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        rows = self.inputs.new_empty(self.examples, self.scalars, stop - start, *self.shape[1:])
+        for first in range(0, self.examples, UNFOLDED):
+            some = self.narrow(first, first + UNFOLDED)
+            rows[first : first + UNFOLDED] = some.outer().rows(start, stop)
+        return rows
 
     def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
         return self.outer().weighted_sum(weights)
 
     def gram(self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:  # noqa: D102
-        if isinstance(other, Convolution) and self.work.pairs(other.work, trace) <= self.work.rows(other.work, trace):
-            left = self.outer()
-            return _pairs_gram(left, left if other is self else other.outer(), trace=trace, scratch=scratch)
-        return super().gram(other, trace=trace, scratch=scratch)
+        if self._through_rows(other, trace):
+            return super().gram(other, trace=trace, scratch=scratch)
+        assert isinstance(other, Convolution)
+        left = self.outer()
+        return _pairs_gram(left, left if other is self else other.outer(), trace=trace, scratch=scratch)
+
+    def _through_rows(self, other: Factor, trace: bool) -> bool:
+        if not isinstance(other, Convolution):
+            return True
+        return self.work.rows(other.work, trace) < self.work.pairs(other.work, trace)
+
+    def prefers_rows_among(self, partners: int, *, trace: bool) -> bool:  # noqa: D102
+        other = replace(self.work, examples=partners)
+        return self.work.rows(other, trace) < self.work.pairs(other, trace)
 
 
 def _pairs_gram(left: Outer, right: Outer, *, trace: bool, scratch: int) -> Tensor:
@@ -365,6 +424,17 @@ class Lookup(Factor):
     def narrow(self, start: int, stop: int) -> Lookup:  # noqa: D102
         return replace(self, ids=self.ids[start:stop], cotangents=self.cotangents[start:stop])
 
+    def extend(self, others: Sequence[Factor]) -> Lookup:  # noqa: D102
+        return replace(
+            self,
+            ids=torch.cat([self.ids, *(f.ids for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
+            cotangents=torch.cat([self.cotangents, *(f.cotangents for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
+        )
+
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        return self.ids.nbytes + self.cotangents.nbytes
+
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
         stop = self.shape[0] if stop is None else stop
         return self._scatter(self.ids - start, stop - start)
@@ -385,7 +455,8 @@ class Lookup(Factor):
     def gram(self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:  # noqa: D102
         if not isinstance(other, Lookup):
             return super().gram(other, trace=trace, scratch=scratch)
-        return rows_gram([self.common_blocks(other, scratch)], trace=trace)
+        return rows_gram(self.common_blocks(other, scratch), trace=trace)
+
 
     def squared_norms(self, scratch: int = SCRATCH) -> Tensor:  # noqa: D102
         same = (self.ids[:, :, None] == self.ids[:, None, :]).to(self.cotangents)
@@ -408,5 +479,98 @@ class Lookup(Factor):
 
 def _positions(ids: Tensor, sorted_values: Tensor) -> Tensor:
     """Index of each id in `sorted_values`, or -1."""
-    place = torch.searchsorted(sorted_values, ids).clamp_(max=len(sorted_values) - 1)
+    place = torch.searchsorted(sorted_values, ids.contiguous()).clamp_(max=len(sorted_values) - 1)
     return torch.where(sorted_values[place] == ids, place, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Total(Factor):
+    """The sum of several uses of one parameter that have no common factored form, as in tied weights."""
+
+    terms: tuple[Factor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]  # noqa: D102
+        return self.terms[0].shape
+
+    @property
+    def examples(self) -> int:  # noqa: D102
+        return self.terms[0].examples
+
+    @property
+    def scalars(self) -> int:  # noqa: D102
+        return self.terms[0].scalars
+
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        return sum(term.nbytes for term in self.terms)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
+        total = self.terms[0].rows(start, stop)
+        for term in self.terms[1:]:
+            total = total + term.rows(start, stop)
+        return total
+
+    def narrow(self, start: int, stop: int) -> Total:  # noqa: D102
+        return Total(tuple(term.narrow(start, stop) for term in self.terms))
+
+    def extend(self, others: Sequence[Factor]) -> Total:  # noqa: D102
+        columns = zip(*(other.terms for other in others), strict=True)  # pyright: ignore[reportAttributeAccessIssue]
+        return Total(tuple(mine.extend(theirs) for mine, theirs in zip(self.terms, columns, strict=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class PulledBack(Factor):
+    """Rows of a parameter through a tensor that is made of it: W = g v/|v|, slices, sums, orthogonal maps.
+
+    The map from the parameter to the tensor is torch's own graph; its transpose is applied to all rows at once.
+    """
+
+    inner: Factor  # rows with respect to `derived`
+    derived: Tensor
+    leaf: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]  # noqa: D102
+        return tuple(self.leaf.shape)
+
+    @property
+    def examples(self) -> int:  # noqa: D102
+        return self.inner.examples
+
+    @property
+    def scalars(self) -> int:  # noqa: D102
+        return self.inner.scalars
+
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        return self.inner.nbytes
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
+        n, k = self.examples, self.scalars
+        flat = self.inner.rows().reshape(n * k, *self.derived.shape)
+
+        def pull(cotangent: Tensor, batched: bool) -> Tensor:
+            (grad,) = torch.autograd.grad(
+                self.derived, self.leaf, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
+            if grad is not None:
+                return grad
+            return cotangent.new_zeros((*cotangent.shape[:1], *self.shape) if batched else self.shape)
+
+        try:
+            pulled = pull(flat, True)
+        except RuntimeError:  # an operation that torch cannot vectorize
+            pulled = torch.stack([pull(row, False) for row in flat])
+        pulled = pulled.detach().view(n, k, *self.shape)
+        return pulled[:, :, start:stop] if self.shape else pulled
+
+    def blocks(self, other: Factor, scratch: int) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: D102
+        left = self.rows()  # in one piece: pulling back is all or nothing
+        yield left, left if other is self else other.rows()
+
+    def narrow(self, start: int, stop: int) -> PulledBack:  # noqa: D102
+        return replace(self, inner=self.inner.narrow(start, stop))
+
+    def extend(self, others: Sequence[Factor]) -> PulledBack:  # noqa: D102
+        return replace(self, inner=self.inner.extend([f.inner for f in others]))  # pyright: ignore[reportAttributeAccessIssue]

@@ -32,6 +32,10 @@ class ExampleAxis:
     before: int = 1
     after: int = 1
 
+    def fits(self, tensor: Tensor, examples: int) -> bool:
+        """Whether the tensor has the size that this many examples need."""
+        return self.axis < tensor.ndim and tensor.shape[self.axis] == self.before * examples * self.after
+
     def split(self, tensor: Tensor, examples: int) -> Tensor:
         """Examples first: (N, *shape), where `shape` is that of the tensor for a single example."""
         shape = tensor.shape

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ntkit.errors import InputError, SlowRouteWarning
 from ntkit.tangent import parameters as selecting
 from ntkit.tangent.capture import Capture, Deviation, Source, plain_module, run_backward
-from ntkit.tangent.derivatives import Derivatives, Part, Term, partition
+from ntkit.tangent.derivatives import Derivatives, Part, Term, assemble, leaf_rows, partition
 from ntkit.tangent.examples import Batch, Examples
 from ntkit.tangent.generic import generic_rows
 from ntkit.tangent.readout import Logits, Readout
-from ntkit.tangent.trial import Anatomy, check_scalars, examine, run_model
+from ntkit.tangent.trial import Anatomy, check_scalars, disagreements, examine, gradients, run_model, tolerance
 from ntkit.tangent.untouched import check_evaluation, untouched
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Tangent:
             with untouched(self.model):
                 anatomy = examine(self.model, self.selection, self.readout, examples, self.device)
                 with torch.no_grad():
-                    parts = partition([Term(source, factor) for source, factor in anatomy.factors])
+                    parts = partition(anatomy.factors)
             known = (anatomy, parts)
             announce(anatomy)
             self._anatomies[key] = known
@@ -138,7 +138,11 @@ class Tangent:
             ModelError: if an output or gradient is NaN or infinite, or the model mixes examples.
             InputError: if the model cannot take the examples.
         """
-        examples = self.examples(x)
+        outputs, terms, parts = self._terms(self.examples(x), index)
+        with torch.no_grad():
+            return assemble(outputs, terms, parts)
+
+    def _terms(self, examples: Examples, index: slice | Sequence[int]) -> tuple[Tensor, list[Term], list[Part]]:
         some = examples.batch(index, self.device)
         anatomy, parts = self._anatomy(examples, some)
         with untouched(self.model):
@@ -147,7 +151,7 @@ class Tangent:
                 generic = list(anatomy.generic)
             except Deviation as deviation:
                 reason = f"this batch takes another path through the model than the first examples: {deviation}"
-                announce(Anatomy([], dict.fromkeys(self.selection.names, reason), {}, anatomy.scalars, []))
+                announce(Anatomy([], dict.fromkeys(self.selection.names, reason), {}, anatomy.scalars, False, []))
                 outputs, terms, generic = None, [], list(self.selection.names)
             if generic:
                 numbers = range(*index.indices(len(examples))) if isinstance(index, slice) else index
@@ -156,17 +160,16 @@ class Tangent:
                 )
                 outputs = alone if outputs is None else outputs
                 leaves = {n: t.detach() for n, t in zip(self.selection.names, self.selection.tensors, strict=True)}
-                terms = terms + [Term(Source(leaves[name], {name: leaves[name]}), rows[name]) for name in generic]
-            assert outputs is not None
-            with torch.no_grad():
-                if generic or len(terms) != sum(len(part.terms) for part in parts):
-                    parts = partition(terms)
-        return Derivatives(outputs, terms, parts)
+                terms = terms + [(Source(leaves[name], {name: leaves[name]}), rows[name]) for name in generic]
+        assert outputs is not None
+        if generic or len(terms) != sum(len(part.terms) for part in parts):
+            parts = partition(terms)
+        return outputs, terms, parts
 
     def _captured(self, anatomy: Anatomy, some: Batch) -> tuple[Tensor | None, list[Term]]:
         if set(anatomy.generic) >= set(self.selection.names):
             return None, []
-        capture = Capture(self.selection, anatomy.script)
+        capture = Capture(self.selection, anatomy.script, some.size)
         with capture:
             output = run_model(self.model, self.selection, some)
         if capture.position != len(anatomy.script):
@@ -182,16 +185,36 @@ class Tangent:
                 record = capture.records.pop(0)
                 for source, factor in record.factors(some.size):
                     if not set(source.leaves) & set(anatomy.generic):
-                        terms.append(Term(source, factor))
+                        terms.append((source, factor))
+        if anatomy.reorders:
+            self._check_order(some, terms, scalars.shape, anatomy)
         return scalars.detach(), terms
+
+    def _check_order(self, some: Batch, terms: list[Term], shape: torch.Size, anatomy: Anatomy) -> None:
+        """Compare the rows under random weights with one plain backward pass over the whole batch.
+
+        Raises:
+            Deviation: if they belong to other examples than the script says.
+        """
+        weights = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(some.size)) - 0.5
+        with self.selection.differentiable():
+            scalars = self.readout.scalars(run_model(self.model, self.selection, some), some.targets)
+            weights = weights.to(scalars)
+            true = list(torch.autograd.grad((scalars * weights).sum(), self.selection.tensors, allow_unused=True))
+        found = gradients(terms, weights)
+        wrong = disagreements(self.selection, true, found, tolerance(scalars.dtype))
+        if set(wrong) - set(anatomy.generic):
+            raise Deviation("it sorts or picks examples by their values")
 
     def jacobian(self, x: Any) -> Tensor:
         """The rows themselves, (N*K, P), example-major. Memory: N*K*P numbers; meant for small P or few examples."""
-        found = self.derivatives(x)
-        shapes = [t.shape for t in self.selection.tensors]
-        with torch.no_grad():
-            rows = found.rows(self.selection.names, shapes)
-        return rows.reshape(-1, self.count)
+        outputs, terms, _ = self._terms(self.examples(x), slice(None))
+        count = outputs.numel()
+        columns = []
+        for name, parameter in zip(self.selection.names, self.selection.tensors, strict=True):
+            rows = leaf_rows(name, terms)
+            columns.append(outputs.new_zeros(count, parameter.numel()) if rows is None else rows.reshape(count, -1))
+        return torch.cat(columns, 1).detach()
 
     def vjp(self, x: Any, cotangents: Tensor, *, batch: int = 256) -> Tensor:
         """J^T u: the gradient of sum_nk u[n, k] f_k(x_n), shape (P,). Cost: one forward and one backward pass.

@@ -10,6 +10,7 @@ and goes the generic way; whatever makes examples depend on each other is an err
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,8 @@ class Anatomy:
         generic: the parameters that must take the generic route, and why.
         slow: operations without a rule that take the local route, and a parameter that meets each.
         scalars: K.
+        reorders: whether examples are picked or sorted by their values before a parameter is used, so that a batch's
+            order must be checked and cannot be known from the trial.
         factors: the factors of the trial's captured run, which show the sizes of every use (for cost estimates).
     """
 
@@ -60,6 +63,7 @@ class Anatomy:
     generic: dict[str, str]
     slow: dict[str, str]
     scalars: int
+    reorders: bool
     factors: list[tuple[Source, Factor]] = field(repr=False)
 
 
@@ -82,7 +86,7 @@ def examine(model: nn.Module, selection: Selection, readout: Readout, examples: 
         learned = _learn(model, selection, readout, few, more, plain)
     except _Hidden as hidden:
         reason = str(hidden)
-        return Anatomy([], dict.fromkeys(selection.names, reason), {}, plain.scalars.shape[1], [])
+        return Anatomy([], dict.fromkeys(selection.names, reason), {}, plain.scalars.shape[1], False, [])
     return _guarded(model, selection, readout, examples.batch([0], device), plain, learned)
 
 
@@ -133,7 +137,8 @@ def _plain_run(model: nn.Module, selection: Selection, readout: Readout, batch: 
         weights = weights.to(scalars)
         gradients: list[Tensor | None] = [None] * len(selection.tensors)
         if scalars.requires_grad:
-            gradients = list(torch.autograd.grad((scalars * weights).sum(), selection.tensors, allow_unused=True))
+            found = torch.autograd.grad((scalars * weights).sum(), selection.tensors, allow_unused=True)
+            gradients = [None if g is None else g.detach() for g in found]
     return _Plain(log.calls, scalars.detach(), weights, gradients)
 
 
@@ -190,19 +195,46 @@ class _Hidden(NtkitError):
     """The model's operations cannot be followed; everything takes the generic route."""
 
 
+def _reordering() -> frozenset[Any]:
+    names = (
+        "__getitem__ __setitem__ index_select gather take take_along_dim masked_select masked_scatter index_add index_copy "
+        "index_put scatter scatter_add scatter_reduce sort msort topk"
+    ).split()
+    owners = (torch, Tensor)
+    forms = [form for name in names for form in (name, f"{name}_")]
+    return frozenset(getattr(owner, form) for owner in owners for form in forms if hasattr(owner, form))
+
+
+# Operations that can put examples into an order that depends on their values. Parameters used behind one of them are
+# checked in every batch, not only in the trial.
+_REORDERING = _reordering()
+
+
 class _Learner(Capture):
     """Writes the script while it runs, by comparing shapes with the plain run's log."""
 
     def __init__(self, selection: Selection, calls: list[_Call]) -> None:
-        super().__init__(selection, [])
+        super().__init__(selection, [], MORE)
         self.calls = calls
         self.count = 0
         self.outputs: list[list[Tensor]] = []
         self.opaque: dict[str, str] = {}
+        self.reordered_at = sys.maxsize
 
     def see(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         self.count += 1
-        return super().see(func, args, kwargs)
+        result = super().see(func, args, kwargs)
+        if func in _REORDERING and self.count <= len(self.calls):
+            self._note_reordering(self.calls[self.count - 1], args, kwargs, result)
+        return result
+
+    def _note_reordering(self, call: _Call, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        """Activations that are picked by an index of tensors need not stand in the order of the examples."""
+        tensors = [a for a in flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+        moving = any(few != tuple(t.shape) for few, t in zip(call.arguments, tensors, strict=False))
+        floats = any(isinstance(r, Tensor) and r.is_floating_point() for r in (*flatten(result)[0], *args[:1]))
+        if moving and floats and (len(tensors) > 1 or not isinstance(result, Tensor)):
+            self.reordered_at = min(self.reordered_at, len(self.script))
 
     def step(self, func: Callable, leaves: list[Any], rebuild: Rebuild, touched: dict[int, Source]) -> Step | None:
         if makes_no_tensor(func):
@@ -255,7 +287,7 @@ class _Witness(Capture):
     """Follows the script on FEW examples and keeps the outputs of uses whose example axis is merged with others."""
 
     def __init__(self, selection: Selection, script: list[Step]) -> None:
-        super().__init__(selection, script)
+        super().__init__(selection, script, FEW)
         self.outputs: list[list[Tensor]] = []
 
     def witness(self, record: Record, outputs: list[Tensor]) -> None:
@@ -276,6 +308,7 @@ class _Learned:
     script: list[Step]
     records: list[Record]
     opaque: dict[str, str]
+    reorders: bool
     scalars: Tensor
 
 
@@ -303,7 +336,8 @@ def _learn(
         for record in records:
             record.step = final.get(record.step.index, record.step)
         script = [final.get(step.index, step) for step in script]
-    return _Learned(script, records, learner.opaque, scalars)
+    reorders = any(step.is_use for step in script[learner.reordered_at :])
+    return _Learned(script, records, learner.opaque, reorders, scalars)
 
 
 def _settle(records: list[Record], outputs: list[list[Tensor]], witness: _Witness) -> dict[int, Step]:
@@ -345,23 +379,29 @@ def _guarded(
                 factors += contributions
                 if contributions and not record.step.has_rule:
                     slow.setdefault(record.step.name, next(iter(contributions[0][0].leaves)))
-        ones = torch.ones(MORE, 1, dtype=padded.dtype, device=padded.device)
-        for source, factor in factors:
-            for name, gradient in pull_back(source, factor.weighted_sum(ones).detach()):
-                found[name] = found[name] + gradient if name in found else gradient
+        found = gradients(factors, torch.ones(MORE, 1, dtype=padded.dtype, device=padded.device))
     except (ModelError, InputError):
         raise
     except Deviation as error:
         generic = dict.fromkeys(selection.names, str(error))
     except Exception as error:
         generic = dict.fromkeys(selection.names, f"its gradients cannot be captured ({type(error).__name__}: {error})")
-    for name, reason in _disagreements(selection, plain.gradients, found, allowed).items():
+    for name, reason in disagreements(selection, plain.gradients, found, allowed).items():
         generic.setdefault(name, reason)
     if generic:
         _spread_reasons(generic, [source for source, _ in factors])
         _check_alone(model, selection, readout, alone, plain, allowed * scale)
     kept = [(source, factor) for source, factor in factors if not set(source.leaves) & set(generic)]
-    return Anatomy(learned.script, generic, slow, plain.scalars.shape[1], kept)
+    return Anatomy(learned.script, generic, slow, plain.scalars.shape[1], learned.reorders, kept)
+
+
+def gradients(factors: list[tuple[Source, Factor]], weights: Tensor) -> dict[str, Tensor]:
+    """sum_nk weights[n, k] d f_k(x_n) / d parameter, put together from factors, by parameter."""
+    found: dict[str, Tensor] = {}
+    for source, factor in factors:
+        for name, gradient in pull_back(source, factor.weighted_sum(weights).detach()):
+            found[name] = found[name] + gradient if name in found else gradient
+    return found
 
 
 def pull_back(source: Source, gradient: Tensor) -> list[tuple[str, Tensor]]:
@@ -390,7 +430,7 @@ def check_scalars_agree(a: Tensor, b: Tensor, allowed: float, how: str) -> None:
         )
 
 
-def _disagreements(
+def disagreements(
     selection: Selection, true: list[Tensor | None], found: dict[str, Tensor], allowed: float
 ) -> dict[str, str]:
     """Parameters whose captured gradient is not the true one, and what that means."""
@@ -432,5 +472,5 @@ def _check_alone(
 ) -> None:
     """Before the generic route, which runs examples alone: alone they must give what they give in company."""
     with torch.no_grad():
-        scalars = readout.scalars(run_model(model, selection, alone), alone.targets)
+        scalars = readout.scalars(run_model(model, selection, alone), alone.targets).detach()
     check_scalars_agree(plain.scalars[:1], scalars, allowed, "alone and in a batch of two")

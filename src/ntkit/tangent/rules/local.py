@@ -7,6 +7,7 @@ differentiated with respect to the parameter only.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,7 +65,9 @@ def local(use: Use, *_: Any, **__: Any) -> Contributions:
     else:
         slices = tuple(o.per_example(use.examples) for o in moving)
         try:
-            rows = _vectorized(run, parameters, slices, cotangents)  # pyright: ignore[reportArgumentType]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's remarks on its own speed are not the user's business here
+                rows = _vectorized(run, parameters, slices, cotangents)  # pyright: ignore[reportArgumentType]
             right = _spot_check(run, parameters, slices, cotangents, rows)  # pyright: ignore[reportArgumentType]
         except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):
             right = False
