@@ -122,15 +122,18 @@ class Record:
             examples,
             self.in_place,
         )
-        contributions = NotImplemented
-        if self.step.function in RULES and not (self.in_place and RULES[self.step.function] is not local):
-            contributions = RULES[self.step.function](use, *arguments, **keywords)
-        if contributions is NotImplemented:
-            try:
+        rule = RULES.get(self.step.function, local)
+        if self.in_place:
+            rule = local
+        try:
+            contributions = rule(use, *arguments, **keywords)
+            if contributions is NotImplemented:
                 contributions = local(use)
-            except (RuntimeError, IndexError, ValueError, NotImplementedError) as error:
-                raise Deviation(f"{self.step.name} cannot be cut into examples ({error})") from error
-        return [(self.sources[operand.place], factor) for operand, factor in contributions]
+            return [(self.sources[operand.place], factor) for operand, factor in contributions]
+        except (RuntimeError, IndexError, ValueError, NotImplementedError) as error:
+            if isinstance(error, NtkitError):
+                raise
+            raise Deviation(f"{self.step.name} cannot be cut into examples ({error})") from error
 
     def _cotangent(self, output: int, examples: int) -> Tensor | None:
         axis = self.step.outputs[output]
