@@ -292,17 +292,26 @@ def test_dtype_and_device():
     np.testing.assert_allclose(single.predict(X_NEW), double.predict(X_NEW), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"trace": False}, {"ridge": LeaveOneOut()}])
+def test_on_a_gpu_the_predictions_are_the_same(options):
+    expected = NTKRegressor(net(), **options).fit(X, Y).predict(X_NEW)
+    fitted = NTKRegressor(net(), device="cuda", **options).fit(X, Y)
+    assert fitted.regression_.coefficients.is_cuda
+    np.testing.assert_allclose(fitted.predict(X_NEW), expected, rtol=1e-8)
+
+
 @pytest.mark.parametrize("parameters", ["2.*", lambda name, parameter: name.startswith("2."), "module"])
 def test_some_parameters_only(parameters):
     model = net()
     estimator = NTKRegressor(model, parameters=model[2] if parameters == "module" else parameters, around_model=False)
-    hidden = torch.tanh(model[0](X)).detach()
-    hidden = torch.cat([hidden, torch.ones(N, 1)], 1)
+    hidden, hidden_new = (torch.cat([torch.tanh(model[0](x)).detach(), torch.ones(len(x), 1)], 1) for x in (X, X_NEW))
     kernel = hidden @ hidden.T
-    expected = oracles.ridge_solve(kernel, Y, 1e-3 * float(kernel.diagonal().mean()))
+    ridge = 1e-3 * float(kernel.diagonal().mean())
+    expected = oracles.kernel_regression(kernel, hidden_new @ hidden.T, Y, ridge)
     for fitted in (estimator.fit(X, Y), clone(estimator).fit(X, Y), copy.deepcopy(estimator).fit(X, Y)):
         assert fitted.parameter_names_ == ("2.weight", "2.bias")
-        assert oracles.relative_error(torch.from_numpy(fitted.dual_coef_), expected) < 1e-9
+        assert oracles.relative_error(torch.from_numpy(fitted.predict(X_NEW)), expected) < 1e-9
 
 
 @pytest.mark.parametrize(("depth", "layers"), [(0, 1), (1, 2), (3, 4)])
@@ -518,6 +527,13 @@ NAN = torch.where(torch.arange(D) == 2, float("nan"), X)
 def test_unusable_fits(estimator, x, y, words):
     with pytest.raises(ValueError, match=words):
         estimator.fit(x, y)
+
+
+def test_the_memory_budget_reaches_the_kernel():
+    expected = NTKRegressor(net()).fit(X, Y).predict(X_NEW)
+    np.testing.assert_allclose(NTKRegressor(net(), memory=2**20).fit(X, Y).predict(X_NEW), expected, rtol=1e-8)
+    with pytest.raises(InputError, match="memory budget"):
+        NTKRegressor(net(), memory=0).fit(X, Y)
 
 
 def test_a_fit_that_is_singular_names_a_ridge_that_helps():

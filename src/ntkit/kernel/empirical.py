@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,11 +11,17 @@ from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError
 from ntkit.kernel.base import Kernel, bounds
+from ntkit.kernel.plan import Plan, Sizes, make_plan, sizes, tile_edge
+from ntkit.tangent.derivatives import Derivatives
 from ntkit.tangent.linearize import Tangent, linearize
 
 if TYPE_CHECKING:
+    from ntkit.kernel.fidelity import Fidelity
+    from ntkit.tangent.examples import Examples
     from ntkit.tangent.parameters import Choice
     from ntkit.tangent.readout import Readout
+
+Progress = Callable[[int, int], None]
 
 
 def empirical_ntk(
@@ -25,38 +33,271 @@ def empirical_ntk(
     trace: bool = False,
     parameters: Choice | None = None,
 ) -> Tensor:
+    """The empirical neural tangent kernel of a model as it is, Theta(x1, x2) = J(x1) J(x2)^T.
+
+    Args:
+        model: any module in evaluation mode; it is not changed.
+        x1: N examples: a tensor, a tuple or dict of tensors with a common first axis, or a `Dataset`.
+        x2: M examples, or None for x1 again (half the work).
+        readout: the K scalars per example; all C logits by default, which gives the full kernel.
+        trace: the trace kernel (1/K) sum_k Theta_kk instead of all pairs of scalars.
+        parameters: which parameters take part, as in `linearize`.
+
+    Returns:
+        A tensor (N*K, M*K), example-major: row n*K + k is scalar k of example n. With `trace`, (N, M).
+
+    Cost: (N + M) forward and K (N + M) backward passes, and contractions that cost about as much as the layers
+    themselves: for a linear layer N*M*(d_in + K*K*d_out) instead of N*M*K*K*d_in*d_out. No (N*K, P) matrix is formed.
+
+    Raises:
+        InputError: if the data or the selection is wrong.
+        ModelError: if the model mixes examples, or gives NaN or infinite values.
+    """
     return TangentKernel(linearize(model, readout=readout, parameters=parameters), x1, x2, trace=trace).dense()
 
 
 class TangentKernel(Kernel):
-    def __init__(self, tangent: Tangent, x1: Any, x2: Any = None, *, trace: bool = False) -> None:
+    """The tangent kernel of a network on examples x1 (rows) and x2 (columns), read in tiles.
+
+    Nothing is kept between calls but what the first trial run found out about the model.
+    """
+
+    def __init__(
+        self,
+        tangent: Tangent,
+        x1: Any,
+        x2: Any = None,
+        *,
+        trace: bool = False,
+        memory: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Look at the examples, and run three of them to learn the model's operations.
+
+        Args:
+            tangent: the network, made by `linearize`.
+            x1: examples of the rows.
+            x2: examples of the columns; None for x1, a symmetric kernel.
+            trace: the mean over the K scalars of the diagonal blocks, one row per example.
+            memory: bytes of working space beside the matrix itself; an eighth of the machine's memory by default.
+            progress: called with (entries done, entries in all) while tiles are computed.
+
+        Raises:
+            InputError: if the examples are wrong or the budget is not positive.
+            ModelError: if the model has no tangent kernel on them.
+        """
+        if memory is not None and memory <= 0:
+            raise InputError(f"a memory budget is a positive number of bytes: got {memory}")
         self.tangent = tangent
         self.trace = trace
+        self.memory = memory if memory is not None else default_memory()
+        self.progress = progress
         self._rows = tangent.examples(x1)
         self._cols = self._rows if x2 is None else tangent.examples(x2)
         self._symmetric = x2 is None
-        self.scalars = 1 if trace else tangent.anatomy(self._rows).scalars
+        self._anatomy = tangent.anatomy(self._rows)
+        self.scalars = 1 if trace else self._anatomy.scalars
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int]:
+        """(N*K, M*K), or (N, M) with `trace`."""
         return len(self._rows) * self.scalars, len(self._cols) * self.scalars
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
         return self.tangent.dtype
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
+        """The device of the parameters."""
         return self.tangent.device
 
     @property
-    def symmetric(self):
+    def symmetric(self) -> bool:
+        """Whether the columns are the rows' examples."""
         return self._symmetric
 
-    def tile(self, rows, cols):
+    def plan(self) -> Plan:
+        """What computing the whole matrix will cost and how it will be done, before any of it is done.
+
+        Cost: one forward and backward pass of two examples, to count FLOPs.
+        """
+        flops = self.tangent.count_flops(self._rows)
+        return self._planned(len(self._rows), len(self._cols), self._symmetric, self._sizes(flops))
+
+    def _sizes(self, flops: tuple[int, int] | None = None) -> Sizes:
+        itemsize = torch.empty(0, dtype=self.dtype).element_size()
+        return sizes(self._anatomy, itemsize, self.tangent.count * itemsize, flops)
+
+    def _planned(self, rows: int, cols: int, symmetric: bool, found: Sizes | None = None) -> Plan:
+        found = found or self._sizes()
+        return make_plan(found, rows, cols, symmetric=symmetric, trace=self.trace, memory=self.memory)
+
+    def tile(self, rows: slice, cols: slice) -> Tensor:
+        """The entries at `rows` x `cols`; whole examples are computed, so cut at multiples of K.
+
+        Raises:
+            ModelError: if a gradient is NaN or infinite.
+        """
         r0, r1 = bounds(rows, self.shape[0])
         c0, c1 = bounds(cols, self.shape[1])
-        left = self.tangent.derivatives(self._rows)
-        right = left if self._symmetric else self.tangent.derivatives(self._cols)
+        if r0 >= r1 or c0 >= c1:
+            return self._empty(r1 - r0, c1 - c0)
+        k = self.scalars
+        n0, n1, m0, m1 = r0 // k, -(-r1 // k), c0 // k, -(-c1 // k)
+        same = self._symmetric and (n0, n1) == (m0, m1)
+        plan = self._planned(n1 - n0, m1 - m0, same)
+        out = self._empty((n1 - n0) * k, (m1 - m0) * k)
         with torch.no_grad():
-            return left.gram(right, trace=self.trace)[r0:r1, c0:c1]
+            for (a, b), (c, d), block in self._tiles(plan, n0, n1, m0, m1, same):
+                part = out[(a - n0) * k : (b - n0) * k, (c - m0) * k : (d - m0) * k]
+                if same and (a, b) == (c, d):
+                    part.copy_((block + block.T) / 2)  # rounding differs above and below the diagonal
+                else:
+                    part.copy_(block)
+                    if same:
+                        out[(c - m0) * k : (d - m0) * k, (a - n0) * k : (b - n0) * k] = block.T
+        _check_finite(out)
+        return out[r0 - n0 * k : r1 - n0 * k, c0 - m0 * k : c1 - m0 * k]
+
+    def _tiles(
+        self, plan: Plan, n0: int, n1: int, m0: int, m1: int, same: bool
+    ) -> Iterator[tuple[tuple[int, int], tuple[int, int], Tensor]]:
+        """Tiles of examples in range, each once; of a symmetric range those on and above the diagonal."""
+        edge = tile_edge(self.scalars)
+        total, done = (n1 - n0) * (m1 - m0), 0
+        for start, stop in plan.blocks():
+            a, b = start + n0, stop + n0
+            reused = plan.block < plan.rows or b - a > edge
+            held = self._held(self._rows, a, b, plan, partners=m1 - m0, reused=reused)
+            passing = [(b, m1)] if same else [(m0, m1)]
+            if same:
+                for i, j in _ranges(a, b, edge):
+                    left = held.narrow(i - a, j - a)
+                    for c, d in _ranges(i, b, edge):
+                        right = left if c == i else held.narrow(c - a, d - a)
+                        yield (i, j), (c, d), self._gram(left, right, (i, j), (c, d))
+                done += (b - a) ** 2
+                self._report(done, total)
+            for first, last in passing:
+                for c, d in plan.chunks(first, last):
+                    right = self._held(self._cols, c, d, plan, partners=b - a, reused=b - a > edge)
+                    for i, j in _ranges(a, b, edge):
+                        yield (i, j), (c, d), self._gram(held.narrow(i - a, j - a), right, (i, j), (c, d))
+                    done += (b - a) * (d - c) * (2 if same else 1)
+                    self._report(done, total)
+
+    def _report(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(done * self.scalars**2, total * self.scalars**2)
+
+    def _held(self, examples: Examples, start: int, stop: int, plan: Plan, *, partners: int, reused: bool) -> Derivatives:
+        """Examples start:stop captured chunk by chunk, each chunk settled into its smaller form before the next."""
+        parts = []
+        for a, b in plan.chunks(start, stop):
+            part = self.tangent.derivatives(examples, slice(a, b))
+            parts.append(part.settled(partners, trace=self.trace, reused=reused) if stop - start > 1 else part)
+        if any(part.factors.keys() != parts[0].factors.keys() for part in parts[1:]):
+            return self.tangent.derivatives(examples, slice(start, stop), generic=True)
+        return parts[0].extend(parts[1:])
+
+    def _gram(self, left: Derivatives, right: Derivatives, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
+        if left.factors.keys() != right.factors.keys():  # two batches took two paths through the model
+            left = self.tangent.derivatives(self._rows, slice(*rows), generic=True)
+            right = self.tangent.derivatives(self._cols, slice(*cols), generic=True)
+        return left.gram(right, trace=self.trace)
+
+    def diagonal(self) -> Tensor:
+        """The squared lengths of the gradients. Cost: N forward and K*N backward passes, no pairs."""
+        if not self._symmetric:
+            return super().diagonal()
+        found = []
+        plan = self._planned(len(self._rows), 1, False)
+        with torch.no_grad():
+            for a, b in plan.chunks(0, len(self._rows)):
+                norms = self.tangent.derivatives(self._rows, slice(a, b)).squared_norms()
+                found.append(norms.mean(1) if self.trace else norms.reshape(-1))
+        diagonal = torch.cat(found)
+        _check_finite(diagonal)
+        return diagonal
+
+    def by_parameter(self, group: Callable[[str], str] | None = None) -> dict[str, Tensor]:
+        """The kernel split by parameter, in one pass; the parts sum to the whole.
+
+        Args:
+            group: from a parameter's name to the name of its group, for example `ntkit.kernel.empirical.by_module`;
+                each parameter by itself by default.
+
+        Returns:
+            One matrix of the kernel's shape for each group. Memory: as many matrices as groups.
+        """
+        n, m = len(self._rows), len(self._cols)
+        plan = self._planned(n, m, False)
+        label = group or (lambda name: name)
+        split = {label(name): torch.zeros(self.shape, dtype=self.dtype) for name in self.tangent.parameter_names}
+        k = self.scalars
+        with torch.no_grad():
+            for a, b in plan.chunks(0, n):
+                left = self.tangent.derivatives(self._rows, slice(a, b))
+                for c, d in plan.chunks(0, m):
+                    same = self._symmetric and (a, b) == (c, d)
+                    right = left if same else self.tangent.derivatives(self._cols, slice(c, d))
+                    if left.factors.keys() != right.factors.keys():
+                        left = self.tangent.derivatives(self._rows, slice(a, b), generic=True)
+                        right = self.tangent.derivatives(self._cols, slice(c, d), generic=True)
+                    for name, gram in left.grams(right, trace=self.trace):
+                        part = gram / left.scalars if self.trace else gram.reshape((b - a) * k, (d - c) * k)
+                        split[label(name)][a * k : b * k, c * k : d * k] += part.to(split[label(name)])
+        return {name: part.to(self.device) for name, part in split.items()}
+
+    def fidelity(self, *, examples: int = 16, generator: torch.Generator) -> Fidelity:
+        """How well this reduced kernel, times the identity over outputs, stands for the full one: measured, not assumed.
+
+        Args:
+            examples: number s of examples drawn; their exact C x C blocks cost s forward and s*C backward passes.
+            generator: draws them.
+
+        Raises:
+            InputError: if this kernel is not a reduced one, or fewer than 2 examples are asked for.
+        """
+        from ntkit.kernel.fidelity import measure_fidelity
+
+        return measure_fidelity(self, examples=examples, generator=generator)
+
+    def on(self, rows: Sequence[int], cols: Sequence[int] | None = None, *, tangent: Tangent | None = None) -> Tensor:
+        """The dense kernel of some examples by number, with this network or another tangent of it."""
+        tangent = tangent or self.tangent
+        with torch.no_grad():
+            left = tangent.derivatives(self._rows, rows)
+            right = left if cols is None else tangent.derivatives(self._cols, cols)
+            if left.factors.keys() != right.factors.keys():
+                left = tangent.derivatives(self._rows, rows, generic=True)
+                right = tangent.derivatives(self._cols, cols or rows, generic=True)
+            return left.gram(right, trace=self.trace and tangent is self.tangent)
+
+
+def by_module(name: str) -> str:
+    """The module that owns a parameter: everything before the last dot of its name."""
+    return name.rpartition(".")[0]
+
+
+def _ranges(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    return ((a, min(a + step, stop)) for a in range(start, stop, step))
+
+
+def _check_finite(values: Tensor) -> None:
+    if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+        raise ModelError(
+            "the tangent kernel has NaN or infinite entries: a gradient overflows or is not defined at these "
+            "parameters. Check the weights, use float64, or look for sqrt(0) and log(0) in the model"
+        )
+
+
+def default_memory() -> int:
+    """An eighth of the machine's memory, at least 256 MB."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        total = 8 * 2**30
+    return max(256 * 2**20, total // 8)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ntkit.errors import InputError
-from ntkit.kernel.base import Kernel, strips
+from ntkit.kernel.base import STRIP, Kernel, strips
 from ntkit.solve.ridge import FixedRidge, as_fixed_ridge
 from ntkit.solve.symmetric import SymmetricMatrix, as_tensor, symmetric_matrix
 
@@ -84,7 +84,7 @@ class Factorization:
         if not right.isfinite().all():
             raise InputError("the right-hand side has entries that are not finite (NaN or infinity)")
         columns = right if right.ndim == 2 else right[:, None]
-        value = torch.cholesky_solve(columns, self.lower)
+        value = _solved(self.lower, columns)
         residual = self.matrix.values @ value + self.ridge * value - columns
         norm = float(torch.linalg.vector_norm(columns))
         return Solution(
@@ -98,7 +98,7 @@ class Factorization:
         )
 
     def inverse_blocks(self, size: int = 1) -> Tensor:
-        """The diagonal blocks of (K + ridge I)^-1, shape (n / size, size, size). Cost: n^3 / 3; memory: 16 kB n.
+        """The diagonal blocks of (K + ridge I)^-1, shape (n / size, size, size). Cost: n^3 / 3; memory: 16 kB * n.
 
         Raises:
             InputError: if `size` does not divide n.
@@ -106,13 +106,11 @@ class Factorization:
         n = self.matrix.size
         if size < 1 or n % size:
             raise InputError(f"a matrix of {n} rows has no diagonal blocks of {size} rows: {size} does not divide {n}")
+        height = max(STRIP // size, 1) * size
         blocks = []
-        for strip in strips(n, height=max(1024 // size, 1) * size):
-            # Columns of L^-1 are zero above the diagonal, so only the trailing part of L takes part.
-            width = strip.stop - strip.start
-            unit = torch.eye(n - strip.start, width, dtype=torch.float64, device=self.lower.device)
-            columns = torch.linalg.solve_triangular(self.lower[strip.start :, strip.start :], unit, upper=False)
-            grouped = columns.reshape(-1, width // size, size).transpose(0, 1)  # (blocks, rows of L^-1, size)
+        for strip in strips(n, height):
+            columns = _inverse_columns(self.lower, strip, height)
+            grouped = columns.reshape(len(columns), -1, size).transpose(0, 1)  # (blocks, rows of L^-1, size)
             blocks.append(grouped.transpose(1, 2) @ grouped)
         return torch.cat(blocks)
 
@@ -163,6 +161,28 @@ def _ridge_added(values: Tensor, ridge: float) -> Iterator[Tensor]:
         values.diagonal().copy_(diagonal)
 
 
+def _solved(lower: Tensor, columns: Tensor) -> Tensor:
+    """(L L^T)^-1 columns; unlike `torch.cholesky_solve`, which copies L first."""
+    half = torch.linalg.solve_triangular(lower, columns, upper=False)
+    return torch.linalg.solve_triangular(lower.T, half, upper=True)
+
+
+def _inverse_columns(lower: Tensor, strip: slice, height: int) -> Tensor:
+    """Columns `strip` of L^-1 from the diagonal down; above it they are zero.
+
+    By forward substitution in blocks of `height` rows, because a triangular solve with a part of L would copy the part.
+    """
+    start, n = strip.start, len(lower)
+    columns = lower.new_zeros(n - start, strip.stop - start)
+    columns.fill_diagonal_(1.0)
+    for above in range(0, n - start, height):
+        rows = slice(start + above, min(start + above + height, n))
+        here = columns[above : above + height]
+        here -= lower[rows, start : rows.start] @ columns[:above]
+        here.copy_(torch.linalg.solve_triangular(lower[rows, rows], here, upper=False))
+    return columns
+
+
 def _ends(matrix: Tensor, lower: Tensor) -> tuple[float, float]:
     """Smallest and largest eigenvalue of a factored matrix, by inverse and power iteration from a fixed start."""
     generator = torch.Generator().manual_seed(0)
@@ -170,7 +190,7 @@ def _ends(matrix: Tensor, lower: Tensor) -> tuple[float, float]:
     high = low = torch.linalg.qr(start).Q
     largest = inverse = torch.zeros((), dtype=torch.float64)
     for _ in range(ITERATIONS):
-        high, low = matrix @ high, torch.cholesky_solve(low, lower)
+        high, low = matrix @ high, _solved(lower, low)
         if not low.isfinite().all():
             return 0.0, float(largest)
         largest, inverse = torch.linalg.matrix_norm(high, 2), torch.linalg.matrix_norm(low, 2)

@@ -163,8 +163,7 @@ class _NTKEstimator(BaseEstimator):
         return readout
 
     def _kernel(self, tangent: Tangent, rows: Any, cols: Any = None) -> TangentKernel:
-        budget = {} if self.memory is None else {"memory": self.memory}
-        return TangentKernel(tangent, rows, cols, trace=self.trace, **budget)
+        return TangentKernel(tangent, rows, cols, trace=self.trace, memory=self.memory)
 
     @staticmethod
     def _check_outputs(scalars: int, outputs: int, readout: Readout) -> None:
@@ -229,7 +228,7 @@ class NTKRegressor(MultiOutputMixin, RegressorMixin, _NTKEstimator):
         around_model: whether to regress what the network leaves of y, and add its predictions f0 back; False is f0 = 0.
         dtype: type of the network, and so of the kernel; None for the type it has. The solve is in float64 in any case.
         device: where the network, and so the kernel and the solve, are; None for where it is.
-        memory: budget in bytes for computing kernel tiles, passed to `TangentKernel`.
+        memory: bytes of working space for computing the kernel, as for `TangentKernel`; the matrix and the solve are extra.
         random_state: seeds torch's generators while a callable makes the network.
 
     Attributes:
@@ -245,7 +244,7 @@ class NTKRegressor(MultiOutputMixin, RegressorMixin, _NTKEstimator):
     X is an array (N, features), or with more axes for images; it is cast to the network's type. Tensors likewise, but
     integer tensors stay integers (token ids). Also tuples and dicts of tensors and `torch.utils.data.Dataset`s, which
     scikit-learn's cross-validation cannot split. Cost: the kernel, then 2/3 n^3 and 16 n^2 bytes for the solve, with
-    n = N, or NC for the full kernel; a search for the ridge takes about 9 n^3 and 32 n^2 bytes.
+    n = N, or NC for the full kernel; a search for the ridge takes about 9 n^3 and 40 n^2 bytes.
     """
 
     def __init__(  # noqa: PLR0913 (scikit-learn wants every parameter by name)

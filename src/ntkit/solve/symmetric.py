@@ -122,7 +122,8 @@ def symmetric_matrix(kernel: Kernel | Tensor | np.ndarray) -> SymmetricMatrix:
     del dense
     _require_finite(values)
     gap = _symmetrise(values)
-    largest = float(values.abs().amax())
+    least, most = values.aminmax()
+    largest = max(-float(least), float(most))
     allowed = math.sqrt(torch.finfo(kernel.dtype).eps) * largest
     if gap > allowed:
         raise InputError(

@@ -141,7 +141,8 @@ class Record:
         if axis is None or all(g is None for g in parts):
             return None
         like = next(g for g in parts if g is not None)
-        return torch.stack([axis.split(torch.zeros_like(like) if g is None else g, examples) for g in parts], 1)
+        canonical = [axis.split(torch.zeros_like(like) if g is None else g, examples) for g in parts]
+        return canonical[0].unsqueeze(1) if len(canonical) == 1 else torch.stack(canonical, 1)
 
     def check_inputs(self) -> None:
         """The kept inputs must still be what the operation saw.

@@ -62,6 +62,11 @@ class Factor(ABC):
     def nbytes(self) -> int:
         """Memory held."""
 
+    @property
+    def scalar_nbytes(self) -> int:
+        """The part of the memory that grows with the number of scalars."""
+        return self.nbytes
+
     def prefers_rows_among(self, partners: int, *, trace: bool) -> bool:
         """Whether products with `partners` examples of the same kind go through rows that are worth keeping."""
         return False
@@ -156,6 +161,15 @@ class OuterWork:
         touched = 0 if self.positions == other.positions == 1 else 16
         return pairs * (2 * (self.inputs + heads * self.outputs) + touched * (1 if trace else heads))
 
+    def of(self, examples: int) -> OuterWork:
+        """The same for another number of examples."""
+        return replace(self, examples=examples)
+
+    def pair_products(self, trace: bool) -> int:
+        """FLOPs of the matrix products behind one pair of examples by pairs of positions."""
+        heads = self.scalars if trace else self.scalars**2
+        return 2 * self.positions**2 * self.groups * (self.inputs + heads * self.outputs)
+
     def rows(self, other: OuterWork, trace: bool) -> int:
         """Forming the rows of both sides (once, where both are the same) and multiplying them."""
         heads = self.scalars if trace else self.scalars * other.scalars
@@ -210,6 +224,10 @@ class Outer(Factor):
     @property
     def nbytes(self) -> int:  # noqa: D102
         return self.inputs.nbytes + self.cotangents.nbytes
+
+    @property
+    def scalar_nbytes(self) -> int:  # noqa: D102
+        return self.cotangents.nbytes
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
         n, k, groups = self.examples, self.scalars, self.inputs.shape[1]
@@ -330,6 +348,10 @@ class Convolution(Factor):
     def nbytes(self) -> int:  # noqa: D102
         return self.inputs.nbytes + self.cotangents.nbytes
 
+    @property
+    def scalar_nbytes(self) -> int:  # noqa: D102
+        return self.cotangents.nbytes
+
     @cached_property
     def work(self) -> OuterWork:
         """The sizes that decide between pairs and rows."""
@@ -434,6 +456,10 @@ class Lookup(Factor):
     @property
     def nbytes(self) -> int:  # noqa: D102
         return self.ids.nbytes + self.cotangents.nbytes
+
+    @property
+    def scalar_nbytes(self) -> int:  # noqa: D102
+        return self.cotangents.nbytes
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
         stop = self.shape[0] if stop is None else stop

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ntkit.errors import InputError, SlowRouteWarning
 from ntkit.tangent import parameters as selecting
@@ -16,6 +17,7 @@ from ntkit.tangent.capture import Capture, Deviation, Source, plain_module, run_
 from ntkit.tangent.derivatives import Derivatives, Part, Term, assemble, leaf_rows, partition
 from ntkit.tangent.examples import Batch, Examples
 from ntkit.tangent.generic import generic_rows
+from ntkit.tangent.layout import FEW
 from ntkit.tangent.readout import Logits, Readout
 from ntkit.tangent.trial import Anatomy, check_scalars, disagreements, examine, gradients, run_model, tolerance
 from ntkit.tangent.untouched import check_evaluation, untouched
@@ -129,8 +131,34 @@ class Tangent:
             self._anatomies[key] = known
         return known
 
-    def derivatives(self, x: Any, index: slice | Sequence[int] = slice(None)) -> Derivatives:
+    def count_flops(self, x: Any) -> tuple[int, int]:
+        """FLOPs of one example's forward pass and of one scalar's backward pass, counted by torch on two examples."""
+        examples = self.examples(x)
+        some = examples.batch([i % len(examples) for i in range(FEW)], self.device)
+        anatomy, _ = self._anatomy(examples, some)
+        with untouched(self.model):
+            with FlopCounterMode(display=False) as forward, torch.no_grad():
+                output = some.call(self.model)
+                self.readout.scalars(output, some.targets)
+            if not anatomy.script:
+                return forward.get_total_flops() // FEW, 2 * forward.get_total_flops() // FEW
+            capture = Capture(self.selection, anatomy.script, some.size)
+            with capture:
+                output = some.call(self.model)
+            scalars = self.readout.scalars(output, some.targets)
+            with FlopCounterMode(display=False) as backward:
+                run_backward(scalars[:, :1], capture.records)
+        return forward.get_total_flops() // FEW, backward.get_total_flops() // FEW
+
+    def derivatives(
+        self, x: Any, index: slice | Sequence[int] = slice(None), *, generic: bool = False
+    ) -> Derivatives:
         """All per-example gradients of some examples at once, in factored form.
+
+        Args:
+            x: the examples.
+            index: which of them.
+            generic: take the generic route for all parameters, whatever the trial found.
 
         Cost: one forward and K backward passes. Memory: the inputs and K cotangents of every use, n examples each.
 
@@ -138,20 +166,22 @@ class Tangent:
             ModelError: if an output or gradient is NaN or infinite, or the model mixes examples.
             InputError: if the model cannot take the examples.
         """
-        outputs, terms, parts = self._terms(self.examples(x), index)
+        outputs, terms, parts = self._terms(self.examples(x), index, generic)
         with torch.no_grad():
             return assemble(outputs, terms, parts)
 
-    def _terms(self, examples: Examples, index: slice | Sequence[int]) -> tuple[Tensor, list[Term], list[Part]]:
+    def _terms(
+        self, examples: Examples, index: slice | Sequence[int], everything: bool = False
+    ) -> tuple[Tensor, list[Term], list[Part]]:
         some = examples.batch(index, self.device)
         anatomy, parts = self._anatomy(examples, some)
         with untouched(self.model):
             try:
-                outputs, terms = self._captured(anatomy, some)
-                generic = list(anatomy.generic)
+                outputs, terms = (None, []) if everything else self._captured(anatomy, some)
+                generic = list(self.selection.names if everything else anatomy.generic)
             except Deviation as deviation:
                 reason = f"this batch takes another path through the model than the first examples: {deviation}"
-                announce(Anatomy([], dict.fromkeys(self.selection.names, reason), {}, anatomy.scalars, False, []))
+                announce(Anatomy([], dict.fromkeys(self.selection.names, reason), {}, anatomy.scalars))
                 outputs, terms, generic = None, [], list(self.selection.names)
             if generic:
                 numbers = range(*index.indices(len(examples))) if isinstance(index, slice) else index

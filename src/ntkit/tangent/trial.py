@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ntkit.tangent.examples import Batch, Examples
-    from ntkit.tangent.factors import Factor
+    from ntkit.tangent.factors import Factor, OuterWork
     from ntkit.tangent.parameters import Selection
     from ntkit.tangent.readout import Readout
 
@@ -56,15 +58,50 @@ class Anatomy:
         scalars: K.
         reorders: whether examples are picked or sorted by their values before a parameter is used, so that a batch's
             order must be checked and cannot be known from the trial.
-        factors: the factors of the trial's captured run, which show the sizes of every use (for cost estimates).
+        activations: bytes that a forward pass of one example keeps.
+        cotangents: bytes of the cotangents of all uses, for one example and one scalar.
+        factors: the factors of the trial's captured run (MORE examples, one scalar), which show the sizes of every use.
     """
 
     script: list[Step]
     generic: dict[str, str]
     slow: dict[str, str]
     scalars: int
-    reorders: bool
-    factors: list[tuple[Source, Factor]] = field(repr=False)
+    reorders: bool = False
+    activations: int = 0
+    cotangents: int = 0
+    factors: list[tuple[Source, Factor]] = field(default_factory=list, repr=False)
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """One parameter's factor, for one example.
+
+    Attributes:
+        name: the parameter.
+        row: entries of one row.
+        held: bytes of the factor for one example, with K scalars.
+        work: positions and features, where it is a sum of outer products.
+    """
+
+    name: str
+    row: int
+    held: int
+    work: OuterWork | None
+
+
+def part_sizes(anatomy: Anatomy) -> list[PartSize]:
+    """Sizes of the factors of one example with all K scalars, from the trial's factors with one."""
+    found = []
+    for source, factor in anatomy.factors:
+        row = prod(factor.shape)
+        fixed = factor.nbytes - factor.scalar_nbytes
+        held = (fixed + anatomy.scalars * factor.scalar_nbytes) // MORE
+        work = getattr(factor, "work", None)
+        if work is not None:
+            work = replace(work, examples=1, scalars=anatomy.scalars)
+        found.append(PartSize(next(iter(source.leaves)), row, held, work))
+    return found
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -86,7 +123,7 @@ def examine(model: nn.Module, selection: Selection, readout: Readout, examples: 
         learned = _learn(model, selection, readout, few, more, plain)
     except _Hidden as hidden:
         reason = str(hidden)
-        return Anatomy([], dict.fromkeys(selection.names, reason), {}, plain.scalars.shape[1], False, [])
+        return Anatomy([], dict.fromkeys(selection.names, reason), {}, plain.scalars.shape[1])
     return _guarded(model, selection, readout, examples.batch([0], device), plain, learned)
 
 
@@ -106,13 +143,19 @@ class _Log(Watch):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[_Call] = []
+        self.memory: dict[int, int] = {}
 
     def see(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         arguments = [tuple(a.shape) for a in flatten((args, kwargs))[0] if isinstance(a, Tensor)]
         call = _Call(func, arguments, [])  # pyright: ignore[reportArgumentType]
         self.calls.append(call)
         result = func(*args, **kwargs)
-        call.outputs = [tuple(o.shape) for o in flatten(result)[0] if isinstance(o, Tensor)]
+        tensors = [o for o in flatten(result)[0] if isinstance(o, Tensor)]
+        call.outputs = [tuple(o.shape) for o in tensors]
+        for o in tensors:  # memory that is used again has the same address: what is left is what was alive together
+            with suppress(NotImplementedError, RuntimeError):  # tensors inside vmap have no memory of their own
+                place = o.untyped_storage().data_ptr()
+                self.memory[place] = max(self.memory.get(place, 0), o.nbytes)
         return result
 
 
@@ -122,6 +165,7 @@ class _Plain:
     scalars: Tensor  # FEW, K
     weights: Tensor  # FEW, K
     gradients: list[Tensor | None]  # by selected parameter
+    activations: int
 
 
 def _plain_run(model: nn.Module, selection: Selection, readout: Readout, batch: Batch) -> _Plain:
@@ -139,7 +183,9 @@ def _plain_run(model: nn.Module, selection: Selection, readout: Readout, batch: 
         if scalars.requires_grad:
             found = torch.autograd.grad((scalars * weights).sum(), selection.tensors, allow_unused=True)
             gradients = [None if g is None else g.detach() for g in found]
-    return _Plain(log.calls, scalars.detach(), weights, gradients)
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    activations = sum(size for place, size in log.memory.items() if place not in own) // FEW
+    return _Plain(log.calls, scalars.detach(), weights, gradients, activations)
 
 
 def run_model(model: nn.Module, selection: Selection, batch: Batch) -> Any:
@@ -392,7 +438,17 @@ def _guarded(
         _spread_reasons(generic, [source for source, _ in factors])
         _check_alone(model, selection, readout, alone, plain, allowed * scale)
     kept = [(source, factor) for source, factor in factors if not set(source.leaves) & set(generic)]
-    return Anatomy(learned.script, generic, slow, plain.scalars.shape[1], learned.reorders, kept)
+    cotangents = sum(g.nbytes for record in learned.records for gs in record.cotangents for g in gs if g is not None)
+    return Anatomy(
+        learned.script,
+        generic,
+        slow,
+        plain.scalars.shape[1],
+        learned.reorders,
+        plain.activations,
+        cotangents // MORE,
+        kept,
+    )
 
 
 def gradients(factors: list[tuple[Source, Factor]], weights: Tensor) -> dict[str, Tensor]:

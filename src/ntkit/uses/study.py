@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ntkit.errors import InputError
 from ntkit.kernel.base import DenseKernel
-from ntkit.kernel.empirical import TangentKernel
+from ntkit.kernel.empirical import TangentKernel, by_module
 from ntkit.solve.regression import KernelRegression, RegressionFit, regress
 from ntkit.solve.ridge import LeaveOneOut, Relative
 from ntkit.solve.spectrum import Alignment, Drift, Spectrum, alignment, cka, drift, spectrum
@@ -224,7 +224,9 @@ class RidgeCheck:
 
 @dataclass(frozen=True)
 class Similarity:
-    """The trace kernel between some examples as cosines, sorted by class.
+    """The trace kernel between some examples as cosines, centred, sorted by class.
+
+    Centred: of the features less their mean over the examples, so that 0 means "no more alike than any two examples".
 
     Attributes:
         cosines: (n, n), 1 on the diagonal.
@@ -518,14 +520,14 @@ class _Bench:
 
     def _layers(self) -> dict[str, float]:
         kernel = self._kernel(TRACE, self.task.x_train[:LAYER_EXAMPLES])
-        parts = kernel.by_parameter(lambda name: name.rpartition(".")[0] or name)
+        parts = kernel.by_parameter(lambda name: by_module(name) or name)
         traces = {name: float(part.diagonal().double().sum()) for name, part in parts.items()}
         return {name: value / sum(traces.values()) for name, value in traces.items()}
 
     def _similarity(self, dense: dict[str, _Timed]) -> Similarity:
         timed = dense.get(TRACE.label)
         x = self.task.x_train[: self.compared]
-        matrix = timed.matrix if timed else self._kernel(TRACE, x).dense()
+        matrix = DenseKernel(timed.matrix if timed else self._kernel(TRACE, x).dense(), symmetric=True).centred().dense()
         scale = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
         cosines = (scale[:, None] * matrix * scale).double()
         y = self.task.y_train[: self.compared]

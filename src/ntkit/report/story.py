@@ -1,0 +1,567 @@
+"""A study in plain sentences: the page for somebody who has not read the papers, with the measured numbers in it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ntkit.report import pictures
+from ntkit.report.page import Card, Figure, Page, Section, Strip, Table, Tile
+from ntkit.uses.convergence import EXPECTED_SLOPE
+from ntkit.uses.study import FIRST, FULL, PSEUDO, TRACE
+
+if TYPE_CHECKING:
+    from ntkit.uses.convergence import Convergence
+    from ntkit.uses.study import Evidence, Fit, KernelFacts, State, Study, Task
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a study was made of, for the words of the page.
+
+    Attributes:
+        title: of the page.
+        lead: one paragraph: the network, the data, the training.
+        made: notes for those who want to do it again: seeds, sizes, versions, seconds.
+        thing: what an example is called, in the singular: "image" or "example".
+        cross_entropy: whether the last state is known to be trained with cross-entropy.
+    """
+
+    title: str
+    lead: str
+    made: tuple[str, ...]
+    thing: str = "example"
+    cross_entropy: bool = False
+
+
+def page(subject: Subject, study: Study, task: Task, convergence: Convergence | None = None) -> Page:
+    """The page of a study."""
+    sections = [
+        _meaning(subject, study),
+        _alike(subject, study),
+        _closeness(subject, study),
+        _directions(study),
+        _movement(study),
+        _prediction(subject, study),
+        _speakers(subject, study, task),
+        _widening(convergence),
+        Section("How this was made", subject.made, notes=("All numbers are in results.json beside this page.",)),
+    ]
+    return Page(
+        title=subject.title,
+        lead=subject.lead,
+        cards=_cards(study),
+        findings=tuple(_findings(study, convergence)),
+        sections=tuple(section for section in sections if section is not None),
+        footer=f"Made by ntkit: {count(study.parameters)} parameters, {count(study.train_examples)} training and "
+        f"{count(study.test_examples)} test {subject.thing}s. This page needs no other file and no network.",
+    )
+
+
+def summary(study: Study) -> Table:
+    """One row per state and kernel: what the terminal shows at the end, and the page as well."""
+    rows = []
+    for state in study.states:
+        rows.append((f"network, {state.name}", "", "", "", "", "", "", score(study, state.test_score)))
+        for facts in state.kernels:
+            small = [f for f in state.fits if f.label == facts.label and f.examples == study.compared]
+            large = [f for f in state.fits if f.label == facts.label and f.examples != study.compared]
+            rows.append(
+                (
+                    f"  {facts.label}",
+                    "exact" if facts.fidelity is None else plus_minus(facts),
+                    number(facts.spectrum.largest / _full(state).spectrum.largest),
+                    number(facts.spectrum.condition_number),
+                    f"{facts.spectrum.entropy_rank:.1f}",
+                    "" if facts.alignment is None else f"{facts.alignment.centred:.2f}",
+                    score(study, small[0].test_score) if small else "",
+                    score(study, large[0].test_score) if large else "",
+                )
+            )
+    return Table(
+        caption=f"Kernels of {count(study.compared)} training examples; the last column uses all "
+        f"{count(study.train_examples)}. The full kernel has {study.outputs} rows per example.",
+        columns=(
+            "",
+            "distance from exact",
+            "largest eigenvalue / exact",
+            "condition number",
+            "effective rank",
+            "alignment with labels",
+            f"test {study.score_name}, {count(study.compared)} examples",
+            f"test {study.score_name}, all",
+        ),
+        rows=tuple(rows),
+    )
+
+
+# ---------------------------------------------------------------- numbers in words
+
+
+def count(value: int) -> str:
+    """A whole number with thousands apart."""
+    return f"{value:,}"
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A share as a percentage."""
+    return f"{100 * value:.{digits}f} %"
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent where that stays short."""
+    if math.isinf(value):
+        return "∞"
+    if value != 0 and not 1e-3 <= abs(value) < 1e4:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa}·10{_raised(int(exponent))}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _raised(exponent: int) -> str:
+    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def score(study: Study, value: float) -> str:
+    """A test score: per cent of right answers, or R^2."""
+    return percent(value) if study.score_name == "accuracy" else f"{value:.3f}"
+
+
+def distance(facts: KernelFacts) -> float:
+    """How far a reduced kernel is from the exact one: sampled on all training examples."""
+    return 0.0 if facts.fidelity is None else facts.fidelity.relative_error
+
+
+def plus_minus(facts: KernelFacts) -> str:
+    """The distance with its standard error, in per cent."""
+    if facts.fidelity is None:
+        return "0 %"
+    return f"{100 * facts.fidelity.relative_error:.0f} ± {100 * facts.fidelity.standard_error:.0f} %"
+
+
+def sentence(text: str) -> str:
+    """The text with a capital first letter."""
+    return text[:1].upper() + text[1:]
+
+
+# ---------------------------------------------------------------- the parts of the page
+
+
+def _full(state: State) -> KernelFacts:
+    return state.kernel(FULL.label)
+
+
+def _main(state: State, study: Study) -> Fit:
+    return next(fit for fit in reversed(state.fits) if fit.examples == study.train_examples)
+
+
+def _cards(study: Study) -> tuple[Card, ...]:
+    first, last = study.states[0], study.states[-1]
+    main = [fit for fit in first.fits if fit.examples == study.train_examples][:1]
+    cards = [Card(score(study, last.test_score), f"test {study.score_name} of the network {last.name}")]
+    for state in study.states:
+        for fit in main:
+            value = state.fit(fit.label, fit.examples).test_score
+            cards.append(
+                Card(score(study, value), f"test {study.score_name} of its {fit.label} kernel alone, {state.name}")
+            )
+    cards += [
+        Card(percent(distance(state.kernel(PSEUDO.label)), 0), f"distance of the pNTK from the exact kernel {state.name}")
+        for state in study.states
+    ]
+    return tuple(cards)
+
+
+def _findings(study: Study, convergence: Convergence | None) -> list[str]:
+    first, last = study.states[0], study.states[-1]
+    main = next(fit for fit in first.fits if fit.examples == study.train_examples)
+    own = first.fit(main.label, main.examples).test_score
+    found = [
+        f"The kernel of the network {first.name}, used alone in a regression on {count(main.examples)} labelled examples, "
+        f"reaches {score(study, own)} on new ones; the network {last.name} reaches {score(study, last.test_score)}: "
+        f"{_compared(own, last.test_score, study)}."
+    ]
+    if len(study.states) > 1:
+        later = last.fit(main.label, main.examples).test_score
+        whole = study.movements[0]
+        found.append(
+            f"Between the two states the kernel moved: {_moved(study)} With the kernel {last.name} the same regression "
+            f"reaches {score(study, later)}. So the network "
+            + (
+                "did not stay in the regime in which one fixed kernel describes it."
+                if whole.cka < 0.9
+                else "stayed close to the regime in which one fixed kernel describes it."
+            )
+        )
+    found += [_advice(state, study) for state in study.states]
+    if convergence is not None:
+        slope = convergence.sum_slope
+        found.append(
+            f"In wider networks the cheap pNTK comes closer to the exact kernel: its distance falls like width to the "
+            f"power {slope.value:.2f} (± {slope.standard_error:.2f}); "
+            + ("theory and earlier work expect" if convergence.as_expected else "this is outside what is expected,")
+            + f" {EXPECTED_SLOPE[0]} to {EXPECTED_SLOPE[1]}."
+        )
+    return found
+
+
+def _compared(ours: float, theirs: float, study: Study) -> str:
+    if study.score_name != "accuracy":
+        return "better" if ours > theirs else "not better"
+    middle = (ours + theirs) / 2
+    noise = 2 * math.sqrt(2 * middle * (1 - middle) / study.test_examples)
+    if abs(ours - theirs) <= noise:
+        return f"a difference that {count(study.test_examples)} test examples cannot tell from chance"
+    return "the kernel alone is better" if ours > theirs else "training the network gains more than its first kernel has"
+
+
+def _moved(study: Study) -> str:
+    whole = study.movements[0]
+    before, after = (_full(state).mean_diagonal for state in (study.states[0], study.states[-1]))
+    factor = after / before
+    scale = f"it grew {number(factor)}-fold" if factor >= 1 else f"it shrank to {percent(factor)} of its size"
+    return (
+        f"{scale}, and its shape agrees with the first one only to {percent(whole.cka, 0)} (CKA, 100 % is the same)."
+        if whole.cka < 0.9
+        else f"{scale}, and its shape still agrees with the first one to {percent(whole.cka, 0)} (CKA)."
+    )
+
+
+def _advice(state: State, study: Study) -> str:
+    pseudo, trace = state.kernel(PSEUDO.label), state.kernel(TRACE.label)
+    floor = distance(trace)
+    noise = math.hypot(*(f.fidelity.standard_error for f in (pseudo, trace) if f.fidelity is not None))
+    text = (
+        f"{sentence(state.name)} the pNTK (sum of the {study.outputs} logits) is {plus_minus(pseudo)} away from the exact "
+        f"kernel; the least that any kernel with one number per pair can reach is {plus_minus(trace)} (the trace kernel). "
+    )
+    if distance(pseudo) <= floor + max(2 * noise, 0.05 * floor):
+        text += "So the pNTK, the cheapest, is as good as any of its kind here."
+    else:
+        others = [facts for facts in state.kernels if facts.label not in (FULL.label, PSEUDO.label, TRACE.label)]
+        cheaper = min(others, key=distance, default=None)
+        text += "The sum of logits is the wrong read-out here: use the trace kernel" + (
+            f", or for a {study.outputs}th of its work {_by_name(cheaper.label)} ({plus_minus(cheaper)})."
+            if cheaper is not None and distance(cheaper) < distance(pseudo)
+            else "."
+        )
+    if floor > 0.5:
+        text += " Even that is far: where the interplay between the outputs matters, use the full kernel."
+    return text
+
+
+def _by_name(label: str) -> str:
+    return "the first logit alone" if label == FIRST.label else label
+
+
+def _meaning(subject: Subject, study: Study) -> Section:
+    return Section(
+        "What is being looked at",
+        (
+            f"The tangent kernel of a network answers one question: if a training step on {_a(subject.thing)} A changes "
+            f"the answer for A, how much does the answer for {_a(subject.thing)} B change with it? A large number means "
+            "that the network treats A and B alike at this moment of its training. The number follows exactly from the "
+            "network's derivatives; nothing has to be trained to know it.",
+            f"The network has {study.outputs} outputs, so the exact (full) kernel holds {study.outputs} x {study.outputs} "
+            f"numbers for each pair. Cheap kernels keep one: the pNTK takes the sum of the outputs, the trace kernel the "
+            f"average over the outputs one by one, the first logit just one of them. They are up to "
+            f"{study.outputs**2} times smaller; this page measures what that costs.",
+        ),
+        tables=(summary(study),),
+        notes=(
+            "Distance from exact: the size of what is missing, as a share of the size of the exact kernel (relative "
+            "Frobenius error), from random pairs, ± one standard error. Condition number: largest over smallest "
+            "eigenvalue; above a million, solving becomes delicate. Effective rank: how many directions the kernel "
+            "really uses (exponential of the entropy of its spectrum). Alignment: 1 if the kernel alone would sort the "
+            "examples by label, 0 if it knows nothing of the labels (centred kernel alignment).",
+        ),
+    )
+
+
+def _a(thing: str) -> str:
+    return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
+
+
+def _alike(subject: Subject, study: Study) -> Section | None:
+    states = [state for state in study.states if state.similarity is not None]
+    if not states:
+        return None
+    figures = []
+    for state in states:
+        facts = state.similarity
+        assert facts is not None
+        figures.append(
+            Figure(
+                pictures.similarity(facts),
+                f"{sentence(state.name)}: two {subject.thing}s of one class are alike by {facts.within:+.2f} on average, two of "
+                f"different classes by {facts.between:+.2f} (1 is the same, 0 is unrelated).",
+            )
+        )
+    return Section(
+        "What the network finds alike",
+        (
+            f"Each point of a picture is a pair of {subject.thing}s, sorted by class. Blue: a training step on one moves "
+            "the answer for the other the same way; orange: the opposite way. Blue squares along the diagonal mean that "
+            "the network already groups the classes, before its answers are looked at.",
+        ),
+        tuple(figures),
+    )
+
+
+def _closeness(subject: Subject, study: Study) -> Section:
+    paragraphs = [
+        "The bars say how much of the exact kernel each cheap one misses; lower is better. The trace kernel is the best "
+        "that one number per pair can be, so its bar is the floor for the others."
+    ]
+    first, last = study.states[0], study.states[-1]
+    before, after = (distance(state.kernel(PSEUDO.label)) for state in (first, last))
+    if len(study.states) > 1 and subject.cross_entropy:
+        gap_before = before - distance(first.kernel(TRACE.label))
+        gap_after = after - distance(last.kernel(TRACE.label))
+        grew = gap_after > gap_before
+        paragraphs.append(
+            "A known trap: training with cross-entropy never changes the sum of the last layer's rows, because its "
+            "gradients over the classes add up to zero. All other directions grow, and the sum, which predictions do "
+            "not depend on at all, says less and less about the network. Here the distance of the pNTK went from "
+            f"{percent(before, 0)} to {percent(after, 0)}, and its gap to the floor from {percent(gap_before, 0)} to "
+            f"{percent(gap_after, 0)}: " + ("the trap is visible." if grew else "this time it did not show.")
+        )
+    paragraphs += [
+        f"What to use. {_advice(last, study)} Where only the predictions of a regression count, compare the scores "
+        "below: they suffer much less than the entries of the kernel."
+    ]
+    return Section(
+        "How close the cheap kernels are to the exact one",
+        tuple(paragraphs),
+        (Figure(pictures.fidelity(study.states), _closeness_caption(study)),),
+        notes=(
+            "The same distances with every block of "
+            f"{count(study.compared)} {subject.thing}s instead of sampled pairs: "
+            + "; ".join(
+                f"{state.name} "
+                + ", ".join(f"{k.label} {percent(k.error, 0)}" for k in state.kernels if k.fidelity is not None)
+                for state in study.states
+            )
+            + ".",
+        ),
+    )
+
+
+def _closeness_caption(study: Study) -> str:
+    parts = []
+    for state in study.states:
+        found = ", ".join(f"{k.label} {plus_minus(k)}" for k in state.kernels if k.fidelity is not None)
+        parts.append(f"{sentence(state.name)}: {found}.")
+    return " ".join(parts) + " Thin lines: one standard error."
+
+
+def _directions(study: Study) -> Section:
+    labels = [FULL.label, PSEUDO.label, TRACE.label]
+    figures = []
+    for state in study.states:
+        full, pseudo = _full(state), state.kernel(PSEUDO.label)
+        figures.append(
+            Figure(
+                pictures.spectra(state, labels),
+                f"{sentence(state.name)}: condition number {number(full.spectrum.condition_number)} for the full kernel, "
+                f"{number(pseudo.spectrum.condition_number)} for the pNTK; the largest eigenvalue of the pNTK is "
+                f"{number(pseudo.spectrum.largest / full.spectrum.largest)} times the exact one.",
+            )
+        )
+    first = _full(study.states[0]).spectrum
+    return Section(
+        "Fast and slow directions",
+        (
+            "Gradient descent learns each eigenvector of the kernel at a speed given by its eigenvalue. A steep curve "
+            "means that a few directions are learnt at once and the rest hardly ever. Here the full kernel of "
+            f"{count(study.compared)} examples has {count(len(first.eigenvalues))} directions and uses "
+            f"{first.entropy_rank:.1f} of them {study.states[0].name}"
+            + (
+                f", {_full(study.states[-1]).spectrum.entropy_rank:.1f} {study.states[-1].name}"
+                if len(study.states) > 1
+                else ""
+            )
+            + " (effective rank).",
+        ),
+        tuple(figures),
+        notes=("Each eigenvalue of a cheap kernel counts once per output, as it does when it stands for the full one.",),
+    )
+
+
+def _movement(study: Study) -> Section:
+    paragraphs = []
+    tables = ()
+    if study.movements:
+        paragraphs.append(
+            "If the kernel stood still during training, the network would be a linear model in disguise and the kernel "
+            f"{study.states[0].name} would tell its whole future. {sentence(_moved(study))}"
+        )
+        tables = (
+            Table(
+                f"From {study.states[0].name} to {study.states[-1].name}",
+                ("", "relative change", "1 - cosine", "CKA"),
+                tuple(
+                    (
+                        moved.label,
+                        number(moved.drift.relative_change),
+                        f"{moved.drift.cosine_distance:.3f}",
+                        f"{moved.cka:.3f}",
+                    )
+                    for moved in study.movements
+                ),
+            ),
+        )
+    names = [max(state.layers, key=state.layers.__getitem__) for state in study.states]
+    shares = "; ".join(
+        f"{state.name} the largest share, {percent(state.layers[name], 0)}, comes from layer {name}"
+        for state, name in zip(study.states, names, strict=True)
+    )
+    paragraphs.append(
+        "The kernel is a sum over the layers, so one can ask which layers would do the learning: " + shares + "."
+    )
+    return Section(
+        "How training moved the kernel, and where it lives" if study.movements else "Where the kernel lives",
+        tuple(paragraphs),
+        (Figure(pictures.layers(study.states), "Share of the trace of the exact kernel that each layer contributes."),),
+        tables,
+        notes=(
+            "Relative change sees a change of scale; the cosine and CKA do not. CKA leaves the mean over the examples out "
+            "as well.",
+        )
+        if study.movements
+        else (),
+    )
+
+
+def _prediction(subject: Subject, study: Study) -> Section:
+    first, last = study.states[0], study.states[-1]
+    small = [fit for fit in last.fits if fit.examples == study.compared]
+    figures = [
+        Figure(
+            pictures.scores(study.states, study.score_name, study.test_examples),
+            ("Hollow: " + first.name + "; full: " + last.name + ". " if len(study.states) > 1 else "")
+            + f"Dashed: the network {last.name}, {score(study, last.test_score)}."
+            + (" Thin lines: one standard error of the test set." if study.score_name == "accuracy" else ""),
+        )
+    ]
+    figures += [
+        Figure(
+            pictures.ridge(state.ridge_check, f"{state.ridge_check.label} {state.name}"),
+            f"{sentence(state.name)}: leave-one-out promises the error of each ridge without looking at the test set; "
+            f"the ridge it chooses costs {number(state.ridge_check.regret)} times the test error of the best one.",
+        )
+        for state in study.states
+    ]
+    spread = max(f.test_score for f in small) - min(f.test_score for f in small)
+    paragraphs = [
+        f"Kernel regression predicts a new {subject.thing} from the labelled ones, weighted by the kernel. It is what "
+        "the network would end at if it were trained for ever with its kernel frozen. No training is needed, only one "
+        "linear system.",
+        f"From {count(study.compared)} examples the kernels {last.name} reach "
+        + ", ".join(f"{score(study, f.test_score)} ({f.label})" for f in small)
+        + (
+            f": they differ by {percent(spread)}, far less than the kernels themselves."
+            if study.score_name == "accuracy"
+            else "."
+        ),
+    ]
+    columns = ("", "examples", "ridge", "training", "left out", "test", "seconds")
+    tables = tuple(
+        Table(
+            f"Kernel regression {state.name}: {study.score_name}",
+            columns,
+            tuple(
+                (
+                    fit.label,
+                    count(fit.examples),
+                    number(fit.relative_ridge),
+                    score(study, fit.train_score),
+                    score(study, fit.loo_score),
+                    score(study, fit.test_score),
+                    f"{fit.seconds:.1f}",
+                )
+                for fit in state.fits
+            )
+            + (("network", "", "", score(study, state.train_score), "", score(study, state.test_score), ""),),
+        )
+        for state in study.states
+    )
+    searched = sorted({fit.ridge_from for fit in last.fits if fit.ridge_from < fit.examples})
+    notes = [
+        "Predictions start from zero, not from the network's own answers, so that the kernel is judged alone. The ridge "
+        "is the one with the least leave-one-out error, in units of the kernel's mean diagonal entry."
+        + (f" For the largest fits it was chosen on {count(searched[0])} of the examples." if searched else "")
+    ]
+    if len(study.states) > 1:
+        notes.append(
+            f"The kernel {last.name} has seen the training labels through the weights, if the network was trained on these "
+            "examples: its leave-one-out scores are then too good, its test scores are not."
+        )
+    return Section("Predicting with the kernel alone", tuple(paragraphs), tuple(figures), tables, notes=tuple(notes))
+
+
+def _speakers(subject: Subject, study: Study, task: Task) -> Section | None:
+    state = study.states[-1]
+    strips = [_strip(evidence, task) for evidence in state.evidence]
+    found = tuple(strip for strip in strips if strip is not None)
+    if not found:
+        return None
+    return Section(
+        f"Which training {subject.thing}s speak for an answer",
+        (
+            "A kernel prediction is a sum over the training examples, so it can be taken apart. Left: a test "
+            f"{subject.thing} and the answer; right: the training {subject.thing}s whose terms are largest, strongest first. "
+            "Wrong answers come first: their speakers show what the network took the image for.",
+        ),
+        gallery=found,
+        notes=(f"From the regression with the {_main(state, study).label} kernel {state.name}.",),
+    )
+
+
+def _strip(evidence: Evidence, task: Task) -> Strip | None:
+    image = pictures.thumbnail(task.x_test[evidence.test])
+    tiles = [pictures.thumbnail(task.x_train[n]) for n in evidence.train]
+    if image is None:
+        return None
+    right = evidence.truth == evidence.predicted
+    caption = f"answer {evidence.predicted}, right" if right else f"answer {evidence.predicted}, is {evidence.truth}"
+    return Strip(
+        Tile(image, caption),
+        right,
+        tuple(Tile(t, f"a {c}") for t, c in zip(tiles, evidence.classes, strict=True) if t is not None),
+    )
+
+
+def _widening(facts: Convergence | None) -> Section | None:
+    if facts is None:
+        return None
+    low, high = facts.widths[0], facts.widths[-1]
+
+    def mean(width: int, name: str) -> float:
+        values = [getattr(point, name) for point in facts.at(width)]
+        return sum(values) / len(values)
+
+    slope, largest = facts.sum_slope, facts.largest_slope
+    verdict = "as expected" if facts.as_expected else "outside the expected band"
+    return Section(
+        "Wider networks have simpler kernels",
+        (
+            f"Random networks of two hidden layers, {len(facts.seeds)} of each width, before any training. The pNTK is "
+            f"{percent(mean(low, 'sum_error'), 0)} away from the exact kernel at width {low} and "
+            f"{percent(mean(high, 'sum_error'), 0)} at width {high}. On the double logarithmic picture that is a line of "
+            f"slope {slope.value:.2f} ± {slope.standard_error:.2f}, {verdict} ({EXPECTED_SLOPE[0]} to {EXPECTED_SLOPE[1]}): "
+            "the theorem of Mohamadi, Bae and Sutherland (2023) says one over the square root of the width.",
+            f"The largest eigenvalue follows, with slope {largest.value:.2f} ± {largest.standard_error:.2f}. The condition "
+            f"number of the exact kernel goes from {number(mean(low, 'condition_full'))} to "
+            f"{number(mean(high, 'condition_full'))}, that of the pNTK from {number(mean(low, 'condition_sum'))} to "
+            f"{number(mean(high, 'condition_sum'))}.",
+        ),
+        (
+            Figure(
+                pictures.widths(facts),
+                f"Dots: single networks on {facts.examples} images; lines: means. The shaded wedge has the expected slopes.",
+            ),
+        ),
+        notes=("This holds at initialisation; the section on closeness shows what training does to it.",),
+    )
