@@ -109,7 +109,16 @@ def test_rounding_asymmetry_is_averaged():
     y = torch.ones(20, dtype=torch.float64)
     value = Cholesky().factor(noisy).solve(y).value
     assert oracles.relative_error(value, oracles.ridge_solve((noisy + noisy.T) / 2, y, 0.0)) < 1e-12
+
+
+def test_asymmetry_is_averaged_across_strips():
+    kernel = gram(1100, 5)
+    noisy = kernel * (1 + 1e-10 * normal_like(kernel))
     assert torch.equal(symmetric_matrix(noisy).values, (noisy + noisy.T) / 2)
+
+
+def normal_like(matrix: Tensor) -> Tensor:
+    return torch.randn(matrix.shape, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
 
 
 def test_the_kernel_is_read_once_and_left_alone():
@@ -149,8 +158,10 @@ def test_ends_of_the_spectrum():
     assert factorization.solve(torch.ones(5)).condition_number == pytest.approx(100.5, rel=1e-6)
 
 
-@pytest.mark.parametrize(("n", "size"), [(12, 1), (12, 3), (12, 12), (1200, 1), (1200, 3)])
-def test_inverse_blocks(n, size):
+@pytest.mark.parametrize("strip", [1024, 5, 1])
+@pytest.mark.parametrize(("n", "size"), [(1, 1), (12, 1), (12, 3), (12, 12), (60, 4)])
+def test_inverse_blocks(n, size, strip, monkeypatch):
+    monkeypatch.setattr("ntkit.solve.direct.STRIP", strip)
     kernel = gram(n, n + 50)
     blocks = Cholesky().factor(kernel, 0.1).inverse_blocks(size)
     ridge = 0.1 * float(kernel.diagonal().mean())
@@ -309,6 +320,7 @@ def test_grids(rule):
     assert rule(torch.tensor([1.0, 2.0])) == rule([1, 2]) == rule((1.0, 2.0))
     assert hash(rule()) == hash(rule(DEFAULT_GRID))
     assert sorted(set(DEFAULT_GRID)) == list(DEFAULT_GRID)
+    assert (repr(rule()), repr(rule((0.1,)))) == (f"{rule.__name__}()", f"{rule.__name__}((0.1,))")
     with pytest.raises(InputError, match="empty"):
         rule(())
 

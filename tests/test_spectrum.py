@@ -198,7 +198,7 @@ BAD[3, 1] = float("nan")
         (lambda: drift(torch.zeros(0, 0), torch.zeros(0, 0)), "shapes"),
         (lambda: cka(torch.ones(3, 4), torch.ones(3, 4)), r"square kernel.*\(3, 4\)"),
         (lambda: cka(torch.ones(3, 3), torch.eye(3)), "once centred, a kernel is zero"),
-        (lambda: cka(torch.full((7, 7), 0.1).double(), torch.eye(7)), "once centred, a kernel is zero"),
+        (lambda: cka(torch.full((17, 17), 0.1, dtype=torch.float64), torch.eye(17)), "once centred, a kernel is zero"),
         (lambda: cka(torch.eye(3), torch.eye(3), scalars=2), "3 rows does not have 2 rows per example"),
         (lambda: cka(torch.eye(3), torch.eye(3), scalars=0), "rows per example"),
         (lambda: cka(BAD, BAD), "not finite"),

@@ -100,7 +100,7 @@ def fidelity(states: Sequence[State]) -> str:
         width = 0.8 / len(labels)
         for number, label in enumerate(labels):
             found = [state.kernel(label).fidelity for state in states]
-            heights = [f.relative_error for f in found if f is not None]
+            heights = [f.error for f in found if f is not None]
             errors = [f.standard_error for f in found if f is not None]
             x = np.arange(len(states)) + (number - (len(labels) - 1) / 2) * width
             axes.bar(x, heights, width * 0.9, color=colour(label), label=label)
@@ -109,7 +109,7 @@ def fidelity(states: Sequence[State]) -> str:
         axes.set_ylabel("distance from the exact kernel")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(axis="y")
-        axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.2, handlelength=1.4)
         out["label"] = "Bars: relative error of each reduced kernel"
     return out["svg"]
 

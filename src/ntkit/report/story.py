@@ -25,7 +25,7 @@ class Subject:
         lead: one paragraph: the network, the data, the training.
         made: notes for those who want to do it again: seeds, sizes, versions, seconds.
         thing: what an example is called, in the singular: "image" or "example".
-        cross_entropy: whether the last state is known to be trained with cross-entropy.
+        cross_entropy: whether the last state is known to be trained with cross-entropy, from the first one.
     """
 
     title: str
@@ -40,7 +40,7 @@ def page(subject: Subject, study: Study, task: Task, convergence: Convergence | 
     sections = [
         _meaning(subject, study),
         _alike(subject, study),
-        _closeness(subject, study),
+        _closeness(subject, study) if study.outputs > 1 else None,
         _directions(study),
         _movement(study),
         _prediction(subject, study),
@@ -106,7 +106,7 @@ def count(value: int) -> str:
 
 def percent(value: float, digits: int = 1) -> str:
     """A share as a percentage."""
-    return f"{100 * value:.{digits}f} %"
+    return f"{100 * value:.{digits}f}%"
 
 
 def number(value: float) -> str:
@@ -130,14 +130,14 @@ def score(study: Study, value: float) -> str:
 
 def distance(facts: KernelFacts) -> float:
     """How far a reduced kernel is from the exact one: sampled on all training examples."""
-    return 0.0 if facts.fidelity is None else facts.fidelity.relative_error
+    return 0.0 if facts.fidelity is None else facts.fidelity.error
 
 
 def plus_minus(facts: KernelFacts) -> str:
     """The distance with its standard error, in per cent."""
     if facts.fidelity is None:
-        return "0 %"
-    return f"{100 * facts.fidelity.relative_error:.0f} ± {100 * facts.fidelity.standard_error:.0f} %"
+        return "0%"
+    return f"{100 * facts.fidelity.error:.0f} ± {100 * facts.fidelity.standard_error:.0f}%"
 
 
 def sentence(text: str) -> str:
@@ -169,6 +169,7 @@ def _cards(study: Study) -> tuple[Card, ...]:
     cards += [
         Card(percent(distance(state.kernel(PSEUDO.label)), 0), f"distance of the pNTK from the exact kernel {state.name}")
         for state in study.states
+        if study.outputs > 1
     ]
     return tuple(cards)
 
@@ -194,7 +195,8 @@ def _findings(study: Study, convergence: Convergence | None) -> list[str]:
                 else "stayed close to the regime in which one fixed kernel describes it."
             )
         )
-    found += [_advice(state, study) for state in study.states]
+    if study.outputs > 1:
+        found += [_advice(state, study) for state in study.states]
     if convergence is not None:
         slope = convergence.sum_slope
         found.append(
@@ -222,7 +224,7 @@ def _moved(study: Study) -> str:
     factor = after / before
     scale = f"it grew {number(factor)}-fold" if factor >= 1 else f"it shrank to {percent(factor)} of its size"
     return (
-        f"{scale}, and its shape agrees with the first one only to {percent(whole.cka, 0)} (CKA, 100 % is the same)."
+        f"{scale}, and its shape agrees with the first one only to {percent(whole.cka, 0)} (CKA, 100% is the same)."
         if whole.cka < 0.9
         else f"{scale}, and its shape still agrees with the first one to {percent(whole.cka, 0)} (CKA)."
     )
@@ -263,7 +265,9 @@ def _meaning(subject: Subject, study: Study) -> Section:
             f"the answer for A, how much does the answer for {_a(subject.thing)} B change with it? A large number means "
             "that the network treats A and B alike at this moment of its training. The number follows exactly from the "
             "network's derivatives; nothing has to be trained to know it.",
-            f"The network has {study.outputs} outputs, so the exact (full) kernel holds {study.outputs} x {study.outputs} "
+            "The network has one output, so the kernel holds one number for each pair."
+            if study.outputs == 1
+            else f"The network has {study.outputs} outputs, so the exact (full) kernel holds {study.outputs} x {study.outputs} "
             f"numbers for each pair. Cheap kernels keep one: the pNTK takes the sum of the outputs, the trace kernel the "
             f"average over the outputs one by one, the first logit just one of them. They are up to "
             f"{study.outputs**2} times smaller; this page measures what that costs.",
@@ -271,7 +275,7 @@ def _meaning(subject: Subject, study: Study) -> Section:
         tables=(summary(study),),
         notes=(
             "Distance from exact: the size of what is missing, as a share of the size of the exact kernel (relative "
-            "Frobenius error), from random pairs, ± one standard error. Condition number: largest over smallest "
+            "Frobenius error), estimated from random examples, ± one standard error. Condition number: largest over smallest "
             "eigenvalue; above a million, solving becomes delicate. Effective rank: how many directions the kernel "
             "really uses (exponential of the entropy of its spectrum). Alignment: 1 if the kernel alone would sort the "
             "examples by label, 0 if it knows nothing of the labels (centred kernel alignment).",
@@ -321,11 +325,17 @@ def _closeness(subject: Subject, study: Study) -> Section:
         gap_after = after - distance(last.kernel(TRACE.label))
         grew = gap_after > gap_before
         paragraphs.append(
-            "A known trap: training with cross-entropy never changes the sum of the last layer's rows, because its "
+            "A known trap: plain training with cross-entropy never changes the sum of the last layer's rows, because its "
             "gradients over the classes add up to zero. All other directions grow, and the sum, which predictions do "
             "not depend on at all, says less and less about the network. Here the distance of the pNTK went from "
             f"{percent(before, 0)} to {percent(after, 0)}, and its gap to the floor from {percent(gap_before, 0)} to "
             f"{percent(gap_after, 0)}: " + ("the trap is visible." if grew else "this time it did not show.")
+        )
+    elif after > 1.15 * distance(last.kernel(TRACE.label)):
+        paragraphs.append(
+            f"The pNTK {last.name} is clearly above the floor. If the network was trained with cross-entropy that is to be "
+            "expected: such training leaves the sum of the last layer's rows where it was while all other directions "
+            "grow, and predictions do not depend on the sum at all."
         )
     paragraphs += [
         f"What to use. {_advice(last, study)} Where only the predictions of a regression count, compare the scores "
@@ -337,7 +347,7 @@ def _closeness(subject: Subject, study: Study) -> Section:
         (Figure(pictures.fidelity(study.states), _closeness_caption(study)),),
         notes=(
             "The same distances with every block of "
-            f"{count(study.compared)} {subject.thing}s instead of sampled pairs: "
+            f"{count(study.compared)} {subject.thing}s instead of a sample: "
             + "; ".join(
                 f"{state.name} "
                 + ", ".join(f"{k.label} {percent(k.error, 0)}" for k in state.kernels if k.fidelity is not None)
@@ -357,18 +367,19 @@ def _closeness_caption(study: Study) -> str:
 
 
 def _directions(study: Study) -> Section:
-    labels = [FULL.label, PSEUDO.label, TRACE.label]
+    several = study.outputs > 1
+    labels = [FULL.label, PSEUDO.label, TRACE.label] if several else [FULL.label]
     figures = []
     for state in study.states:
-        full, pseudo = _full(state), state.kernel(PSEUDO.label)
-        figures.append(
-            Figure(
-                pictures.spectra(state, labels),
-                f"{sentence(state.name)}: condition number {number(full.spectrum.condition_number)} for the full kernel, "
-                f"{number(pseudo.spectrum.condition_number)} for the pNTK; the largest eigenvalue of the pNTK is "
-                f"{number(pseudo.spectrum.largest / full.spectrum.largest)} times the exact one.",
+        full = _full(state).spectrum
+        caption = f"{sentence(state.name)}: condition number {number(full.condition_number)} for the full kernel"
+        if several:
+            pseudo = state.kernel(PSEUDO.label).spectrum
+            caption += (
+                f", {number(pseudo.condition_number)} for the pNTK; the largest eigenvalue of the pNTK is "
+                f"{number(pseudo.largest / full.largest)} times the exact one"
             )
-        )
+        figures.append(Figure(pictures.spectra(state, labels), caption + "."))
     first = _full(study.states[0]).spectrum
     return Section(
         "Fast and slow directions",
@@ -385,7 +396,9 @@ def _directions(study: Study) -> Section:
             + " (effective rank).",
         ),
         tuple(figures),
-        notes=("Each eigenvalue of a cheap kernel counts once per output, as it does when it stands for the full one.",),
+        notes=("Each eigenvalue of a cheap kernel counts once per output, as it does when it stands for the full one.",)
+        if several
+        else (),
     )
 
 
@@ -449,14 +462,14 @@ def _prediction(subject: Subject, study: Study) -> Section:
         Figure(
             pictures.ridge(state.ridge_check, f"{state.ridge_check.label} {state.name}"),
             f"{sentence(state.name)}: leave-one-out promises the error of each ridge without looking at the test set; "
-            f"the ridge it chooses costs {number(state.ridge_check.regret)} times the test error of the best one.",
+            + _regret(state.ridge_check.regret),
         )
         for state in study.states
     ]
     spread = max(f.test_score for f in small) - min(f.test_score for f in small)
     paragraphs = [
-        f"Kernel regression predicts a new {subject.thing} from the labelled ones, weighted by the kernel. It is what "
-        "the network would end at if it were trained for ever with its kernel frozen. No training is needed, only one "
+        f"Kernel regression predicts a new {subject.thing} from the labelled ones, weighted by the kernel. It is where "
+        "the network would end if it were trained for ever, on squared error, with its kernel frozen. No training is needed, only one "
         "linear system.",
         f"From {count(study.compared)} examples the kernels {last.name} reach "
         + ", ".join(f"{score(study, f.test_score)} ({f.label})" for f in small)
@@ -499,6 +512,12 @@ def _prediction(subject: Subject, study: Study) -> Section:
             "examples: its leave-one-out scores are then too good, its test scores are not."
         )
     return Section("Predicting with the kernel alone", tuple(paragraphs), tuple(figures), tables, notes=tuple(notes))
+
+
+def _regret(regret: float) -> str:
+    if regret < 1.005:
+        return "the ridge it chooses is the best one for the test set as well."
+    return f"the ridge it chooses has a test error {percent(regret - 1)} above that of the best one."
 
 
 def _speakers(subject: Subject, study: Study, task: Task) -> Section | None:

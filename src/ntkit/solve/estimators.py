@@ -228,7 +228,7 @@ class NTKRegressor(MultiOutputMixin, RegressorMixin, _NTKEstimator):
         around_model: whether to regress what the network leaves of y, and add its predictions f0 back; False is f0 = 0.
         dtype: type of the network, and so of the kernel; None for the type it has. The solve is in float64 in any case.
         device: where the network, and so the kernel and the solve, are; None for where it is.
-        memory: bytes of working space for computing the kernel, as for `TangentKernel`; the matrix and the solve are extra.
+        memory: bytes of working space for computing the kernel, as for `TangentKernel`; matrix and solve come on top.
         random_state: seeds torch's generators while a callable makes the network.
 
     Attributes:

@@ -84,6 +84,10 @@ class SearchedRidge(ABC):
     def score(self, regression: KernelRegression, ridge: float) -> float:
         """The estimated error at this absolute ridge."""
 
+    def __repr__(self) -> str:
+        grid = "" if self.grid == DEFAULT_GRID else f"({', '.join(f'{value:g}' for value in self.grid)},)"
+        return f"{type(self).__name__}({grid})"
+
     def choose(self, regression: KernelRegression) -> Absolute:
         """The ridge of the grid with the least score; ridges too small for a positive definite kernel are passed over.
 
@@ -97,7 +101,7 @@ class SearchedRidge(ABC):
         return Absolute(min(usable, key=lambda ridge: self.score(regression, ridge)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GCV(SearchedRidge):
     """The ridge with the least generalized cross-validation score (Wei, Hu, Steinhardt 2022).
 
@@ -115,7 +119,7 @@ class GCV(SearchedRidge):
         return regression.gcv(ridge)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LeaveOneOut(SearchedRidge):
     """The ridge with the least squared error on examples left out one at a time (exactly, without refitting)."""
 

@@ -126,7 +126,7 @@ def convergence(
     outputs: int = 10,
     widths: Sequence[int] = (64, 128, 256, 512),
     seeds: Sequence[int] = (0, 1, 2),
-    tell: Callable[[str], None] = lambda message: None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Convergence:
     """Compare full and reduced kernels of random multilayer perceptrons of growing width, in float64.
 
@@ -135,7 +135,7 @@ def convergence(
         outputs: C.
         widths: of both hidden layers, at least two.
         seeds: one network each.
-        tell: is told each width.
+        tell: is told (networks done, networks in all).
 
     Raises:
         InputError: if there are fewer than two widths, or no seed.
@@ -147,8 +147,9 @@ def convergence(
     x = x.flatten(1).to(torch.float64)
     points = []
     for width in widths:
-        tell(f"width {width}")
-        points += [_point(x, perceptron(x.shape[1], width, outputs, seed), width, seed) for seed in seeds]
+        for seed in seeds:
+            points.append(_point(x, perceptron(x.shape[1], width, outputs, seed), width, seed))
+            tell(len(points), len(widths) * len(seeds))
     return Convergence(len(x), outputs, tuple(points))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,24 +47,25 @@ def digits(generator: torch.Generator) -> Digits:
     return Digits(x[train], y[train], x[test], y[test])
 
 
-def small_cnn(generator: torch.Generator, *, channels: int = 24) -> nn.Module:
+def small_cnn(generator: torch.Generator, *, channels: int = 32) -> nn.Module:
     """Three convolutions and a linear layer, without normalization, for 8 x 8 images of one colour and ten classes.
 
     Weights are drawn as He et al. 2015 propose (normal, variance 2 / fan-in; 1 / fan-in in the last layer) from
     `generator`; biases are zero.
     """
-    model = nn.Sequential(
-        nn.Conv2d(1, channels, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(channels, channels, 3, padding=1),
-        nn.ReLU(),
-        nn.AvgPool2d(2),
-        nn.Conv2d(channels, 2 * channels, 3, padding=1),
-        nn.ReLU(),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(8 * channels, CLASSES),
-    )
+    layers = {
+        "conv1": nn.Conv2d(1, channels, 3, padding=1),
+        "relu1": nn.ReLU(),
+        "conv2": nn.Conv2d(channels, channels, 3, padding=1),
+        "relu2": nn.ReLU(),
+        "pool2": nn.AvgPool2d(2),
+        "conv3": nn.Conv2d(channels, 2 * channels, 3, padding=1),
+        "relu3": nn.ReLU(),
+        "pool3": nn.AvgPool2d(2),
+        "flatten": nn.Flatten(),
+        "head": nn.Linear(8 * channels, CLASSES),
+    }
+    model = nn.Sequential(OrderedDict(layers))
     for module in model:
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             gain = "linear" if isinstance(module, nn.Linear) else "relu"
@@ -82,7 +84,7 @@ def train(
     epochs: int = 15,
     learning_rate: float = 0.05,
     batch: int = 64,
-    tell: Callable[[str], None] = lambda message: None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
     """Train in place by SGD with momentum 0.9 on cross-entropy, without weight decay, and return to evaluation mode.
 
@@ -94,7 +96,7 @@ def train(
         epochs: passes through the examples.
         learning_rate: falls to zero along half a cosine.
         batch: examples per step.
-        tell: is told after each epoch.
+        tell: is told (epochs done, epochs in all) after each epoch.
 
     Returns:
         The mean loss of each epoch.
@@ -114,7 +116,7 @@ def train(
             schedule.step()
             total += float(loss.detach()) * len(index)
         losses.append(total / len(x))
-        tell(f"epoch {epoch + 1} of {epochs}: loss {losses[-1]:.3f}")
+        tell(epoch + 1, epochs)
     optimizer.zero_grad(set_to_none=True)
     model.eval()
     return losses

@@ -8,8 +8,8 @@ them predict, next to the network itself? Nothing is drawn here; every result is
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,9 @@ from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits, RandomLogits, Readout, SingleLogit, SumOfLogits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping
 
-    from ntkit.kernel.empirical import Fidelity
-
-    Tell = Callable[[str], None]
+    from ntkit.kernel.fidelity import Fidelity
 
 # One eigendecomposition of this many rows takes half a minute on two cores; a larger regression gets its ridge from so
 # many of its examples, which changes the best relative ridge little.
@@ -38,6 +36,28 @@ RIDGE_ROWS = 2000
 BLOCK_BYTES = 2**28
 # Examples on which the kernel is split by layer, and images in the picture of similarities.
 LAYER_EXAMPLES, PICTURE_EXAMPLES = 48, 120
+
+
+class Listener(Protocol):
+    """Is told how far a long computation is."""
+
+    def step(self, message: str) -> None:
+        """A new step begins."""
+        ...
+
+    def part(self, done: int, total: int) -> None:
+        """So much of the present step is done."""
+        ...
+
+
+class Silence:
+    """A listener that does nothing."""
+
+    def step(self, message: str) -> None:
+        """Ignore it."""
+
+    def part(self, done: int, total: int) -> None:
+        """Ignore it."""
 
 
 @dataclass(frozen=True)
@@ -125,18 +145,20 @@ class Effort:
         compared: examples of which the full kernel is computed and compared with the reduced ones; fewer are taken if
             they times C exceed `full_rows`.
         full_rows: most rows of a full kernel.
-        pairs: pairs of examples on which fidelity is sampled.
+        sampled: examples of the exact blocks on which fidelity is measured.
         reduced: the cheap kernels to compare with the full one.
         fitted: those of them to fit on the compared examples as well.
         main: the kernels to fit on all training examples.
+        memory: bytes of working space for computing a kernel; by default a share of the machine's.
     """
 
     compared: int = 240
     full_rows: int = 2400
-    pairs: int = 200
+    sampled: int = 32
     reduced: tuple[Kind, ...] = (PSEUDO, TRACE, FIRST)
     fitted: tuple[Kind, ...] = (PSEUDO, TRACE)
     main: tuple[Kind, ...] = (PSEUDO,)
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +173,8 @@ class KernelFacts:
         spectrum: its eigenvalues.
         alignment: with the targets; of reduced kernels only (the full one's is on another scale).
         error: ||Theta - k (x) I|| / ||Theta|| with all blocks of the compared examples; 0 for the full kernel itself.
-        fidelity: the same sampled on pairs from all training examples, with a standard error; None for the full kernel.
+        fidelity: the same for the kernel of all training examples, from a sample of them, with a standard error; None for
+            the full kernel.
     """
 
     label: str
@@ -345,7 +368,7 @@ def study(
     *,
     effort: Effort | None = None,
     generator: torch.Generator,
-    tell: Tell = lambda message: None,
+    listener: Listener | None = None,
 ) -> Study:
     """Compare the kernels of a network with each other and with the network, at one or several states of its weights.
 
@@ -353,8 +376,8 @@ def study(
         states: name -> network in evaluation mode; the same architecture at different weights.
         task: the data.
         effort: how many examples each part uses.
-        generator: of the pairs on which fidelity is sampled.
-        tell: is told what is being computed.
+        generator: of the examples on which fidelity is sampled.
+        listener: is told what is being computed.
 
     Raises:
         InputError: if there is no state, or the data are too few.
@@ -363,7 +386,7 @@ def study(
     Cost: with n compared examples and N in all, per state: the full kernel of n and between M and n examples, 9 (n C)^3
     for its regression, and for each main kernel N (N + M) / 2 pairs and 2/3 N^3. Memory: 16 N^2 bytes at the peak.
     """
-    effort = effort or Effort()
+    effort, listener = effort or Effort(), listener or Silence()
     if not states:
         raise InputError("a study needs the network at one set of weights at least: got none")
     if min(len(task.x_train), len(task.x_test)) < 2:
@@ -371,10 +394,12 @@ def study(
             "a study needs two training and two test examples at least: got "
             f"{len(task.x_train)} training, {len(task.x_test)} test examples"
         )
+    if task.outputs == 1:  # one number per pair is all there is: nothing is reduced
+        effort = replace(effort, reduced=(), fitted=(), main=(FULL,))
     compared = max(2, min(effort.compared, effort.full_rows // task.outputs, len(task.x_train)))
     found, matrices = [], []
     for name, model in states.items():
-        bench = _Bench(name, model, task, effort, compared, tell)
+        bench = _Bench(name, model, task, effort, compared, listener)
         dense = bench.matrices()
         found.append(bench.examine(dense, generator))
         matrices.append(dense)
@@ -399,35 +424,35 @@ class _Bench:
     task: Task
     effort: Effort
     compared: int
-    tell: Tell
+    listener: Listener
 
     def say(self, message: str) -> None:
-        self.tell(f"{self.name}: {message}")
+        self.listener.step(f"{self.name}: {message}")
 
     def matrices(self) -> dict[str, _Timed]:
         """Label -> the dense kernel of the compared examples."""
         x = self.task.x_train[: self.compared]
         found = {}
         for kind in (FULL, *self.effort.reduced):
-            self.say(f"{kind.label} kernel of {len(x)} examples")
+            self.say(f"{kind.label} kernel of {len(x):,} examples")
             found[kind.label] = _timed(self._kernel(kind, x))
         return found
 
     def examine(self, dense: dict[str, _Timed], generator: torch.Generator) -> State:
         task = self.task
-        self.say("the network's own predictions")
         train_score, test_score = (
             task.score(linearize(self.model).outputs(x), y)
             for x, y in ((task.x_train, task.y_train), (task.x_test, task.y_test))
         )
-        kernels = tuple(self._facts(kind, dense, generator) for kind in (FULL, *self.effort.reduced))
+        self.say("spectrum and fidelity of each kernel")
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        kernels = tuple(self._facts(kind, dense, seed) for kind in (FULL, *self.effort.reduced))
         fits = [self._fit(kind, self.compared, dense[kind.label])[0] for kind in (FULL, *self.effort.fitted)]
         evidence: tuple[Evidence, ...] = ()
         for number, kind in enumerate(self.effort.main):
             fit, terms = self._fit(kind, len(task.x_train))
             fits.append(fit)
             evidence = terms if number == 0 else evidence
-        self.say("share of each layer")
         layers = self._layers()
         self.say("promised and real error over the ridges")
         return State(
@@ -443,14 +468,15 @@ class _Bench:
         )
 
     def _kernel(self, kind: Kind, x: Tensor, other: Tensor | None = None) -> TangentKernel:
-        return TangentKernel(linearize(self.model, readout=kind.readout), x, other, trace=kind.trace)
+        tangent = linearize(self.model, readout=kind.readout)
+        return TangentKernel(tangent, x, other, trace=kind.trace, memory=self.effort.memory, progress=self.listener.part)
 
-    def _facts(self, kind: Kind, dense: dict[str, _Timed], generator: torch.Generator) -> KernelFacts:
-        self.say(f"spectrum and fidelity of the {kind.label} kernel")
+    def _facts(self, kind: Kind, dense: dict[str, _Timed], seed: int) -> KernelFacts:
         full, matrix = dense[FULL.label].matrix, dense[kind.label].matrix
         exact = kind == FULL
         y = self.task.targets(self.task.y_train[: self.compared])
         kernel = self._kernel(kind, self.task.x_train)
+        generator = torch.Generator().manual_seed(seed)  # the same sample for every kernel: their errors compare
         return KernelFacts(
             label=kind.label,
             rows=len(matrix),
@@ -459,7 +485,7 @@ class _Bench:
             spectrum=spectrum(matrix),
             alignment=None if exact else alignment(matrix, y),
             error=0.0 if exact else _relative_error(full, matrix),
-            fidelity=None if exact else kernel.fidelity(pairs=self.effort.pairs, generator=generator),
+            fidelity=None if exact else kernel.fidelity(examples=self.effort.sampled, generator=generator),
         )
 
     def _fit(self, kind: Kind, examples: int, ready: _Timed | None = None) -> tuple[Fit, tuple[Evidence, ...]]:
@@ -467,14 +493,13 @@ class _Bench:
         task = self.task
         x, y = task.x_train[:examples], task.targets(task.y_train[:examples])
         if ready is None:
-            self.say(f"{kind.label} kernel of {examples} examples")
+            self.say(f"{kind.label} kernel of {examples:,} examples")
             ready = _timed(self._kernel(kind, x))
         start = time.perf_counter()
         matrix = DenseKernel(ready.matrix, symmetric=True)
-        self.say(f"regression with the {kind.label} kernel of {examples} examples")
+        self.say(f"{kind.label} regression on {examples:,} examples")
         relative, ridge_from = _best_ridge(matrix, y)
         fit = regress(matrix, y, Relative(relative))
-        self.say(f"{kind.label} kernel between {len(task.x_test)} test and {examples} training examples")
         cross = [self._kernel(kind, part, x).dense() for part in task.x_test.split(_chunk(matrix, task.outputs))]
         predictions = torch.cat([fit.predict(part) for part in cross]) + task.offset
         scores = Fit(

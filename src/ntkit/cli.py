@@ -1,0 +1,349 @@
+"""The command line: `ntkit demo`, `ntkit report`, `ntkit kernel`, `ntkit plan`.
+
+What is heavy (torch, matplotlib) is imported inside the commands, so that `ntkit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ntkit.errors import NtkitError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ntkit.kernel.empirical import TangentKernel
+    from ntkit.report import page
+
+app = typer.Typer(
+    help="The tangent kernel of a PyTorch network: exact, fast, and what it says about the network.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+FACTORY_HELP = (
+    "MODULE:FUNCTION or path/file.py:FUNCTION; the function takes no argument and returns a torch.nn.Module whose output "
+    "is (N, C). It is put into evaluation mode."
+)
+READOUT_HELP = (
+    "Which scalars are differentiated: 'logits' (full kernel), 'sum' (pNTK), 'trace', 'single:3' (one logit, counted from "
+    "0), 'random:4' (mean over 4 random-sign combinations)."
+)
+MEMORY_HELP = "Working space for computing a kernel, beside the matrix itself: 500MB, 2GB. Default: an eighth of the machine."
+FactoryArgument = Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help=FACTORY_HELP, show_default=False)]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Trained weights: .safetensors, or a state dict saved by torch.save (.pt, .pth).", show_default=False
+    ),
+]
+TypeOption = Annotated[str, typer.Option(metavar="TYPE", help="float32 or float64, for the network and its kernel.")]
+MemoryOption = Annotated[str | None, typer.Option(metavar="SIZE", help=MEMORY_HELP, show_default=False)]
+SeedOption = Annotated[int, typer.Option(help="Of every random choice, the factory's included.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+ArrayDataArgument = Annotated[
+    Path,
+    typer.Argument(metavar="DATA.npz", help="Arrays of examples: floating point, or token numbers.", show_default=False),
+]
+RowsOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Array of the rows. Default: x_train, or else x.", show_default=False),
+]
+ColsOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Array of the columns. Default: the rows again.", show_default=False),
+]
+TraceOption = Annotated[bool, typer.Option("--trace", help="Average over the scalars of an example: one row for each.")]
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """The tangent kernel of a PyTorch network: exact, fast, and what it says about the network."""  # noqa: D401
+    if version:
+        import ntkit
+
+        typer.echo(ntkit.__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for index.html and results.json.")] = Path("report"),
+    force: ForceOption = False,
+) -> None:
+    """Train a small network on handwritten digits and show what its kernels say (under 3 minutes on 2 cores)."""
+    with _in_plain_words(), _needs_report():
+        from ntkit.report.demo import run_demo
+        from ntkit.report.story import summary
+
+        with Terminal() as terminal:
+            result = run_demo(out, force=force, listener=terminal)
+        _print_table(summary(result.study))
+        slope = result.convergence.sum_slope
+        _say(f"pNTK against the full kernel: error falls like width^({slope.value:.2f} ± {slope.standard_error:.2f})")
+        _say(f"{out / 'index.html'} and results.json written after {result.seconds:.0f} s")
+
+
+@app.command()
+def report(
+    factory: FactoryArgument,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA.npz",
+            help="x_train, y_train, x_test, y_test (or x and y, cut at random). x: floating point or token numbers. y: class "
+            "numbers (integers), or floating point targets.",
+            show_default=False,
+        ),
+    ],
+    weights: WeightsOption = None,
+    readout: Annotated[str, typer.Option(metavar="READOUT", help=READOUT_HELP + " For the regression on all.")] = "sum",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for index.html and results.json.")] = Path("report"),
+    force: ForceOption = False,
+    train: Annotated[int, typer.Option(help="Training examples at most, drawn at random.")] = 10_000,
+    test: Annotated[int, typer.Option(help="Test examples at most, drawn at random.")] = 2_000,
+    test_share: Annotated[
+        float | None,
+        typer.Option(help="Share of test examples where the file holds x and y alone. Default: 0.2.", show_default=False),
+    ] = None,
+    compared: Annotated[int, typer.Option(help="Examples of which the full kernel is computed.")] = 240,
+    seed: SeedOption = 0,
+    dtype: TypeOption = "float32",
+    memory: MemoryOption = None,
+) -> None:
+    """Study the kernels of your own network on your own data, as built and with trained weights; writes a page."""
+    with _in_plain_words(), _needs_report():
+        from ntkit.report.files import check_folder
+
+        check_folder(out, force=force)  # before torch is imported
+        from ntkit.report.inputs import Cut, load_factory, parse_bytes, parse_dtype, parse_readout
+        from ntkit.report.own import Own, run_report
+        from ntkit.report.story import summary
+
+        own = Own(
+            factory=load_factory(factory),
+            data=data,
+            weights=weights,
+            kind=parse_readout(readout, seed=seed),
+            cut=Cut(train, test, test_share, seed),
+            compared=compared,
+            dtype=parse_dtype(dtype),
+            memory=None if memory is None else parse_bytes(memory),
+        )
+        with Terminal() as terminal:
+            result = run_report(out, own, force=force, listener=terminal)
+        _print_table(summary(result.study))
+        _say(f"{out / 'index.html'} and results.json written after {result.seconds:.0f} s")
+
+
+@app.command()
+def kernel(
+    factory: FactoryArgument,
+    data: ArrayDataArgument,
+    out: Annotated[Path, typer.Option(metavar="K.npy", help="The matrix, for numpy.load.", show_default=False)],
+    weights: WeightsOption = None,
+    readout: Annotated[str, typer.Option(metavar="READOUT", help=READOUT_HELP)] = "logits",
+    trace: TraceOption = False,
+    rows: RowsOption = None,
+    cols: ColsOption = None,
+    force: ForceOption = False,
+    seed: SeedOption = 0,
+    dtype: TypeOption = "float32",
+    memory: MemoryOption = None,
+) -> None:
+    """Compute a kernel matrix and save it; rows are example-major (row n*K + k is scalar k of example n)."""
+    with _in_plain_words():
+        from ntkit.report.files import check_file, replacing
+
+        check_file(out, ".npy", force=force)
+        with Terminal() as terminal:
+            terminal.step("reading the network and the data")
+            found = _kernel(factory, data, weights, readout, trace, rows, cols, seed, dtype, memory, terminal)
+            import numpy as np
+
+            start = time.perf_counter()
+            terminal.step("computing the kernel")
+            matrix = found.dense().numpy()
+            with replacing(out) as file:
+                np.save(file, matrix)
+        _say(f"{out}: {matrix.shape[0]:,} x {matrix.shape[1]:,} {matrix.dtype}, {time.perf_counter() - start:.1f} s")
+
+
+@app.command()
+def plan(
+    factory: FactoryArgument,
+    data: ArrayDataArgument,
+    weights: WeightsOption = None,
+    readout: Annotated[str, typer.Option(metavar="READOUT", help=READOUT_HELP)] = "logits",
+    trace: TraceOption = False,
+    rows: RowsOption = None,
+    cols: ColsOption = None,
+    seed: SeedOption = 0,
+    dtype: TypeOption = "float32",
+    memory: MemoryOption = None,
+) -> None:
+    """Say what computing a kernel would take: FLOPs, bytes, and how it would be done and why. Nothing is computed."""
+    with _in_plain_words():
+        typer.echo(str(_kernel(factory, data, weights, readout, trace, rows, cols, seed, dtype, memory, None).plan()))
+
+
+def _kernel(
+    factory: str,
+    data: Path,
+    weights: Path | None,
+    readout: str,
+    trace: bool,
+    rows: str | None,
+    cols: str | None,
+    seed: int,
+    dtype: str,
+    memory: str | None,
+    terminal: Terminal | None,
+) -> TangentKernel:
+    from ntkit.kernel.empirical import TangentKernel
+    from ntkit.report.inputs import (
+        count_outputs,
+        load_examples,
+        load_factory,
+        load_weights,
+        parse_bytes,
+        parse_dtype,
+        parse_readout,
+    )
+    from ntkit.tangent.linearize import linearize
+
+    kind, precision = parse_readout(readout, seed=seed), parse_dtype(dtype)
+    budget = None if memory is None else parse_bytes(memory)
+    model = load_factory(factory).build(seed=seed, dtype=precision)
+    if weights is not None:
+        load_weights(model, weights)
+    x = load_examples(data, rows, precision)
+    other = None if cols is None or cols == rows else load_examples(data, cols, precision)
+    count_outputs(model, x)
+    return TangentKernel(
+        linearize(model, readout=kind.readout),
+        x,
+        other,
+        trace=trace or kind.trace,
+        memory=budget,
+        progress=None if terminal is None else terminal.part,
+    )
+
+
+# ---------------------------------------------------------------- what the user sees
+
+
+class Terminal:
+    """Progress for people: one line for each finished step, and a bar for the present one. A `study.Listener`."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task: Any = None
+        self._message = ""
+        self._start = 0.0
+
+    def __enter__(self) -> Terminal:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._finish()
+        self._progress.stop()
+
+    def step(self, message: str) -> None:
+        """Begin a step; the one before is done."""
+        self._finish()
+        self._message, self._start = message, time.perf_counter()
+        self._task = self._progress.add_task(escape(message), total=None)
+
+    def part(self, done: int, total: int) -> None:
+        """Move the bar of the present step."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, total=total)
+
+    def _finish(self) -> None:
+        if self._task is None:
+            return
+        seconds = time.perf_counter() - self._start
+        self._progress.remove_task(self._task)
+        self._progress.console.print(f"[dim]{seconds:6.1f} s[/dim]  {escape(self._message)}", highlight=False)
+        self._task = None
+
+
+def _print_table(table: page.Table) -> None:
+    shown = Table(title=None, caption=table.caption, caption_justify="left", header_style="bold", pad_edge=False)
+    for number, column in enumerate(table.columns):
+        shown.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    for row in table.rows:
+        shown.add_row(*map(escape, row), style="bold" if row[0].startswith("network") else None)
+    Console().print(shown)
+
+
+def _say(message: str) -> None:
+    Console(highlight=False, soft_wrap=True).print(escape(message))
+
+
+@contextmanager
+def _in_plain_words() -> Iterator[None]:
+    """Errors that are the user's to mend become one line and exit code 2; warnings one line each."""
+    before = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            yield
+        except (NtkitError, OSError) as error:
+            typer.echo(f"error: {_one_line(error)}", err=True)
+            raise typer.Exit(2) from None
+        finally:
+            warnings.showwarning = before
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    if category.__module__.startswith("ntkit"):
+        typer.echo(f"note: {_one_line(message)}", err=True)
+
+
+def _one_line(message: object) -> str:
+    text = " ".join(str(message).split())
+    return text if len(text) <= 700 else text[:700] + " ..."
+
+
+@contextmanager
+def _needs_report() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in {"matplotlib", "jinja2"}:
+            raise
+        typer.echo(f"error: reports need {error.name}: pip install 'ntkit[report]'", err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    sys.exit(app())
