@@ -41,12 +41,16 @@ READOUT_HELP = (
     "Which scalars are differentiated: 'logits' (full kernel), 'sum' (pNTK), 'trace', 'single:3' (one logit, counted from "
     "0), 'random:4' (mean over 4 random-sign combinations)."
 )
-MEMORY_HELP = "Working space for computing a kernel, beside the matrix itself: 500MB, 2GB. Default: an eighth of the machine."
+MEMORY_HELP = (
+    "Working space for computing a kernel, beside the matrix itself: 500MB, 2GB. Default: an eighth of the machine."
+)
 FactoryArgument = Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help=FACTORY_HELP, show_default=False)]
 WeightsOption = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Trained weights: .safetensors, or a state dict saved by torch.save (.pt, .pth).", show_default=False
+        metavar="FILE",
+        help="Trained weights: .safetensors, or a state dict saved by torch.save (.pt, .pth).",
+        show_default=False,
     ),
 ]
 TypeOption = Annotated[str, typer.Option(metavar="TYPE", help="float32 or float64, for the network and its kernel.")]
@@ -55,7 +59,9 @@ SeedOption = Annotated[int, typer.Option(help="Of every random choice, the facto
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 ArrayDataArgument = Annotated[
     Path,
-    typer.Argument(metavar="DATA.npz", help="Arrays of examples: floating point, or token numbers.", show_default=False),
+    typer.Argument(
+        metavar="DATA.npz", help="Arrays of examples: floating point, or token numbers.", show_default=False
+    ),
 ]
 RowsOption = Annotated[
     str | None,
@@ -122,7 +128,9 @@ def report(
     test: Annotated[int, typer.Option(help="Test examples at most, drawn at random.")] = 2_000,
     test_share: Annotated[
         float | None,
-        typer.Option(help="Share of test examples where the file holds x and y alone. Default: 0.2.", show_default=False),
+        typer.Option(
+            help="Share of test examples where the file holds x and y alone. Default: 0.2.", show_default=False
+        ),
     ] = None,
     compared: Annotated[int, typer.Option(help="Examples of which the full kernel is computed.")] = 240,
     seed: SeedOption = 0,

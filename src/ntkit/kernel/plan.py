@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ntkit.tangent.factors import SCRATCH
+from ntkit.tangent.factors import SCRATCH, OuterWork
 from ntkit.tangent.trial import Anatomy, PartSize, part_sizes
 
 # A capture of about this many bytes is large enough for efficient products; more only costs memory.
@@ -199,16 +199,27 @@ def make_plan(found: Sizes, rows: int, cols: int, *, symmetric: bool, trace: boo
 
 
 def _routes(found: Sizes, rows: int, cols: int, trace: bool, *, reused: bool) -> tuple[Route, ...]:
-    return tuple(_route(found, part, rows, cols, trace, reused) for part in found.parts)
+    routes = []
+    before: OuterWork | None = None
+    for part in found.parts:
+        routes.append(_route(found, part, rows, cols, trace, reused, before))
+        before = part.work
+    return tuple(routes)
 
 
-def _route(found: Sizes, part: PartSize, rows: int, cols: int, trace: bool, reused: bool) -> Route:
+def _route(
+    found: Sizes, part: PartSize, rows: int, cols: int, trace: bool, reused: bool, before: OuterWork | None
+) -> Route:
     heads = found.scalars if trace else found.scalars**2
     row_flops = 2 * part.row * heads
     row_bytes = part.row * found.scalars * found.itemsize
     if part.work is None:
         return Route(part.name, True, False, row_flops, 0, part.held, "its rows are small")
     work = part.work
+    if work.positions == work.inputs == work.groups == 1:
+        if before is not None and before.positions == 1 and before.outputs == work.outputs:
+            return Route(part.name, False, False, 0, 0, part.held, "shares G G^T with its weight")
+        return Route(part.name, False, False, 2 * heads * work.outputs, 0, part.held, "G G^T")
     left, right = work.of(rows), work.of(cols)
     pairs = work.pair_products(trace)
     if left.pairs(right, trace) <= left.rows(right, trace):

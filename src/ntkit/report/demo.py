@@ -78,7 +78,9 @@ class DemoResult:
     made: dict[str, str] = field(default_factory=provenance)
 
 
-def run_demo(folder: Path, *, force: bool = False, demo: Demo | None = None, listener: Listener | None = None) -> DemoResult:
+def run_demo(
+    folder: Path, *, force: bool = False, demo: Demo | None = None, listener: Listener | None = None
+) -> DemoResult:
     """Run the demonstration and write index.html and results.json into a folder.
 
     Args:

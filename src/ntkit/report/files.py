@@ -48,7 +48,9 @@ def check_file(path: Path, suffix: str, *, force: bool) -> None:
     if path.is_dir():
         raise InputError(f"the output file {path} is a folder: choose another with --out")
     if not path.parent.is_dir():
-        raise InputError(f"the folder {path.parent} of the output file does not exist: make it, or choose another --out")
+        raise InputError(
+            f"the folder {path.parent} of the output file does not exist: make it, or choose another --out"
+        )
     if path.exists() and not force:
         raise InputError(f"the output file {path} exists: choose another with --out, or overwrite it with --force")
     _check_writable(path)

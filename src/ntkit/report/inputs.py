@@ -50,7 +50,9 @@ def parse_readout(text: str, *, seed: int = 0) -> Kind:
     if name in {"single", "random"} and value.isdecimal():
         if name == "single":
             return Kind(f"logit {int(value)}", SingleLogit(int(value)))
-        return Kind(f"{int(value)} random signs", RandomLogits(int(value), torch.Generator().manual_seed(seed)), trace=True)
+        return Kind(
+            f"{int(value)} random signs", RandomLogits(int(value), torch.Generator().manual_seed(seed)), trace=True
+        )
     raise InputError(f"unknown read-out {text!r}: expected one of {READOUTS}")
 
 
@@ -125,10 +127,14 @@ def load_factory(spec: str) -> Factory:
     module = _from_file(Path(place)) if place.endswith(".py") else _from_module(place)
     make = getattr(module, name, None)
     if make is None:
-        public = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__]
+        public = [
+            n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__
+        ]
         raise InputError(f"{place} has no {name!r}: it has {', '.join(public) or 'no functions'}")
     if not callable(make):
-        raise InputError(f"{spec} is a {type(make).__name__}: a factory is a function without arguments that returns a model")
+        raise InputError(
+            f"{spec} is a {type(make).__name__}: a factory is a function without arguments that returns a model"
+        )
     return Factory(spec, name, make)
 
 
@@ -196,7 +202,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     ]
     problems = [
         f"{label} {_few(names)}"
-        for label, names in (("missing in the file:", missing), ("unknown to the model:", unexpected), ("shapes:", shapes))
+        for label, names in (
+            ("missing in the file:", missing),
+            ("unknown to the model:", unexpected),
+            ("shapes:", shapes),
+        )
         if names
     ]
     if problems:
@@ -227,7 +237,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if isinstance(given, dict) and isinstance(given.get("state_dict"), dict):
         given = given["state_dict"]
     if not isinstance(given, dict) or not given or not all(isinstance(t, Tensor) for t in given.values()):
-        raise InputError(f"{path} is not a state dict, from names to tensors: save torch.save(model.state_dict(), path)")
+        raise InputError(
+            f"{path} is not a state dict, from names to tensors: save torch.save(model.state_dict(), path)"
+        )
     return given
 
 
@@ -309,7 +321,9 @@ def load_data(path: Path, cut: Cut, dtype: torch.dtype) -> Data:
             f"y_train {tuple(y_train.shape)}, y_test {tuple(y_test.shape)}"
         )
     if y_train.dtype != y_test.dtype:
-        raise InputError("y_train and y_test are of different kinds: class numbers (integers) or targets (floating point)")
+        raise InputError(
+            "y_train and y_test are of different kinds: class numbers (integers) or targets (floating point)"
+        )
     train, said_train = _limited(len(x_train), cut.train, generator)
     test, said_test = _limited(len(x_test), cut.test, generator)
     said = f"{said_train} training and {said_test} test examples of {path.name}"
@@ -344,9 +358,13 @@ def make_task(model: nn.Module, data: Data) -> Task:
     else:
         largest = int(max(y.max(), data.y_test.max()))
         if outputs < 2:
-            raise InputError("the model has one output and y holds class numbers: give floating point targets, or 2 outputs")
+            raise InputError(
+                "the model has one output and y holds class numbers: give floating point targets, or 2 outputs"
+            )
         if largest >= outputs:
-            raise InputError(f"y holds the class number {largest}, but the model has {outputs} outputs (0 to {outputs - 1})")
+            raise InputError(
+                f"y holds the class number {largest}, but the model has {outputs} outputs (0 to {outputs - 1})"
+            )
     return Task(data.x_train, y, data.x_test, data.y_test, outputs)
 
 
@@ -361,9 +379,13 @@ def count_outputs(model: nn.Module, x: Tensor) -> int:
     except ModelError:
         raise
     except InputError as error:
-        raise InputError(f"{error}. On the command line let the factory wrap the model so that it returns (N, C)") from error
+        raise InputError(
+            f"{error}. On the command line let the factory wrap the model so that it returns (N, C)"
+        ) from error
     except Exception as error:
-        raise InputError(f"the model fails on two examples of shape {tuple(x[:2].shape)}, {x.dtype}: {_told(error)}") from error
+        raise InputError(
+            f"the model fails on two examples of shape {tuple(x[:2].shape)}, {x.dtype}: {_told(error)}"
+        ) from error
 
 
 class _Arrays:
@@ -377,7 +399,9 @@ class _Arrays:
             self._archive = np.load(path, allow_pickle=False)
             self.names = set(self._archive.files)
         except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} is not an .npz file: write one with numpy.savez({path.stem!r}, x_train=...)") from error
+            raise InputError(
+                f"{path} is not an .npz file: write one with numpy.savez({path.stem!r}, x_train=...)"
+            ) from error
 
     def _read(self, name: str) -> np.ndarray:
         try:

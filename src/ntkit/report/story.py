@@ -167,7 +167,9 @@ def _cards(study: Study) -> tuple[Card, ...]:
                 Card(score(study, value), f"test {study.score_name} of its {fit.label} kernel alone, {state.name}")
             )
     cards += [
-        Card(percent(distance(state.kernel(PSEUDO.label)), 0), f"distance of the pNTK from the exact kernel {state.name}")
+        Card(
+            percent(distance(state.kernel(PSEUDO.label)), 0), f"distance of the pNTK from the exact kernel {state.name}"
+        )
         for state in study.states
         if study.outputs > 1
     ]
@@ -215,7 +217,9 @@ def _compared(ours: float, theirs: float, study: Study) -> str:
     noise = 2 * math.sqrt(2 * middle * (1 - middle) / study.test_examples)
     if abs(ours - theirs) <= noise:
         return f"a difference that {count(study.test_examples)} test examples cannot tell from chance"
-    return "the kernel alone is better" if ours > theirs else "training the network gains more than its first kernel has"
+    return (
+        "the kernel alone is better" if ours > theirs else "training the network gains more than its first kernel has"
+    )
 
 
 def _moved(study: Study) -> str:

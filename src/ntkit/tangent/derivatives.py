@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ntkit.tangent.capture import Source
-from ntkit.tangent.factors import SCRATCH, Factor, Outer, PulledBack, Rows, Total
+from ntkit.tangent.factors import SCRATCH, Factor, Memo, Outer, PulledBack, Rows, Total
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,10 @@ class Derivatives:
 
     def grams(self, other: Derivatives, *, trace: bool, scratch: int = SCRATCH) -> Iterator[tuple[str, Tensor]]:
         """For each part its parameter's name and the inner products: (n, k, m, l), or summed over k = l: (n, m)."""
+        memo: Memo = {}
         for part, factor in self.factors.items():
             partner = factor if other is self else other.factors[part]
-            yield part.name, factor.gram(partner, trace=trace, scratch=scratch)
+            yield part.name, factor.gram(partner, trace=trace, scratch=scratch, memo=memo)
 
     def gram(self, other: Derivatives, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:
         """The kernel of two batches: (n*k, m*k) example-major, or with `trace` (n, m), the mean over k."""

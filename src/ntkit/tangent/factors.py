@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Bytes of scratch that one contraction may use when nothing else is said: large enough for efficient matrix products,
 # small beside the activations of the batches it serves.
 SCRATCH = 96 * 2**20
+
+Memo: TypeAlias = dict[Any, Tensor]
 
 
 class Factor(ABC):
@@ -75,8 +77,17 @@ class Factor(ABC):
         """sum_nk weights[n, k] R[n, k]: one gradient of the parameter's shape."""
         return torch.einsum("nk,nk...->...", weights, self.rows())
 
-    def gram(self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:
-        """Inner products of all rows: (n, k, m, l), or with `trace` summed over k = l: (n, m)."""
+    def gram(
+        self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH, memo: Memo | None = None
+    ) -> Tensor:
+        """Inner products of all rows: (n, k, m, l), or with `trace` summed over k = l: (n, m).
+
+        Args:
+            other: rows of the same parameter.
+            trace: sum over equal scalars.
+            scratch: bytes of temporary memory.
+            memo: products that the next factor may share; the caller empties it with the batch.
+        """
         return rows_gram(self.blocks(other, scratch), trace=trace)
 
     def squared_norms(self, scratch: int = SCRATCH) -> Tensor:
@@ -250,10 +261,14 @@ class Outer(Factor):
         total = a.transpose(1, 2) @ g if self.inputs_first else g.transpose(1, 2) @ a
         return total.reshape(self.shape)
 
-    def gram(self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:  # noqa: D102
+    def gram(
+        self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH, memo: Memo | None = None
+    ) -> Tensor:  # noqa: D102
         if self._through_rows(other, trace):
             return super().gram(other, trace=trace, scratch=scratch)
         assert isinstance(other, Outer)
+        if self.positions == other.positions == self.inputs.shape[1] == 1:
+            return _single_gram(self, other, trace=trace, memo=memo)
         return _pairs_gram(self, other, trace=trace, scratch=scratch)
 
     def _through_rows(self, other: Factor, trace: bool) -> bool:
@@ -292,6 +307,39 @@ class Geometry:
     groups: int
     transposed: bool = False
 
+    def weight_gradient(
+        self, image: Tensor, cotangent: Tensor, shape: tuple[int, ...], start: int, stop: int
+    ) -> Tensor:
+        """One row by torch's gradient of a convolution, for the entries start:stop of the weight's first axis."""
+        padding = [low for low, _ in self.padding]
+        if any(low != high for low, high in self.padding):
+            image = F.pad(image, [end for pair in reversed(self.padding) for end in pair])
+            padding = [0] * len(padding)
+        if stop - start < shape[0]:
+            if self.transposed:
+                image = image[:, start:stop]
+            else:
+                cotangent = cotangent[:, start:stop]
+        weight = image.new_empty(stop - start, *shape[1:])
+        output_padding = [0] * len(padding)
+        if self.transposed:
+            sizes = zip(image.shape[2:], self.stride, padding, self.dilation, self.window, strict=True)
+            least = [(i - 1) * s - 2 * p + d * (w - 1) + 1 for i, s, p, d, w in sizes]
+            output_padding = [have - need for have, need in zip(cotangent.shape[2:], least, strict=True)]
+        return torch.ops.aten.convolution_backward(
+            cotangent.contiguous(),
+            image.contiguous(),
+            weight,
+            None,
+            self.stride,
+            padding,
+            self.dilation,
+            self.transposed,
+            output_padding,
+            self.groups,
+            [False, True, False],
+        )[1]
+
     def patches(self, images: Tensor, places: tuple[int, ...]) -> Tensor:
         """Windows of (b, c, *space) images at `places` positions per axis: (b, groups, places, c/groups * window)."""
         padding = [end for pair in reversed(self.padding) for end in pair]
@@ -310,6 +358,8 @@ class Geometry:
         return view.reshape(b, self.groups, c // self.groups * prod(self.window), prod(places)).transpose(2, 3)
 
 
+# Scalars per example from which unfolding an input once pays; below, each row is one call of torch's own gradient.
+SHARED = 4
 # Examples unfolded at a time: eight keep the patches of a batch in cache-sized pieces (measured best on a CPU).
 UNFOLDED = 8
 
@@ -376,6 +426,13 @@ class Convolution(Factor):
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
         stop = self.shape[0] if stop is None else stop
         rows = self.inputs.new_empty(self.examples, self.scalars, stop - start, *self.shape[1:])
+        if self.scalars < SHARED and (self.geometry.groups == 1 or stop - start == self.shape[0]):
+            for n in range(self.examples):
+                for k in range(self.scalars):
+                    rows[n, k] = self.geometry.weight_gradient(
+                        self.inputs[n : n + 1], self.cotangents[n : n + 1, k], self.shape, start, stop
+                    )
+            return rows
         for first in range(0, self.examples, UNFOLDED):
             some = self.narrow(first, first + UNFOLDED)
             rows[first : first + UNFOLDED] = some.outer().rows(start, stop)
@@ -384,7 +441,9 @@ class Convolution(Factor):
     def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
         return self.outer().weighted_sum(weights)
 
-    def gram(self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:  # noqa: D102
+    def gram(
+        self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH, memo: Memo | None = None
+    ) -> Tensor:  # noqa: D102
         if self._through_rows(other, trace):
             return super().gram(other, trace=trace, scratch=scratch)
         assert isinstance(other, Convolution)
@@ -399,6 +458,28 @@ class Convolution(Factor):
     def prefers_rows_among(self, partners: int, *, trace: bool) -> bool:  # noqa: D102
         other = replace(self.work, examples=partners)
         return self.work.rows(other, trace) < self.work.pairs(other, trace)
+
+
+def _single_gram(left: Outer, right: Outer, *, trace: bool, memo: Memo | None) -> Tensor:
+    """(A A^T) * (G G^T) for one position. G G^T is kept in the memo: a weight and its bias have it in common."""
+    g, h = left.cotangents, right.cotangents
+    key = (g.data_ptr(), g.shape, h.data_ptr(), h.shape, trace)
+    gg = None if memo is None else memo.get(key)
+    n, k, m, l = *g.shape[:2], *h.shape[:2]  # noqa: E741
+    if gg is None:
+        if trace:
+            gg = inner(g.reshape(n, -1), h.reshape(m, -1))
+        else:
+            gg = inner(g.reshape(n * k, -1), h.reshape(m * l, -1)).view(n, k, m, l)
+        if memo is not None:
+            memo.clear()
+            memo[key] = gg
+    a, b = left.inputs.reshape(n, -1), right.inputs.reshape(m, -1)
+    if a.shape[1] == 1:
+        aa = a * b.T
+    else:
+        aa = inner(a, b)
+    return gg * (aa if trace else aa[:, None, :, None])
 
 
 def _pairs_gram(left: Outer, right: Outer, *, trace: bool, scratch: int) -> Tensor:
@@ -478,7 +559,9 @@ class Lookup(Factor):
         g = torch.einsum("nk,nkto->nto", weights, self.cotangents)
         return g.new_zeros(self.shape).index_add_(0, self.ids.reshape(-1), g.reshape(-1, self.shape[1]))
 
-    def gram(self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:  # noqa: D102
+    def gram(
+        self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH, memo: Memo | None = None
+    ) -> Tensor:  # noqa: D102
         if not isinstance(other, Lookup):
             return super().gram(other, trace=trace, scratch=scratch)
         return rows_gram(self.common_blocks(other, scratch), trace=trace)

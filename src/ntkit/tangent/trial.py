@@ -490,22 +490,18 @@ def disagreements(
     selection: Selection, true: list[Tensor | None], found: dict[str, Tensor], allowed: float
 ) -> dict[str, str]:
     """Parameters whose captured gradient is not the true one, and what that means."""
-    norms = [float(g.norm()) for g in true if g is not None]
+    norms = [0.0 if g is None else float(g.norm()) for g in true]
     total = sum(norm**2 for norm in norms) ** 0.5
     wrong: dict[str, str] = {}
-    for name, gradient in zip(selection.names, true, strict=True):
+    for name, gradient, norm in zip(selection.names, true, norms, strict=True):
         captured = found.get(name)
-        if gradient is None and captured is None:
-            continue
-        if gradient is None:
-            gradient = torch.zeros_like(captured)  # pyright: ignore[reportArgumentType]
         if captured is None:
-            captured = torch.zeros_like(gradient)
-            reason = "it is used by code that torch's overrides do not see"
+            difference, reason = norm, "it is used by code that torch's overrides do not see"
         else:
-            reason = "a part of its uses is hidden from torch's overrides"
-        difference = float((gradient - captured.reshape(gradient.shape)).norm())
-        if not difference <= allowed * (float(gradient.norm()) + allowed * total):
+            if gradient is not None:
+                captured = captured.reshape(gradient.shape) - gradient
+            difference, reason = float(captured.norm()), "a part of its uses is hidden from torch's overrides"
+        if not difference <= allowed * (norm + allowed * total):
             wrong[name] = reason
     return wrong
 

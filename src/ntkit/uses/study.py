@@ -469,7 +469,9 @@ class _Bench:
 
     def _kernel(self, kind: Kind, x: Tensor, other: Tensor | None = None) -> TangentKernel:
         tangent = linearize(self.model, readout=kind.readout)
-        return TangentKernel(tangent, x, other, trace=kind.trace, memory=self.effort.memory, progress=self.listener.part)
+        return TangentKernel(
+            tangent, x, other, trace=kind.trace, memory=self.effort.memory, progress=self.listener.part
+        )
 
     def _facts(self, kind: Kind, dense: dict[str, _Timed], seed: int) -> KernelFacts:
         full, matrix = dense[FULL.label].matrix, dense[kind.label].matrix
@@ -552,7 +554,9 @@ class _Bench:
     def _similarity(self, dense: dict[str, _Timed]) -> Similarity:
         timed = dense.get(TRACE.label)
         x = self.task.x_train[: self.compared]
-        matrix = DenseKernel(timed.matrix if timed else self._kernel(TRACE, x).dense(), symmetric=True).centred().dense()
+        matrix = (
+            DenseKernel(timed.matrix if timed else self._kernel(TRACE, x).dense(), symmetric=True).centred().dense()
+        )
         scale = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
         cosines = (scale[:, None] * matrix * scale).double()
         y = self.task.y_train[: self.compared]
@@ -634,9 +638,7 @@ def _movements(before: dict[str, _Timed], after: dict[str, _Timed], outputs: int
         Movement(
             label=label,
             drift=drift(before[label].matrix, after[label].matrix),
-            cka=cka(
-                before[label].matrix, after[label].matrix, scalars=outputs if label == FULL.label else 1
-            ),
+            cka=cka(before[label].matrix, after[label].matrix, scalars=outputs if label == FULL.label else 1),
         )
         for label in before
     )

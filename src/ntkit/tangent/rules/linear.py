@@ -13,6 +13,8 @@ from ntkit.tangent.rules.registry import Contributions, Operand, Use, rule
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ntkit.tangent.factors import Factor
+
 
 def _positions(values: Tensor) -> Tensor:
     """(n, ..., d) -> (n, 1, t, d): one group."""
@@ -42,7 +44,15 @@ def _linear(use: Use, input: Operand, weight: Operand, bias: Operand | None) -> 
     if weight.selected:
         yield weight, Outer(_positions(input.per_example(use.examples)), g, tuple(weight.tensor.shape))
     if isinstance(bias, Operand) and bias.selected:
-        yield bias, Rows(g.sum((2, 3)))
+        yield bias, _bias(g)
+
+
+def _bias(cotangents: Tensor) -> Factor:
+    """A bias is a weight whose input is one. With a single position that form shares G G^T with the weight."""
+    n, _, _, t, o = cotangents.shape
+    if t == 1:
+        return Outer(cotangents.new_ones(n, 1, 1, 1), cotangents, (o,))
+    return Rows(cotangents.sum((2, 3)))
 
 
 @rule(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
@@ -70,5 +80,5 @@ def addmm(use: Use, bias: Operand, input: Operand, weight: Operand, **scales: An
         return NotImplemented
     contributions = list(matmul(use, input, weight)) if weight.selected else []
     if bias.selected:
-        contributions.append((bias, Rows(_scalar_positions(use.cotangent).sum((2, 3)))))
+        contributions.append((bias, _bias(_scalar_positions(use.cotangent))))
     return contributions
