@@ -128,6 +128,11 @@ class Sample:
         return statistics.median(self.seconds) if self.seconds else math.nan
 
     @property
+    def fastest(self) -> float:
+        """Seconds of the fastest run; infinite where there is none."""
+        return min(self.seconds, default=math.inf)
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """Two samples of one key are repetitions of the same measurement."""
         return (self.job, self.stage, self.round)

@@ -27,7 +27,7 @@ from benchmarks.table import Row, mine, reduce, render, seconds_text
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
-CHUNKS = (32, 8)  # examples differentiated at a time, tried beside the whole block
+CHUNKS = (32, 16, 8, 4)  # examples differentiated at a time, tried after the whole block
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,10 @@ class Bench:
         )
 
     def scout(self, case: Case, job: Job) -> Job:
-        """The job with the sizes that were fastest: first the chunk at the largest block that fits, then the block."""
+        """The job with the fastest sizes: first the chunk at the largest block that fits, then half the block.
+
+        By the fastest single run: a median would follow whatever else the machine was doing.
+        """
         # the tutorial holds both sides even where they are the same
         sides = 2 if job.contender == "tutorial" else 1
         limit = self.options.memory_gb * 1e9
@@ -105,15 +108,14 @@ class Bench:
         while block > 1 and _held(case, block, sides) > limit:
             block = -(-block // 2)
         whole = replace(job, block=None if block >= case.examples else block)
-        best = self.fastest(
-            [replace(whole, chunk=chunk) for chunk in (None, *CHUNKS) if chunk is None or chunk < block]
-        )
-        return self.fastest([best, *_halved(best, case)])
-
-    def fastest(self, jobs: Sequence[Job]) -> Job:
-        """The job with the fastest single run: a median would follow whatever else the machine was doing."""
-        samples = [self.measure(job, "scout", 0) for job in jobs]
-        return min(zip(jobs, samples, strict=True), key=lambda pair: min(pair[1].seconds, default=float("inf")))[0]
+        samples = [self.measure(whole, "scout", 0)]
+        for chunk in (chunk for chunk in CHUNKS if chunk < block):
+            samples.append(self.measure(replace(whole, chunk=chunk), "scout", 0))
+            if len(samples) > 2 and samples[-1].fastest > 1.1 * samples[-2].fastest:
+                break  # smaller ones lose more
+        best = min(samples, key=lambda sample: sample.fastest).job
+        samples += [self.measure(halved, "scout", 0) for halved in _halved(best, case)]
+        return min(samples, key=lambda sample: sample.fastest).job
 
     def measure(self, job: Job, stage: str, number: int) -> Sample:
         """One process, unless the record has its result already."""

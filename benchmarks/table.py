@@ -106,7 +106,7 @@ def reduce(case: Case, samples: Sequence[Sample]) -> Row:
         good = [sample for sample in by_contender[name] if sample.seconds]
         rounds = [sample for sample in good if sample.stage == "round"]
         rounds = [sample for sample in rounds if sample.job == rounds[-1].job]  # sizes may have changed since the first
-        chosen[name] = rounds or sorted(good, key=lambda sample: min(sample.seconds))[:1] or by_contender[name][-1:]
+        chosen[name] = rounds or sorted(good, key=lambda sample: sample.fastest)[:1] or by_contender[name][-1:]
 
     reference = next((s.checksum for peer in PEERS for s in chosen.get(peer, []) if s.checksum), None)
     if reference is None:  # the matrix of more examples begins with the matrix of fewer

@@ -224,12 +224,12 @@ def test_scouts_choose_the_fastest_that_fits(tmp_path: Path, monkeypatch: pytest
     bench = run.Bench(Record({}), tmp_path / "r.json", options, run.Console(quiet=True))
     best = bench.scout(CASES[0], bench.job(CASES[0], "rows"))
     # the gradients of 256 examples are 6 GB and fit once
-    assert [(job.chunk, job.block) for job in tried] == [(None, None), (32, None), (8, None), (32, 128)]
+    assert [(job.chunk, job.block) for job in tried] == [(None, None), (32, None), (16, None), (32, 128)]
     assert (best.chunk, best.block) == (32, None)
     tried.clear()
     best = bench.scout(CASES[0], bench.job(CASES[0], "tutorial"))
     # both sides do not fit whole
-    assert [(job.chunk, job.block) for job in tried] == [(None, 128), (32, 128), (8, 128), (32, 64)]
+    assert [(job.chunk, job.block) for job in tried] == [(None, 128), (32, 128), (16, 128), (32, 64)]
     assert (best.chunk, best.block) == (32, 64)
     tried.clear()
     bench.scout(CASES[0], bench.job(CASES[0], "tutorial"))

@@ -3,6 +3,9 @@
 What is heavy (torch, matplotlib) is imported inside the commands, so that `ntkit --help` answers at once.
 """
 
+# The arguments of a command are its options: there are as many as users need.
+# ruff: noqa: PLR0913, PLR0917
+
 from __future__ import annotations
 
 import sys
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -34,11 +38,13 @@ app = typer.Typer(
 )
 
 FACTORY_HELP = (
-    "MODULE:FUNCTION or path/file.py:FUNCTION; the function takes no argument and returns a torch.nn.Module whose output "
+    "MODULE:FUNCTION or path/file.py:FUNCTION; the function takes no argument and returns a torch.nn.Module whose "
+    "output "
     "is (N, C). It is put into evaluation mode."
 )
 READOUT_HELP = (
-    "Which scalars are differentiated: 'logits' (full kernel), 'sum' (pNTK), 'trace', 'single:3' (one logit, counted from "
+    "Which scalars are differentiated: 'logits' (full kernel), 'sum' (pNTK), 'trace', 'single:3' (one logit, counted "
+    "from "
     "0), 'random:4' (mean over 4 random-sign combinations)."
 )
 MEMORY_HELP = (
@@ -79,7 +85,7 @@ def main(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
-    """The tangent kernel of a PyTorch network: exact, fast, and what it says about the network."""  # noqa: D401
+    """The tangent kernel of a PyTorch network: exact, fast, and what it says about the network."""
     if version:
         import ntkit
 
@@ -115,7 +121,8 @@ def report(
         Path,
         typer.Argument(
             metavar="DATA.npz",
-            help="x_train, y_train, x_test, y_test (or x and y, cut at random). x: floating point or token numbers. y: class "
+            help="x_train, y_train, x_test, y_test (or x and y, cut at random). x: floating point or token numbers. "
+            "y: class "
             "numbers (integers), or floating point targets.",
             show_default=False,
         ),
@@ -305,12 +312,13 @@ class Terminal:
 
 
 def _print_table(table: page.Table) -> None:
-    shown = Table(title=None, caption=table.caption, caption_justify="left", header_style="bold", pad_edge=False)
+    shown = Table(caption=table.caption, caption_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        shown.add_column(column, justify="left" if number == 0 else "right")
     for row in table.rows:
-        shown.add_row(*map(escape, row), style="bold" if row[0].startswith("network") else None)
-    Console().print(shown)
+        heading = row[0].endswith("the network")
+        shown.add_row(*map(escape, row if heading else (f"  {row[0]}", *row[1:])), style="bold" if heading else None)
+    Console(highlight=False).print(shown)
 
 
 def _say(message: str) -> None:

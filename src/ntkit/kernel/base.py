@@ -86,12 +86,12 @@ class Kernel(ABC):
 
         transposed = self if self.symmetric else Transposed(self)
         return LinearOperator(
-            shape=self.shape,
             dtype=torch.empty(0, dtype=self.dtype).numpy().dtype,
-            matvec=lambda v: product(self, v.reshape(-1)),
-            rmatvec=lambda v: product(transposed, v.reshape(-1)),
-            matmat=lambda v: product(self, v),
-            rmatmat=lambda v: product(transposed, v),
+            shape=self.shape,
+            matvec=lambda v: product(self, v.reshape(-1)),  # pyright: ignore[reportCallIssue]
+            rmatvec=lambda v: product(transposed, v.reshape(-1)),  # pyright: ignore[reportCallIssue]
+            matmat=lambda v: product(self, v),  # pyright: ignore[reportCallIssue]
+            rmatmat=lambda v: product(transposed, v),  # pyright: ignore[reportCallIssue]
         )
 
     def __add__(self, other: Kernel) -> Kernel:
@@ -253,9 +253,4 @@ class Centred(_Wrapped):
         self._means = (inner @ ones) / inner.shape[1]
 
     def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
-        return (
-            self._inner.tile(rows, cols)
-            - self._means[rows, None]
-            - self._means[None, cols]
-            + self._means.mean()
-        )
+        return self._inner.tile(rows, cols) - self._means[rows, None] - self._means[None, cols] + self._means.mean()

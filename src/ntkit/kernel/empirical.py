@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError
 from ntkit.kernel.base import Kernel, bounds
-from ntkit.kernel.plan import Plan, Sizes, make_plan, sizes, tile_edge
+from ntkit.kernel.plan import Plan, Sizes, make_plan, sizes, span, tile_edge
 from ntkit.tangent.derivatives import Derivatives
 from ntkit.tangent.linearize import Tangent, linearize
 
@@ -173,9 +173,9 @@ class TangentKernel(Kernel):
             held = self._held(self._rows, a, b, plan, partners=m1 - m0, reused=reused)
             passing = [(b, m1)] if same else [(m0, m1)]
             if same:
-                for i, j in _ranges(a, b, edge):
+                for i, j in span(a, b, edge):
                     left = held.narrow(i - a, j - a)
-                    for c, d in _ranges(i, b, edge):
+                    for c, d in span(i, b, edge):
                         right = left if c == i else held.narrow(c - a, d - a)
                         yield (i, j), (c, d), self._gram(left, right, (i, j), (c, d))
                 done += (b - a) ** 2
@@ -183,7 +183,7 @@ class TangentKernel(Kernel):
             for first, last in passing:
                 for c, d in plan.chunks(first, last):
                     right = self._held(self._cols, c, d, plan, partners=b - a, reused=b - a > edge)
-                    for i, j in _ranges(a, b, edge):
+                    for i, j in span(a, b, edge):
                         yield (i, j), (c, d), self._gram(held.narrow(i - a, j - a), right, (i, j), (c, d))
                     done += (b - a) * (d - c) * (2 if same else 1)
                     self._report(done, total)
@@ -192,7 +192,9 @@ class TangentKernel(Kernel):
         if self.progress is not None:
             self.progress(done * self.scalars**2, total * self.scalars**2)
 
-    def _held(self, examples: Examples, start: int, stop: int, plan: Plan, *, partners: int, reused: bool) -> Derivatives:
+    def _held(
+        self, examples: Examples, start: int, stop: int, plan: Plan, *, partners: int, reused: bool
+    ) -> Derivatives:
         """Examples start:stop captured chunk by chunk, each chunk settled into its smaller form before the next."""
         parts = []
         for a, b in plan.chunks(start, stop):
@@ -207,6 +209,23 @@ class TangentKernel(Kernel):
             left = self.tangent.derivatives(self._rows, slice(*rows), generic=True)
             right = self.tangent.derivatives(self._cols, slice(*cols), generic=True)
         return left.gram(right, trace=self.trace)
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """Product with (columns,) or (columns, R), tile by tile: every example is captured as often as for `dense`."""
+        if other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
+            return super().__matmul__(other)  # which says what is wrong
+        n, m, k = len(self._rows), len(self._cols), self.scalars
+        other = other.to(self.device, torch.promote_types(self.dtype, other.dtype))
+        out = other.new_zeros(self.shape[0], *other.shape[1:])
+        with torch.no_grad():
+            plan = self._planned(n, m, self._symmetric)
+            for (a, b), (c, d), block in self._tiles(plan, 0, n, 0, m, self._symmetric):
+                block = block.to(other.dtype)
+                out[a * k : b * k] += block @ other[c * k : d * k]
+                if self._symmetric and (a, b) != (c, d):
+                    out[c * k : d * k] += block.T @ other[a * k : b * k]
+        _check_finite(out)
+        return out
 
     def diagonal(self) -> Tensor:
         """The squared lengths of the gradients. Cost: N forward and K*N backward passes, no pairs."""
@@ -252,7 +271,7 @@ class TangentKernel(Kernel):
         return {name: part.to(self.device) for name, part in split.items()}
 
     def fidelity(self, *, examples: int = 16, generator: torch.Generator) -> Fidelity:
-        """How well this reduced kernel, times the identity over outputs, stands for the full one: measured, not assumed.
+        """How well this reduced kernel, times the identity over outputs, stands for the full one.
 
         Args:
             examples: number s of examples drawn; their exact C x C blocks cost s forward and s*C backward passes.
@@ -280,10 +299,6 @@ class TangentKernel(Kernel):
 def by_module(name: str) -> str:
     """The module that owns a parameter: everything before the last dot of its name."""
     return name.rpartition(".")[0]
-
-
-def _ranges(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
-    return ((a, min(a + step, stop)) for a in range(start, stop, step))
 
 
 def _check_finite(values: Tensor) -> None:

@@ -95,9 +95,7 @@ def measure_fidelity(kernel: TangentKernel, *, examples: int, generator: torch.G
     floor, floor_se = _relative(whole - outputs * trace.square(), whole, kernel)
     top, condition = _extremes(exact, kernel.symmetric)
     top_reduced, condition_reduced = _extremes(reduced, kernel.symmetric)
-    return Fidelity(
-        error, error_se, floor, floor_se, top, top_reduced, condition, condition_reduced, examples, outputs
-    )
+    return Fidelity(error, error_se, floor, floor_se, top, top_reduced, condition, condition_reduced, examples, outputs)
 
 
 def _relative(squares: Tensor, whole: Tensor, kernel: TangentKernel) -> tuple[float, float]:

@@ -115,11 +115,11 @@ class Plan:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Start and stop of each held block of rows."""
-        return _ranges(0, self.rows, self.block)
+        return span(0, self.rows, self.block)
 
     def chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Start and stop of each captured chunk of examples start:stop."""
-        return _ranges(start, stop, self.chunk)
+        return span(start, stop, self.chunk)
 
     def __str__(self) -> str:
         """The plan as a few lines for people."""
@@ -131,7 +131,8 @@ class Plan:
         return "\n".join([*lines, *(f"- {reason}" for reason in self.reasons)])
 
 
-def _ranges(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+def span(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    """Neighbouring ranges of at most `step` that cover start:stop."""
     return ((a, min(a + step, stop)) for a in range(start, stop, step))
 
 
@@ -222,7 +223,7 @@ def _route(
         return Route(part.name, False, False, 2 * heads * work.outputs, 0, part.held, "G G^T")
     left, right = work.of(rows), work.of(cols)
     pairs = work.pair_products(trace)
-    if left.pairs(right, trace) <= left.rows(right, trace):
+    if not left.prefers_rows(right, trace):
         if work.positions == 1:
             reason = f"(A A^T) * (G G^T): {human_flops(pairs)} a pair instead of {human_flops(row_flops)}"
         else:
@@ -245,7 +246,7 @@ def _priced(
     trace: bool,
     scratch: int,
 ) -> Plan:
-    blocks = list(_ranges(0, rows, block))
+    blocks = list(span(0, rows, block))
     scalars = 1 if trace else found.scalars
     captures = rows
     pairs = 0
@@ -253,7 +254,7 @@ def _priced(
         passing = cols - stop if symmetric else cols
         captures += passing
         # a block on the diagonal is contracted in tiles, the upper half of them
-        own = sum((b - a) * (stop - a) for a, b in _ranges(start, stop, tile_edge(scalars))) if symmetric else 0
+        own = sum((b - a) * (stop - a) for a, b in span(start, stop, tile_edge(scalars))) if symmetric else 0
         pairs += (stop - start) * passing + own
     forming = sum(route.forming for route in routes)
     flops = captures * (found.capture_flops + forming) + pairs * sum(route.flops for route in routes)
@@ -273,9 +274,7 @@ def _priced(
     if symmetric:
         reasons.append("rows and columns are the same examples: only one half is computed")
     reasons += [f"{route.name}: {route.reason}" for route in routes]
-    return Plan(
-        rows, cols, scalars, symmetric, block, chunk, routes, captures, flops, peak, result, tuple(reasons)
-    )
+    return Plan(rows, cols, scalars, symmetric, block, chunk, routes, captures, flops, peak, result, tuple(reasons))
 
 
 def tile_edge(scalars: int) -> int:

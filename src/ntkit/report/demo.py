@@ -15,7 +15,8 @@ import torch
 from ntkit.report.files import as_json, check_folder, write_folder
 from ntkit.report.page import render
 from ntkit.report.provenance import provenance
-from ntkit.report.story import Subject, page, percent
+from ntkit.report.story import Subject, page
+from ntkit.report.words import percent
 from ntkit.uses.convergence import Convergence, convergence
 from ntkit.uses.digits import CLASSES, digits, small_cnn, train
 from ntkit.uses.study import FIRST, PSEUDO, TRACE, Effort, Listener, Silence, Study, Task, random_signs, study
@@ -44,8 +45,8 @@ class Demo:
         seed: of everything else.
     """
 
-    channels: int = 32
-    epochs: int = 30
+    channels: int = 24
+    epochs: int = 20
     learning_rate: float = 0.05
     train: int = 1297
     test: int = 500
@@ -146,16 +147,21 @@ def _subject(result: DemoResult) -> Subject:
         title="What the tangent kernel says about a small network that reads digits",
         lead=f"A convolutional network with {facts.parameters:,} parameters learns to read handwritten digits (8 x 8 "
         f"pixels, {facts.train_examples:,} for training, {facts.test_examples:,} for the test) and gets "
-        f"{percent(last.test_score)} of the test images right. Its tangent kernel is computed exactly before and after, and "
+        f"{percent(last.test_score)} of the test images right. Its tangent kernel is computed exactly before and "
+        "after, and "
         "compared with its cheap stand-ins.",
         made=(
             f"Data: the 1,797 digits that come with scikit-learn, pixels in [0, 1], cut at random. Network: three "
-            f"convolutions ({demo.channels}, {demo.channels} and {2 * demo.channels} channels, ReLU, average pooling) and a "
-            f"linear layer, He initialisation, no normalization. Training: cross-entropy, SGD with momentum 0.9, learning "
-            f"rate {demo.learning_rate} falling to zero, batches of 64, {demo.epochs} epochs, no weight decay; the loss "
+            f"convolutions ({demo.channels}, {demo.channels} and {2 * demo.channels} channels, ReLU, average pooling) "
+            "and a "
+            f"linear layer, He initialisation, no normalization. Training: cross-entropy, SGD with momentum 0.9, "
+            "learning "
+            f"rate {demo.learning_rate} falling to zero, batches of 64, {demo.epochs} epochs, no weight decay; the "
+            "loss "
             f"fell from {result.losses[0]:.2f} to {result.losses[-1]:.3f}.",
             f"The full kernel and all comparisons use the first {facts.compared:,} training images "
-            f"({facts.compared * facts.outputs:,} rows), the distances {demo.sampled} random images of all, the regressions "
+            f"({facts.compared * facts.outputs:,} rows), the distances {demo.sampled} random images of all, the "
+            "regressions "
             f"on all images the {facts.train_examples:,} x {facts.train_examples:,} kernels. Kernels are computed in "
             "float32, all solves are in float64. Every random choice follows from seed "
             f"{demo.seed}.",

@@ -30,7 +30,8 @@ def check_folder(folder: Path, *, force: bool) -> None:
     if folder.is_dir():
         if not force:
             raise InputError(
-                f"the output folder {folder} exists: choose another with --out, or overwrite the report in it with --force"
+                f"the output folder {folder} exists: choose another with --out, or overwrite the report in it with "
+                "--force"
             )
     elif folder.exists():
         raise InputError(f"the output folder {folder} is a file: choose another with --out")
@@ -41,7 +42,8 @@ def check_file(path: Path, suffix: str, *, force: bool) -> None:
     """Refuse an output file that cannot be used, before any work is done.
 
     Raises:
-        InputError: if it has another suffix, its folder does not exist, it exists without `force`, or cannot be written.
+        InputError: if it has another suffix, its folder does not exist, it exists without `force`, or cannot be
+            written.
     """
     if path.suffix != suffix:
         raise InputError(f"the output file is called something{suffix}: got {path}")
@@ -107,9 +109,8 @@ def _plain(value: Any) -> Any:
         return float(f"{value:.7g}") if math.isfinite(value) else None
     if isinstance(value, (str, int)) or value is None:
         return value
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return str(value)
+    to_list = getattr(value, "tolist", None)  # tensors and arrays
+    return str(value) if to_list is None else _plain(to_list())
 
 
 def _check_writable(path: Path) -> None:

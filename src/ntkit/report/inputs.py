@@ -116,7 +116,7 @@ class Factory:
 
 
 def load_factory(spec: str) -> Factory:
-    """The function that `MODULE:FUNCTION` or `path/file.py:FUNCTION` names; modules are found in the current folder too.
+    """The function that `MODULE:FUNCTION` or `path/file.py:FUNCTION` names. The current folder counts as installed.
 
     Raises:
         InputError: if there is no such module, file or function, or importing it fails.
@@ -306,7 +306,8 @@ def load_data(path: Path, cut: Cut, dtype: torch.dtype) -> Data:
         return _checked(Data(x[train], y[train], x[test], y[test], said), path)
     if not set(names) <= arrays.names:
         raise InputError(
-            f"{path} holds the arrays {', '.join(sorted(arrays.names)) or 'none'}: expected x_train, y_train, x_test and "
+            f"{path} holds the arrays {', '.join(sorted(arrays.names)) or 'none'}: expected x_train, y_train, x_test "
+            "and "
             "y_test, or x and y"
         )
     if cut.test_share is not None:
@@ -317,7 +318,8 @@ def load_data(path: Path, cut: Cut, dtype: torch.dtype) -> Data:
     _same_length(x_test, y_test, "x_test", "y_test")
     if x_train.shape[1:] != x_test.shape[1:] or y_train.shape[1:] != y_test.shape[1:]:
         raise InputError(
-            f"training and test examples differ in shape: x_train {tuple(x_train.shape)}, x_test {tuple(x_test.shape)}, "
+            f"training and test examples differ in shape: x_train {tuple(x_train.shape)}, x_test "
+            f"{tuple(x_test.shape)}, "
             f"y_train {tuple(y_train.shape)}, y_test {tuple(y_test.shape)}"
         )
     if y_train.dtype != y_test.dtype:
@@ -373,6 +375,7 @@ def count_outputs(model: nn.Module, x: Tensor) -> int:
 
     Raises:
         InputError: if the model cannot take the examples, or its output is not (N, C).
+        ModelError: if the model has no tangent kernel.
     """
     try:
         return linearize(model, readout=Logits()).outputs(x[:2]).shape[1]

@@ -14,7 +14,8 @@ from ntkit.report.inputs import Cut, Factory, load_data, load_weights, make_task
 from ntkit.report.page import render
 from ntkit.report.pictures import thumbnail
 from ntkit.report.provenance import provenance
-from ntkit.report.story import Subject, page, score
+from ntkit.report.story import Subject, page
+from ntkit.report.words import score
 from ntkit.uses.study import FIRST, FULL, PSEUDO, TRACE, Effort, Kind, Listener, Silence, Study, study
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def run_report(folder: Path, own: Own, *, force: bool = False, listener: Listene
         InputError: if anything the user named cannot be used; nothing has been computed then.
         ModelError: if the network has no tangent kernel on the data.
 
-    Cost: for 10,000 training examples and one kernel per pair, 2 GB beside the data, and about 20 seconds of solving per
+    Cost: for 10,000 training examples and one kernel per pair, 2 GB beside the data, and about 20 seconds of solving
+        per
     state beside the kernels themselves.
     """
     listener = listener or Silence()
@@ -142,11 +144,14 @@ def _subject(own: Own, result: OwnResult, task: Task) -> Subject:
     )
     return Subject(
         title=f"What the tangent kernel says about {own.factory.name}",
-        lead=f"The network of {own.factory.spec} has {facts.parameters:,} parameters and {facts.outputs} outputs{weights} a "
+        lead=f"The network of {own.factory.spec} has {facts.parameters:,} parameters and {facts.outputs} "
+        f"outputs{weights} a "
         f"test {facts.score_name} of {score(facts, last.test_score)}. Data: {result.data}.",
         made=(
-            f"The network is put into evaluation mode and computed in {str(own.dtype).removeprefix('torch.')}; all solves "
-            f"are in float64. The factory was called with torch's generator seeded by {own.cut.seed}; every other random "
+            f"The network is put into evaluation mode and computed in {str(own.dtype).removeprefix('torch.')}; all "
+            "solves "
+            f"are in float64. The factory was called with torch's generator seeded by {own.cut.seed}; every other "
+            "random "
             "choice follows from the same seed.",
             f"The full kernel and all comparisons use the first {facts.compared:,} training examples "
             f"({facts.compared * facts.outputs:,} rows); the regression with the {own.kind.label} kernel uses all "

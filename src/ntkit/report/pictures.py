@@ -6,15 +6,18 @@ Each function returns one self-contained `<svg>`: small enough to be read on a p
 from __future__ import annotations
 
 import base64
+import html
 import io
 import math
 import re
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
@@ -40,7 +43,7 @@ COLOURS = {
     "network": "#d6457f",
 }
 OTHER = ("#d6457f", "#8a9a2b", "#7d8590")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -71,10 +74,11 @@ def colour(label: str) -> str:
 
 def similarity(facts: Similarity) -> str:
     """The kernel between examples sorted by class: blue for alike, orange for opposite, nothing for unrelated."""
-    with _drawn((4.2, 3.9)) as (figure, axes, out):
+    with _drawn((4.2, 3.9), "Heat map of the kernel between examples sorted by class") as drawing:
+        axes = drawing.axes
         values = np.clip(facts.cosines.numpy(), -1, 1)
         image = np.zeros((*values.shape, 4))
-        image[...] = np.where(values[..., None] >= 0, mpl.colors.to_rgba("#2f80ed"), mpl.colors.to_rgba("#e07b00"))
+        image[...] = np.where(values[..., None] >= 0, to_rgba("#2f80ed"), to_rgba("#e07b00"))
         image[..., 3] = np.abs(values)
         axes.imshow(image, interpolation="nearest")
         classes = facts.classes.numpy()
@@ -89,13 +93,13 @@ def similarity(facts: Similarity) -> str:
         axes.tick_params(length=0)
         axes.set_xlabel("class of the example")
         axes.set_ylabel("class of the other example")
-        out["label"] = "Heat map of the kernel between examples sorted by class"
-    return out["svg"]
+    return drawing.svg
 
 
 def fidelity(states: Sequence[State]) -> str:
     """Relative error of each reduced kernel, one group of bars per state, with standard errors."""
-    with _drawn(SIZE) as (figure, axes, out):
+    with _drawn(SIZE, "Bars: relative error of each reduced kernel") as drawing:
+        axes = drawing.axes
         labels = [facts.label for facts in states[0].kernels if facts.fidelity is not None]
         width = 0.8 / len(labels)
         for number, label in enumerate(labels):
@@ -110,13 +114,13 @@ def fidelity(states: Sequence[State]) -> str:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(axis="y")
         axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1.2, handlelength=1.4)
-        out["label"] = "Bars: relative error of each reduced kernel"
-    return out["svg"]
+    return drawing.svg
 
 
 def spectra(state: State, labels: Sequence[str]) -> str:
     """Eigenvalues of k (x) I_C for each kernel, in units of the largest of the first, against their rank."""
-    with _drawn(SIZE) as (figure, axes, out):
+    with _drawn(SIZE, f"Eigenvalues of the kernels {state.name}") as drawing:
+        axes = drawing.axes
         rows, unit = state.kernel(labels[0]).rows, state.kernel(labels[0]).spectrum.largest
         for label in labels:
             facts = state.kernel(label)
@@ -128,14 +132,14 @@ def spectra(state: State, labels: Sequence[str]) -> str:
         axes.set_title(state.name)
         axes.grid()
         axes.legend()
-        out["label"] = f"Eigenvalues of the kernels {state.name}"
-    return out["svg"]
+    return drawing.svg
 
 
 def scores(states: Sequence[State], score_name: str, test_examples: int) -> str:
     """Test score of the network and of each kernel regression: hollow dots for the first state, full for the last."""
     rows = [(fit.label, fit.examples) for fit in states[0].fits]
-    with _drawn((4.6, 0.9 + 0.34 * (len(rows) + 1))) as (figure, axes, out):
+    with _drawn((4.6, 0.9 + 0.34 * (len(rows) + 1)), "Test score of the network and of kernel regressions") as drawing:
+        axes = drawing.axes
         for place, (label, examples) in enumerate(reversed(rows)):
             points = [state.fit(label, examples).test_score for state in states]
             _dots(axes, place, points, colour(label), test_examples if score_name == "accuracy" else None)
@@ -152,8 +156,7 @@ def scores(states: Sequence[State], score_name: str, test_examples: int) -> str:
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        out["label"] = "Test score of the network and of kernel regressions"
-    return out["svg"]
+    return drawing.svg
 
 
 def _dots(axes: Axes, place: int, points: list[float], shade: str, examples: int | None) -> None:
@@ -175,7 +178,8 @@ def _dots(axes: Axes, place: int, points: list[float], shade: str, examples: int
 
 def ridge(check: RidgeCheck, title: str) -> str:
     """Promised and real squared error for each ridge."""
-    with _drawn(SIZE) as (figure, axes, out):
+    with _drawn(SIZE, f"Squared error against the ridge {title}") as drawing:
+        axes = drawing.axes
         usable = [i for i, value in enumerate(check.test) if math.isfinite(value)]
         x = [check.relative[i] for i in usable]
         series = (
@@ -193,8 +197,7 @@ def ridge(check: RidgeCheck, title: str) -> str:
         axes.set_title(title)
         axes.grid()
         axes.legend()
-        out["label"] = f"Squared error against the ridge {title}"
-    return out["svg"]
+    return drawing.svg
 
 
 def layers(states: Sequence[State]) -> str:
@@ -202,7 +205,8 @@ def layers(states: Sequence[State]) -> str:
     names = list(states[0].layers)
     shown = sorted(names, key=lambda name: -max(state.layers[name] for state in states))[:12]
     names = [name for name in names if name in shown]
-    with _drawn((4.6, 0.9 + 0.42 * len(names))) as (figure, axes, out):
+    with _drawn((4.6, 0.9 + 0.42 * len(names)), "Share of the kernel that each layer carries") as drawing:
+        axes = drawing.axes
         height = 0.8 / len(states)
         for number, state in enumerate(states):
             place = np.arange(len(names))[::-1] - (number - (len(states) - 1) / 2) * height
@@ -214,13 +218,13 @@ def layers(states: Sequence[State]) -> str:
         axes.set_xlabel("share of the kernel")
         axes.grid(axis="x")
         axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.4, 1.0))
-        out["label"] = "Share of the kernel that each layer carries"
-    return out["svg"]
+    return drawing.svg
 
 
 def widths(facts: Convergence) -> str:
     """Error of the pNTK against width, both logarithmic, with the slopes that are expected."""
-    with _drawn(SIZE) as (figure, axes, out):
+    with _drawn(SIZE, "Relative error of the pNTK against width") as drawing:
+        axes = drawing.axes
         x = np.array(facts.widths, dtype=float)
 
         def mean(value: str) -> np.ndarray:
@@ -246,8 +250,7 @@ def widths(facts: Convergence) -> str:
         axes.set_ylabel("relative error")
         axes.grid()
         axes.legend()
-        out["label"] = "Relative error of the pNTK against width"
-    return out["svg"]
+    return drawing.svg
 
 
 def _points(points: Sequence[WidthPoint], value: str) -> tuple[list[int], list[float]]:
@@ -270,20 +273,27 @@ def thumbnail(image: Tensor) -> str | None:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+@dataclass
+class _Drawing:
+    """Axes to draw on, and what has become of them."""
+
+    axes: Axes
+    svg: str = ""
+
+
 @contextmanager
-def _drawn(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes, dict[str, str]]]:
-    """A figure to draw on; after the block `out["svg"]` holds it as text."""
-    out: dict[str, str] = {"label": ""}
+def _drawn(size: tuple[float, float], label: str) -> Iterator[_Drawing]:
+    """A drawing of one pair of axes; after the block its `svg` is there. `label` is for those who cannot see it."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
-        axes = figure.add_subplot()
-        axes.patch.set_alpha(0)
-        yield figure, axes, out
+        drawing = _Drawing(figure.add_subplot())
+        drawing.axes.patch.set_alpha(0)
+        yield drawing
         FigureCanvasSVG(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    out["svg"] = _inline(buffer.getvalue(), out["label"])
+    drawing.svg = _inline(buffer.getvalue(), label)
 
 
 def _inline(svg: str, label: str) -> str:
@@ -295,4 +305,4 @@ def _inline(svg: str, label: str) -> str:
     # The size in points is left to the page; the view box keeps the proportions.
     head, body = svg.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*pt"', "", head)
-    return f'{head} role="img" aria-label="{label}">{body}'
+    return f'{head} role="img" aria-label="{html.escape(label)}">{body}'

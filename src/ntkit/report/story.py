@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ntkit.report import pictures
 from ntkit.report.page import Card, Figure, Page, Section, Strip, Table, Tile
+from ntkit.report.words import a_thing, count, distance, number, percent, plus_minus, score, sentence
 from ntkit.uses.convergence import EXPECTED_SLOPE
 from ntkit.uses.study import FIRST, FULL, PSEUDO, TRACE
 
@@ -63,86 +64,36 @@ def summary(study: Study) -> Table:
     """One row per state and kernel: what the terminal shows at the end, and the page as well."""
     rows = []
     for state in study.states:
-        rows.append((f"network, {state.name}", "", "", "", "", "", "", score(study, state.test_score)))
+        rows.append((f"{state.name}: the network", *[""] * 5, score(study, state.test_score)))
         for facts in state.kernels:
-            small = [f for f in state.fits if f.label == facts.label and f.examples == study.compared]
-            large = [f for f in state.fits if f.label == facts.label and f.examples != study.compared]
+            fits = {fit.examples: score(study, fit.test_score) for fit in state.fits if fit.label == facts.label}
             rows.append(
                 (
-                    f"  {facts.label}",
+                    facts.label,
                     "exact" if facts.fidelity is None else plus_minus(facts),
-                    number(facts.spectrum.largest / _full(state).spectrum.largest),
                     number(facts.spectrum.condition_number),
                     f"{facts.spectrum.entropy_rank:.1f}",
                     "" if facts.alignment is None else f"{facts.alignment.centred:.2f}",
-                    score(study, small[0].test_score) if small else "",
-                    score(study, large[0].test_score) if large else "",
+                    fits.get(study.compared, ""),
+                    fits.get(study.train_examples, ""),
                 )
             )
     return Table(
-        caption=f"Kernels of {count(study.compared)} training examples; the last column uses all "
-        f"{count(study.train_examples)}. The full kernel has {study.outputs} rows per example.",
+        caption=f"Test {study.score_name} from {count(study.compared)} and from all {count(study.train_examples)} "
+        "training "
+        f"examples; the other columns from {count(study.compared)}. The full kernel has {study.outputs} rows per "
+        "example.",
         columns=(
             "",
-            "distance from exact",
-            "largest eigenvalue / exact",
-            "condition number",
-            "effective rank",
-            "alignment with labels",
-            f"test {study.score_name}, {count(study.compared)} examples",
-            f"test {study.score_name}, all",
+            "distance",
+            "condition",
+            "rank",
+            "align",
+            f"test {count(study.compared)}",
+            f"test {count(study.train_examples)}",
         ),
         rows=tuple(rows),
     )
-
-
-# ---------------------------------------------------------------- numbers in words
-
-
-def count(value: int) -> str:
-    """A whole number with thousands apart."""
-    return f"{value:,}"
-
-
-def percent(value: float, digits: int = 1) -> str:
-    """A share as a percentage."""
-    return f"{100 * value:.{digits}f}%"
-
-
-def number(value: float) -> str:
-    """Three significant digits, without an exponent where that stays short."""
-    if math.isinf(value):
-        return "∞"
-    if value != 0 and not 1e-3 <= abs(value) < 1e4:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa}·10{_raised(int(exponent))}"
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _raised(exponent: int) -> str:
-    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def score(study: Study, value: float) -> str:
-    """A test score: per cent of right answers, or R^2."""
-    return percent(value) if study.score_name == "accuracy" else f"{value:.3f}"
-
-
-def distance(facts: KernelFacts) -> float:
-    """How far a reduced kernel is from the exact one: sampled on all training examples."""
-    return 0.0 if facts.fidelity is None else facts.fidelity.error
-
-
-def plus_minus(facts: KernelFacts) -> str:
-    """The distance with its standard error, in per cent."""
-    if facts.fidelity is None:
-        return "0%"
-    return f"{100 * facts.fidelity.error:.0f} ± {100 * facts.fidelity.standard_error:.0f}%"
-
-
-def sentence(text: str) -> str:
-    """The text with a capital first letter."""
-    return text[:1].upper() + text[1:]
 
 
 # ---------------------------------------------------------------- the parts of the page
@@ -153,19 +104,19 @@ def _full(state: State) -> KernelFacts:
 
 
 def _main(state: State, study: Study) -> Fit:
-    return next(fit for fit in reversed(state.fits) if fit.examples == study.train_examples)
+    return state.fit(study.main, study.train_examples)
 
 
 def _cards(study: Study) -> tuple[Card, ...]:
-    first, last = study.states[0], study.states[-1]
-    main = [fit for fit in first.fits if fit.examples == study.train_examples][:1]
+    last = study.states[-1]
     cards = [Card(score(study, last.test_score), f"test {study.score_name} of the network {last.name}")]
-    for state in study.states:
-        for fit in main:
-            value = state.fit(fit.label, fit.examples).test_score
-            cards.append(
-                Card(score(study, value), f"test {study.score_name} of its {fit.label} kernel alone, {state.name}")
-            )
+    cards += [
+        Card(
+            score(study, _main(state, study).test_score),
+            f"test {study.score_name} of its {study.main} kernel alone, {state.name}",
+        )
+        for state in study.states
+    ]
     cards += [
         Card(
             percent(distance(state.kernel(PSEUDO.label)), 0), f"distance of the pNTK from the exact kernel {state.name}"
@@ -178,15 +129,15 @@ def _cards(study: Study) -> tuple[Card, ...]:
 
 def _findings(study: Study, convergence: Convergence | None) -> list[str]:
     first, last = study.states[0], study.states[-1]
-    main = next(fit for fit in first.fits if fit.examples == study.train_examples)
-    own = first.fit(main.label, main.examples).test_score
+    own = _main(first, study).test_score
     found = [
-        f"The kernel of the network {first.name}, used alone in a regression on {count(main.examples)} labelled examples, "
+        f"The kernel of the network {first.name}, used alone in a regression on {count(study.train_examples)} labelled "
+        "examples, "
         f"reaches {score(study, own)} on new ones; the network {last.name} reaches {score(study, last.test_score)}: "
         f"{_compared(own, last.test_score, study)}."
     ]
     if len(study.states) > 1:
-        later = last.fit(main.label, main.examples).test_score
+        later = _main(last, study).test_score
         whole = study.movements[0]
         found.append(
             f"Between the two states the kernel moved: {_moved(study)} With the kernel {last.name} the same regression "
@@ -239,8 +190,10 @@ def _advice(state: State, study: Study) -> str:
     floor = distance(trace)
     noise = math.hypot(*(f.fidelity.standard_error for f in (pseudo, trace) if f.fidelity is not None))
     text = (
-        f"{sentence(state.name)} the pNTK (sum of the {study.outputs} logits) is {plus_minus(pseudo)} away from the exact "
-        f"kernel; the least that any kernel with one number per pair can reach is {plus_minus(trace)} (the trace kernel). "
+        f"{sentence(state.name)} the pNTK (sum of the {study.outputs} logits) is {plus_minus(pseudo)} away from the "
+        "exact "
+        f"kernel; the least that any kernel with one number per pair can reach is {plus_minus(trace)} (the trace "
+        "kernel). "
     )
     if distance(pseudo) <= floor + max(2 * noise, 0.05 * floor):
         text += "So the pNTK, the cheapest, is as good as any of its kind here."
@@ -265,30 +218,31 @@ def _meaning(subject: Subject, study: Study) -> Section:
     return Section(
         "What is being looked at",
         (
-            f"The tangent kernel of a network answers one question: if a training step on {_a(subject.thing)} A changes "
-            f"the answer for A, how much does the answer for {_a(subject.thing)} B change with it? A large number means "
+            f"The tangent kernel of a network answers one question: if a training step on {a_thing(subject.thing)} A "
+            "changes "
+            f"the answer for A, how much does the answer for {a_thing(subject.thing)} B change with it? A large number "
+            "means "
             "that the network treats A and B alike at this moment of its training. The number follows exactly from the "
             "network's derivatives; nothing has to be trained to know it.",
             "The network has one output, so the kernel holds one number for each pair."
             if study.outputs == 1
-            else f"The network has {study.outputs} outputs, so the exact (full) kernel holds {study.outputs} x {study.outputs} "
-            f"numbers for each pair. Cheap kernels keep one: the pNTK takes the sum of the outputs, the trace kernel the "
+            else f"The network has {study.outputs} outputs, so the exact (full) kernel holds {study.outputs} x "
+            f"{study.outputs} "
+            f"numbers for each pair. Cheap kernels keep one: the pNTK takes the sum of the outputs, the trace kernel "
+            "the "
             f"average over the outputs one by one, the first logit just one of them. They are up to "
             f"{study.outputs**2} times smaller; this page measures what that costs.",
         ),
         tables=(summary(study),),
         notes=(
-            "Distance from exact: the size of what is missing, as a share of the size of the exact kernel (relative "
-            "Frobenius error), estimated from random examples, ± one standard error. Condition number: largest over smallest "
-            "eigenvalue; above a million, solving becomes delicate. Effective rank: how many directions the kernel "
-            "really uses (exponential of the entropy of its spectrum). Alignment: 1 if the kernel alone would sort the "
+            "Distance: the size of what is missing, as a share of the size of the exact kernel (relative "
+            "Frobenius error), estimated from random examples, ± one standard error. Condition: largest over "
+            "smallest "
+            "eigenvalue; above a million, solving becomes delicate. Rank: how many directions the kernel "
+            "really uses (exponential of the entropy of its spectrum). Align: 1 if the kernel alone would sort the "
             "examples by label, 0 if it knows nothing of the labels (centred kernel alignment).",
         ),
     )
-
-
-def _a(thing: str) -> str:
-    return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
 
 
 def _alike(subject: Subject, study: Study) -> Section | None:
@@ -302,15 +256,18 @@ def _alike(subject: Subject, study: Study) -> Section | None:
         figures.append(
             Figure(
                 pictures.similarity(facts),
-                f"{sentence(state.name)}: two {subject.thing}s of one class are alike by {facts.within:+.2f} on average, two of "
+                f"{sentence(state.name)}: two {subject.thing}s of one class are alike by {facts.within:+.2f} on "
+                "average, two of "
                 f"different classes by {facts.between:+.2f} (1 is the same, 0 is unrelated).",
             )
         )
     return Section(
         "What the network finds alike",
         (
-            f"Each point of a picture is a pair of {subject.thing}s, sorted by class. Blue: a training step on one moves "
-            "the answer for the other the same way; orange: the opposite way. Blue squares along the diagonal mean that "
+            f"Each point of a picture is a pair of {subject.thing}s, sorted by class. Blue: a training step on one "
+            "moves "
+            "the answer for the other the same way; orange: the opposite way. Blue squares along the diagonal mean "
+            "that "
             "the network already groups the classes, before its answers are looked at.",
         ),
         tuple(figures),
@@ -319,7 +276,8 @@ def _alike(subject: Subject, study: Study) -> Section | None:
 
 def _closeness(subject: Subject, study: Study) -> Section:
     paragraphs = [
-        "The bars say how much of the exact kernel each cheap one misses; lower is better. The trace kernel is the best "
+        "The bars say how much of the exact kernel each cheap one misses; lower is better. The trace kernel is the "
+        "best "
         "that one number per pair can be, so its bar is the floor for the others."
     ]
     first, last = study.states[0], study.states[-1]
@@ -329,7 +287,8 @@ def _closeness(subject: Subject, study: Study) -> Section:
         gap_after = after - distance(last.kernel(TRACE.label))
         grew = gap_after > gap_before
         paragraphs.append(
-            "A known trap: plain training with cross-entropy never changes the sum of the last layer's rows, because its "
+            "A known trap: plain training with cross-entropy never changes the sum of the last layer's rows, because "
+            "its "
             "gradients over the classes add up to zero. All other directions grow, and the sum, which predictions do "
             "not depend on at all, says less and less about the network. Here the distance of the pNTK went from "
             f"{percent(before, 0)} to {percent(after, 0)}, and its gap to the floor from {percent(gap_before, 0)} to "
@@ -337,7 +296,8 @@ def _closeness(subject: Subject, study: Study) -> Section:
         )
     elif after > 1.15 * distance(last.kernel(TRACE.label)):
         paragraphs.append(
-            f"The pNTK {last.name} is clearly above the floor. If the network was trained with cross-entropy that is to be "
+            f"The pNTK {last.name} is clearly above the floor. If the network was trained with cross-entropy that is "
+            "to be "
             "expected: such training leaves the sum of the last layer's rows where it was while all other directions "
             "grow, and predictions do not depend on the sum at all."
         )
@@ -443,7 +403,8 @@ def _movement(study: Study) -> Section:
         (Figure(pictures.layers(study.states), "Share of the trace of the exact kernel that each layer contributes."),),
         tables,
         notes=(
-            "Relative change sees a change of scale; the cosine and CKA do not. CKA leaves the mean over the examples out "
+            "Relative change sees a change of scale; the cosine and CKA do not. CKA leaves the mean over the examples "
+            "out "
             "as well.",
         )
         if study.movements
@@ -473,7 +434,8 @@ def _prediction(subject: Subject, study: Study) -> Section:
     spread = max(f.test_score for f in small) - min(f.test_score for f in small)
     paragraphs = [
         f"Kernel regression predicts a new {subject.thing} from the labelled ones, weighted by the kernel. It is where "
-        "the network would end if it were trained for ever, on squared error, with its kernel frozen. No training is needed, only one "
+        "the network would end if it were trained for ever, on squared error, with its kernel frozen. No training is "
+        "needed, only one "
         "linear system.",
         f"From {count(study.compared)} examples the kernels {last.name} reach "
         + ", ".join(f"{score(study, f.test_score)} ({f.label})" for f in small)
@@ -483,39 +445,42 @@ def _prediction(subject: Subject, study: Study) -> Section:
             else "."
         ),
     ]
-    columns = ("", "examples", "ridge", "training", "left out", "test", "seconds")
-    tables = tuple(
-        Table(
-            f"Kernel regression {state.name}: {study.score_name}",
-            columns,
-            tuple(
-                (
-                    fit.label,
-                    count(fit.examples),
-                    number(fit.relative_ridge),
-                    score(study, fit.train_score),
-                    score(study, fit.loo_score),
-                    score(study, fit.test_score),
-                    f"{fit.seconds:.1f}",
-                )
-                for fit in state.fits
-            )
-            + (("network", "", "", score(study, state.train_score), "", score(study, state.test_score), ""),),
-        )
-        for state in study.states
-    )
+    tables = tuple(_fits(state, study) for state in study.states)
     searched = sorted({fit.ridge_from for fit in last.fits if fit.ridge_from < fit.examples})
     notes = [
-        "Predictions start from zero, not from the network's own answers, so that the kernel is judged alone. The ridge "
+        "Predictions start from zero, not from the network's own answers, so that the kernel is judged alone. The "
+        "ridge "
         "is the one with the least leave-one-out error, in units of the kernel's mean diagonal entry."
         + (f" For the largest fits it was chosen on {count(searched[0])} of the examples." if searched else "")
     ]
     if len(study.states) > 1:
         notes.append(
-            f"The kernel {last.name} has seen the training labels through the weights, if the network was trained on these "
+            f"The kernel {last.name} has seen the training labels through the weights, if the network was trained on "
+            "these "
             "examples: its leave-one-out scores are then too good, its test scores are not."
         )
     return Section("Predicting with the kernel alone", tuple(paragraphs), tuple(figures), tables, notes=tuple(notes))
+
+
+def _fits(state: State, study: Study) -> Table:
+    rows = [
+        (
+            fit.label,
+            count(fit.examples),
+            number(fit.relative_ridge),
+            score(study, fit.train_score),
+            score(study, fit.loo_score),
+            score(study, fit.test_score),
+            f"{fit.seconds:.1f}",
+        )
+        for fit in state.fits
+    ]
+    rows.append(("network", "", "", score(study, state.train_score), "", score(study, state.test_score), ""))
+    return Table(
+        caption=f"Kernel regression {state.name}: {study.score_name}",
+        columns=("", "examples", "ridge", "training", "left out", "test", "seconds"),
+        rows=tuple(rows),
+    )
 
 
 def _regret(regret: float) -> str:
@@ -534,7 +499,8 @@ def _speakers(subject: Subject, study: Study, task: Task) -> Section | None:
         f"Which training {subject.thing}s speak for an answer",
         (
             "A kernel prediction is a sum over the training examples, so it can be taken apart. Left: a test "
-            f"{subject.thing} and the answer; right: the training {subject.thing}s whose terms are largest, strongest first. "
+            f"{subject.thing} and the answer; right: the training {subject.thing}s whose terms are largest, strongest "
+            "first. "
             "Wrong answers come first: their speakers show what the network took the image for.",
         ),
         gallery=found,
@@ -572,10 +538,13 @@ def _widening(facts: Convergence | None) -> Section | None:
         (
             f"Random networks of two hidden layers, {len(facts.seeds)} of each width, before any training. The pNTK is "
             f"{percent(mean(low, 'sum_error'), 0)} away from the exact kernel at width {low} and "
-            f"{percent(mean(high, 'sum_error'), 0)} at width {high}. On the double logarithmic picture that is a line of "
-            f"slope {slope.value:.2f} ± {slope.standard_error:.2f}, {verdict} ({EXPECTED_SLOPE[0]} to {EXPECTED_SLOPE[1]}): "
+            f"{percent(mean(high, 'sum_error'), 0)} at width {high}. On the double logarithmic picture that is a line "
+            "of "
+            f"slope {slope.value:.2f} ± {slope.standard_error:.2f}, {verdict} ({EXPECTED_SLOPE[0]} to "
+            f"{EXPECTED_SLOPE[1]}): "
             "the theorem of Mohamadi, Bae and Sutherland (2023) says one over the square root of the width.",
-            f"The largest eigenvalue follows, with slope {largest.value:.2f} ± {largest.standard_error:.2f}. The condition "
+            f"The largest eigenvalue follows, with slope {largest.value:.2f} ± {largest.standard_error:.2f}. The "
+            "condition "
             f"number of the exact kernel goes from {number(mean(low, 'condition_full'))} to "
             f"{number(mean(high, 'condition_full'))}, that of the pNTK from {number(mean(low, 'condition_sum'))} to "
             f"{number(mean(high, 'condition_sum'))}.",
@@ -583,7 +552,8 @@ def _widening(facts: Convergence | None) -> Section | None:
         (
             Figure(
                 pictures.widths(facts),
-                f"Dots: single networks on {facts.examples} images; lines: means. The shaded wedge has the expected slopes.",
+                f"Dots: single networks on {facts.examples} images; lines: means. The shaded wedge has the expected "
+                "slopes.",
             ),
         ),
         notes=("This holds at initialisation; the section on closeness shows what training does to it.",),

@@ -205,12 +205,12 @@ class _Tap(torch.autograd.Function):
     """Nothing, but a place in the autograd graph: the output of a use whose inputs need no gradients."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004  # pyright: ignore
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
         return cotangent, None
 
 
@@ -303,11 +303,11 @@ class Capture(Watch):
             if axis is not None and not axis.fits(tensor, self.examples):
                 raise Deviation(f"{step.name} meets shape {tuple(tensor.shape)} in a batch of {self.examples}")
         versions = {
-            i: leaf._version
-            for i, leaf in enumerate(kept)
-            if isinstance(leaf, Tensor) and not (in_place and i == 0)
+            i: leaf._version for i, leaf in enumerate(kept) if isinstance(leaf, Tensor) and not (in_place and i == 0)
         }
-        kept = [leaf.detach() if isinstance(leaf, Tensor) and i not in versions else leaf for i, leaf in enumerate(kept)]
+        kept = [
+            leaf.detach() if isinstance(leaf, Tensor) and i not in versions else leaf for i, leaf in enumerate(kept)
+        ]
         record = Record(step, kept, rebuild, touched, versions, edges, in_place)
         self.records.append(record)
         self.witness(record, tensors)
@@ -346,9 +346,9 @@ def run_backward(scalars: Tensor, records: list[Record]) -> None:
         return
     targets = [record.edges[j] for record, j in edges]
     for k in range(count):
-        grads = torch.autograd.grad(
+        grads = torch.autograd.grad(  # pyright: ignore[reportCallIssue]
             scalars[:, k].sum(),
-            targets,  # pyright: ignore[reportArgumentType]
+            targets,
             retain_graph=k < count - 1,
             allow_unused=True,
         )
@@ -365,11 +365,13 @@ def writes_in_place(func: Callable) -> bool:
 
 
 _SILENT = frozenset(
-    """size dim stride numel nelement element_size storage_offset is_contiguous is_floating_point is_complex
-    is_sparse data_ptr type get_device ndimension item tolist numpy __len__ __bool__ __repr__ __format__ __hash__
-    requires_grad_ register_hook retain_grad backward untyped_storage is_set_to is_same_size is_pinned
-    dense_dim sparse_dim result_type can_cast is_tensor is_nonzero is_inference is_signed is_coalesced
-    is_conj is_neg __get__state __set__""".split()
+    """
+    size dim stride numel nelement element_size storage_offset is_contiguous is_floating_point
+    is_complex is_sparse data_ptr type get_device ndimension item tolist numpy __len__ __bool__ __repr__
+    __format__ __hash__ requires_grad_ register_hook retain_grad backward untyped_storage is_set_to
+    is_same_size is_pinned dense_dim sparse_dim result_type can_cast is_tensor is_nonzero is_inference
+    is_signed is_coalesced is_conj is_neg __get__state __set__
+""".split()  # noqa: SIM905
 )
 
 

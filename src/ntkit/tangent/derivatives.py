@@ -180,12 +180,14 @@ def _span(source: Source) -> _Span | None:
     if tensor.dtype != leaf.dtype or tensor.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr():
         return None
     reach = 0
-    for step, size in sorted((step, size) for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
+    for step, size in sorted(
+        (step, size) for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
+    ):
         if step <= reach:  # one-to-one only if each axis steps over all that the faster ones cover
             return None
         reach += step * (size - 1)
     first = tensor.storage_offset() - leaf.storage_offset()
-    return _Span(first, first + reach, (first, tuple(tensor.shape), tensor.stride()))
+    return _Span(int(first), int(first + reach), (first, tuple(tensor.shape), tensor.stride()))
 
 
 def _share(a: Source, a_span: _Span | None, b: Source, b_span: _Span | None) -> bool:

@@ -77,9 +77,11 @@ class Factor(ABC):
         """sum_nk weights[n, k] R[n, k]: one gradient of the parameter's shape."""
         return torch.einsum("nk,nk...->...", weights, self.rows())
 
-    def gram(
-        self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH, memo: Memo | None = None
-    ) -> Tensor:
+    def weighted_product(self, weights: Tensor, direction: Tensor) -> Tensor:
+        """That gradient as a matrix (first axis by the rest) times a vector: cheap where the gradient is large."""
+        return as_matrix(self.weighted_sum(weights)) @ direction
+
+    def gram(self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH, memo: Memo | None = None) -> Tensor:
         """Inner products of all rows: (n, k, m, l), or with `trace` summed over k = l: (n, m).
 
         Args:
@@ -105,6 +107,11 @@ class Factor(ABC):
         for start in range(0, height, step):
             left = self.rows(start, min(start + step, height))
             yield left, left if other is self else other.rows(start, min(start + step, height))
+
+
+def as_matrix(values: Tensor) -> Tensor:
+    """A parameter's array as a matrix, its first axis by all others."""
+    return values.reshape(values.shape[0], -1) if values.ndim else values.reshape(1, 1)
 
 
 def rows_gram(blocks: Iterator[tuple[Tensor, Tensor]], *, trace: bool) -> Tensor:
@@ -187,6 +194,12 @@ class OuterWork:
         own = self.forming() + (0 if other is self else other.forming())
         return own + 2 * self.row_size * self.examples * other.examples * heads
 
+    def prefers_rows(self, other: OuterWork, trace: bool) -> bool:
+        """Whether rows are the cheaper route. With one position never: outer products there cost next to nothing."""
+        if self.positions == other.positions == self.groups == 1:
+            return False
+        return self.rows(other, trace) < self.pairs(other, trace)
+
     def forming(self) -> int:
         """FLOPs of forming all rows."""
         return 2 * self.row_size * self.examples * self.scalars * self.positions
@@ -261,9 +274,9 @@ class Outer(Factor):
         total = a.transpose(1, 2) @ g if self.inputs_first else g.transpose(1, 2) @ a
         return total.reshape(self.shape)
 
-    def gram(
+    def gram(  # noqa: D102
         self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH, memo: Memo | None = None
-    ) -> Tensor:  # noqa: D102
+    ) -> Tensor:
         if self._through_rows(other, trace):
             return super().gram(other, trace=trace, scratch=scratch)
         assert isinstance(other, Outer)
@@ -272,11 +285,10 @@ class Outer(Factor):
         return _pairs_gram(self, other, trace=trace, scratch=scratch)
 
     def _through_rows(self, other: Factor, trace: bool) -> bool:
-        return not isinstance(other, Outer) or self.work.rows(other.work, trace) < self.work.pairs(other.work, trace)
+        return not isinstance(other, Outer) or self.work.prefers_rows(other.work, trace)
 
     def prefers_rows_among(self, partners: int, *, trace: bool) -> bool:  # noqa: D102
-        other = replace(self.work, examples=partners)
-        return self.work.rows(other, trace) < self.work.pairs(other, trace)
+        return self.work.prefers_rows(self.work.of(partners), trace)
 
     @cached_property
     def work(self) -> OuterWork:
@@ -441,9 +453,9 @@ class Convolution(Factor):
     def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
         return self.outer().weighted_sum(weights)
 
-    def gram(
+    def gram(  # noqa: D102
         self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH, memo: Memo | None = None
-    ) -> Tensor:  # noqa: D102
+    ) -> Tensor:
         if self._through_rows(other, trace):
             return super().gram(other, trace=trace, scratch=scratch)
         assert isinstance(other, Convolution)
@@ -453,11 +465,10 @@ class Convolution(Factor):
     def _through_rows(self, other: Factor, trace: bool) -> bool:
         if not isinstance(other, Convolution):
             return True
-        return self.work.rows(other.work, trace) < self.work.pairs(other.work, trace)
+        return self.work.prefers_rows(other.work, trace)
 
     def prefers_rows_among(self, partners: int, *, trace: bool) -> bool:  # noqa: D102
-        other = replace(self.work, examples=partners)
-        return self.work.rows(other, trace) < self.work.pairs(other, trace)
+        return self.work.prefers_rows(self.work.of(partners), trace)
 
 
 def _single_gram(left: Outer, right: Outer, *, trace: bool, memo: Memo | None) -> Tensor:
@@ -475,15 +486,12 @@ def _single_gram(left: Outer, right: Outer, *, trace: bool, memo: Memo | None) -
             memo.clear()
             memo[key] = gg
     a, b = left.inputs.reshape(n, -1), right.inputs.reshape(m, -1)
-    if a.shape[1] == 1:
-        aa = a * b.T
-    else:
-        aa = inner(a, b)
+    aa = a * b.T if a.shape[1] == 1 else inner(a, b)
     return gg * (aa if trace else aa[:, None, :, None])
 
 
 def _pairs_gram(left: Outer, right: Outer, *, trace: bool, scratch: int) -> Tensor:
-    """sum_ts (a_t . a_s)(g_t . g_s), a strip of the left examples at a time so that the pairs fit the scratch memory."""
+    """sum_ts (a_t . a_s)(g_t . g_s), a strip of left examples at a time so that the pairs fit the scratch memory."""
     n, k, t = left.examples, left.scalars, left.positions
     m, l, s = right.examples, right.scalars, right.positions  # noqa: E741
     heads = 1 if trace else k * l
@@ -559,13 +567,12 @@ class Lookup(Factor):
         g = torch.einsum("nk,nkto->nto", weights, self.cotangents)
         return g.new_zeros(self.shape).index_add_(0, self.ids.reshape(-1), g.reshape(-1, self.shape[1]))
 
-    def gram(
+    def gram(  # noqa: D102
         self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH, memo: Memo | None = None
-    ) -> Tensor:  # noqa: D102
+    ) -> Tensor:
         if not isinstance(other, Lookup):
             return super().gram(other, trace=trace, scratch=scratch)
         return rows_gram(self.common_blocks(other, scratch), trace=trace)
-
 
     def squared_norms(self, scratch: int = SCRATCH) -> Tensor:  # noqa: D102
         same = (self.ids[:, :, None] == self.ids[:, None, :]).to(self.cotangents)

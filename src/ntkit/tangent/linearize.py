@@ -19,7 +19,7 @@ from ntkit.tangent.examples import Batch, Examples
 from ntkit.tangent.generic import generic_rows
 from ntkit.tangent.layout import FEW
 from ntkit.tangent.readout import Logits, Readout
-from ntkit.tangent.trial import Anatomy, check_scalars, disagreements, examine, gradients, run_model, tolerance
+from ntkit.tangent.trial import Anatomy, check_scalars, disagreements, examine, run_model
 from ntkit.tangent.untouched import check_evaluation, untouched
 
 if TYPE_CHECKING:
@@ -150,9 +150,7 @@ class Tangent:
                 run_backward(scalars[:, :1], capture.records)
         return forward.get_total_flops() // FEW, backward.get_total_flops() // FEW
 
-    def derivatives(
-        self, x: Any, index: slice | Sequence[int] = slice(None), *, generic: bool = False
-    ) -> Derivatives:
+    def derivatives(self, x: Any, index: slice | Sequence[int] = slice(None), *, generic: bool = False) -> Derivatives:
         """All per-example gradients of some examples at once, in factored form.
 
         Args:
@@ -231,8 +229,7 @@ class Tangent:
             scalars = self.readout.scalars(run_model(self.model, self.selection, some), some.targets)
             weights = weights.to(scalars)
             true = list(torch.autograd.grad((scalars * weights).sum(), self.selection.tensors, allow_unused=True))
-        found = gradients(terms, weights)
-        wrong = disagreements(self.selection, true, found, tolerance(scalars.dtype))
+        wrong = disagreements(self.selection, true, terms, weights)
         if set(wrong) - set(anatomy.generic):
             raise Deviation("it sorts or picks examples by their values")
 
@@ -289,14 +286,14 @@ class Tangent:
                     scalars, self.selection.tensors, weights, create_graph=True, allow_unused=True
                 )
                 pairs = [(g * d).sum() for g, d in zip(grads, directions, strict=True) if g is not None]
-                product = torch.autograd.grad(torch.stack(pairs).sum(), weights)[0] if pairs else torch.zeros_like(scalars)
+                product = (
+                    torch.autograd.grad(torch.stack(pairs).sum(), weights)[0] if pairs else torch.zeros_like(scalars)
+                )
                 parts.append(product.detach())
         return torch.cat(parts)
 
     def _flat(self, grads: Sequence[Tensor | None]) -> Tensor:
-        columns = [
-            torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.selection.tensors, strict=True)
-        ]
+        columns = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.selection.tensors, strict=True)]
         return torch.cat([column.detach().reshape(-1) for column in columns])
 
 
@@ -320,5 +317,3 @@ def announce(anatomy: Anatomy) -> None:
             SlowRouteWarning,
             stacklevel=4,
         )
-
-

@@ -1,8 +1,9 @@
 """Products of large matrices: the one place that knows how the machine multiplies fastest.
 
-PyTorch hands float32 products on a CPU to MKL, which keeps to its AVX2 code on processors of other makers. oneDNN, which
-is inside PyTorch too, uses what the processor has: measured 1.3 to 2.4 times faster on an AMD EPYC with AVX-512. Where
-its operation is missing, and for any other type, device or size, these functions are the plain products.
+PyTorch hands float32 products on a CPU to MKL, which keeps to its AVX2 code on processors of other makers. oneDNN,
+which is inside PyTorch too, uses what the processor has: measured 1.3 to 2.4 times faster on an AMD EPYC with
+AVX-512. Where its operation is missing, and for any other type, device or size, these functions are the plain
+products.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from torch import Tensor
 
 # FLOPs from which the detour pays.
 _LARGE = 2**23
+# Rows below which a product is bound by reading the other matrix, which oneDNN would also rearrange.
+_FEW = 10
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of the rows of two matrices, a @ b.T, shape (rows of a, rows of b)."""
     if _onednn_pays(a, b):
-        return _onednn(a, b, None)
+        return _onednn(a.contiguous(), b.contiguous(), None)
     return a @ b.T
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` for a weight and bias that need no gradients."""
     if weight.ndim == 2 and input.ndim >= 2 and _onednn_pays(input, weight):
         return _Linear.apply(input, weight, bias)
@@ -35,9 +38,9 @@ class _Linear(torch.autograd.Function):
     """y = x W^T + b, differentiable in x alone."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _onednn(input, weight, bias)
+        return _onednn(input.contiguous(), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
@@ -55,7 +58,7 @@ def _onednn_pays(a: Tensor, b: Tensor) -> bool:
         and a.device.type == b.device.type == "cpu"
         and type(a) is Tensor
         and 2 * a.numel() * b.shape[0] >= _LARGE
-        and min(b.shape) > 1
+        and min(a.numel() // a.shape[-1], *b.shape) >= _FEW
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )

@@ -11,7 +11,7 @@ and goes the generic way; whatever makes examples depend on each other is an err
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -33,6 +33,7 @@ from ntkit.tangent.capture import (
     run_backward,
     writes_in_place,
 )
+from ntkit.tangent.factors import as_matrix
 from ntkit.tangent.layout import FEW, MORE, ExampleAxis, NoExampleAxis, grows, locate
 from ntkit.tangent.rules.local import local
 from ntkit.tangent.rules.registry import RULES
@@ -109,7 +110,9 @@ def tolerance(dtype: torch.dtype) -> float:
     return 10 * torch.finfo(dtype).eps ** 0.5
 
 
-def examine(model: nn.Module, selection: Selection, readout: Readout, examples: Examples, device: torch.device) -> Anatomy:
+def examine(
+    model: nn.Module, selection: Selection, readout: Readout, examples: Examples, device: torch.device
+) -> Anatomy:
     """Learn the script of `model` on the first few examples, and check it.
 
     Raises:
@@ -192,7 +195,8 @@ def run_model(model: nn.Module, selection: Selection, batch: Batch) -> Any:
     """The model's output, with torch's complaint about types or devices in words.
 
     Raises:
-        InputError: if the examples' type or device is not the model's.
+        InputError: if the examples' type or device is not the model's, or the model fails on them.
+        NtkitError: as the model's own code raises it.
     """
     try:
         return batch.call(model)
@@ -242,12 +246,12 @@ class _Hidden(NtkitError):
 
 
 def _reordering() -> frozenset[Any]:
-    names = (
-        "__getitem__ __setitem__ index_select gather take take_along_dim masked_select masked_scatter index_add index_copy "
-        "index_put scatter scatter_add scatter_reduce sort msort topk"
-    ).split()
+    names = """
+        __getitem__ __setitem__ index_select gather take take_along_dim masked_select masked_scatter
+        index_add index_copy index_put scatter scatter_add scatter_reduce sort msort topk
+    """
     owners = (torch, Tensor)
-    forms = [form for name in names for form in (name, f"{name}_")]
+    forms = [form for name in names.split() for form in (name, f"{name}_")]
     return frozenset(getattr(owner, form) for owner in owners for form in forms if hasattr(owner, form))
 
 
@@ -295,12 +299,15 @@ class _Learner(Capture):
         except NoExampleAxis as problem:
             for source in touched.values():
                 for name in source.leaves:
-                    self.opaque.setdefault(name, f"{operation_name(func)} on tensors without an example axis: {problem}")
+                    self.opaque.setdefault(
+                        name, f"{operation_name(func)} on tensors without an example axis: {problem}"
+                    )
             step = Step(len(self.script), func, True, opaque=True)
         else:
             is_use = any(axis is not None for axis in outputs)
-            axes = (tuple(operands), tuple(outputs)) if is_use else ()
-            step = Step(len(self.script), func, is_use, *axes)
+            step = Step(len(self.script), func, is_use)
+            if is_use:
+                step = replace(step, operands=tuple(operands), outputs=tuple(outputs))
         self.script.append(step)
         return step
 
@@ -315,9 +322,13 @@ class _Learner(Capture):
     ) -> list[ExampleAxis | None]:
         if writes_in_place(func):
             return operands[:1]
+        moving = next((axis for axis in operands if axis is not None), None)
+        if RULES.get(func, local) is not local and len(call.outputs) == 1 and moving is not None:
+            # operations with rules keep the examples where they are; `Capture` checks the output that follows
+            shape = call.outputs[0]
+            if moving.axis < len(shape) and shape[moving.axis] == FEW * moving.after:
+                return [moving]
         filled = [leaf.detach() if i in touched else leaf for i, leaf in enumerate(leaves)]
-        if RULES.get(func, local) is not local and len(call.outputs) == 1 and any(a is not None for a in operands):
-            filled = [leaf.to("meta") if isinstance(leaf, Tensor) else leaf for leaf in filled]
         arguments, keywords = rebuild(filled)
         with torch.no_grad():
             results = [out for out in flatten(func(*arguments, **keywords))[0] if isinstance(out, Tensor)]
@@ -368,7 +379,9 @@ def _learn(
     except (_Hidden, Deviation, ModelError):
         raise
     except Exception as error:
-        raise _Hidden(f"the model cannot be run with its operations watched ({type(error).__name__}: {error})") from error
+        raise _Hidden(
+            f"the model cannot be run with its operations watched ({type(error).__name__}: {error})"
+        ) from error
     scalars = readout.scalars(output, more.targets)
     script, records = learner.script, learner.records
     if any(_is_merged(step) for step in script):
@@ -408,12 +421,14 @@ def _guarded(
 ) -> Anatomy:
     allowed = tolerance(plain.scalars.dtype)
     scale = float(plain.scalars.abs().max()) or 1.0
-    check_scalars_agree(plain.scalars, learned.scalars[:FEW].detach(), allowed * scale, "in a batch of two and of three")
+    check_scalars_agree(
+        plain.scalars, learned.scalars[:FEW].detach(), allowed * scale, "in a batch of two and of three"
+    )
     combined = (learned.scalars[:FEW] * plain.weights).sum(1, keepdim=True)
     padded = torch.cat([combined, combined.new_zeros(MORE - FEW, 1)])
     generic = dict(learned.opaque)
     factors: list[tuple[Source, Factor]] = []
-    found: dict[str, Tensor] = {}
+    wrong: dict[str, str] = {}
     slow: dict[str, str] = {}
     try:
         for record in learned.records:
@@ -425,14 +440,14 @@ def _guarded(
                 factors += contributions
                 if contributions and not record.step.has_rule:
                     slow.setdefault(record.step.name, next(iter(contributions[0][0].leaves)))
-        found = gradients(factors, torch.ones(MORE, 1, dtype=padded.dtype, device=padded.device))
+        wrong = disagreements(selection, plain.gradients, factors, torch.ones_like(padded))
     except (ModelError, InputError):
         raise
     except Deviation as error:
         generic = dict.fromkeys(selection.names, str(error))
     except Exception as error:
         generic = dict.fromkeys(selection.names, f"its gradients cannot be captured ({type(error).__name__}: {error})")
-    for name, reason in disagreements(selection, plain.gradients, found, allowed).items():
+    for name, reason in wrong.items():
         generic.setdefault(name, reason)
     if generic:
         _spread_reasons(generic, [source for source, _ in factors])
@@ -451,12 +466,31 @@ def _guarded(
     )
 
 
-def gradients(factors: list[tuple[Source, Factor]], weights: Tensor) -> dict[str, Tensor]:
-    """sum_nk weights[n, k] d f_k(x_n) / d parameter, put together from factors, by parameter."""
+def probes(selection: Selection) -> dict[str, Tensor]:
+    """For each parameter, seen as a matrix, a random vector to multiply it by: wrong gradients give wrong products."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, parameter in zip(selection.names, selection.tensors, strict=True):
+        size = as_matrix(parameter).shape[1]
+        vector = torch.ones(1) if size == 1 else torch.randn(size, generator=generator, dtype=torch.float64)
+        found[name] = vector.to(parameter.device, parameter.dtype)
+    return found
+
+
+def captured_products(
+    factors: Sequence[tuple[Source, Factor]], weights: Tensor, vectors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """sum_nk weights[n, k] d f_k(x_n) / d parameter, put together from factors, times each parameter's vector."""
     found: dict[str, Tensor] = {}
     for source, factor in factors:
-        for name, gradient in pull_back(source, factor.weighted_sum(weights).detach()):
-            found[name] = found[name] + gradient if name in found else gradient
+        if source.is_leaf:
+            name = next(iter(source.leaves))
+            products = [(name, factor.weighted_product(weights, vectors[name]).detach())]
+        else:
+            pulled = pull_back(source, factor.weighted_sum(weights).detach())
+            products = [(name, as_matrix(gradient) @ vectors[name]) for name, gradient in pulled]
+        for name, product in products:
+            found[name] = found[name] + product if name in found else product
     return found
 
 
@@ -487,20 +521,29 @@ def check_scalars_agree(a: Tensor, b: Tensor, allowed: float, how: str) -> None:
 
 
 def disagreements(
-    selection: Selection, true: list[Tensor | None], found: dict[str, Tensor], allowed: float
+    selection: Selection, true: Sequence[Tensor | None], factors: Sequence[tuple[Source, Factor]], weights: Tensor
 ) -> dict[str, str]:
-    """Parameters whose captured gradient is not the true one, and what that means."""
-    norms = [0.0 if g is None else float(g.norm()) for g in true]
+    """Parameters whose captured gradient is not the true one, and what that means.
+
+    Both are compared by their products with a random vector: one pass over the true gradient, and for large weights
+    the captured one need not be formed.
+    """
+    vectors = probes(selection)
+    found = captured_products(factors, weights, vectors)
+    allowed = tolerance(weights.dtype)
+    products = [
+        None if g is None else as_matrix(g) @ vectors[name] for name, g in zip(selection.names, true, strict=True)
+    ]
+    norms = [0.0 if p is None else float(p.norm()) for p in products]
     total = sum(norm**2 for norm in norms) ** 0.5
     wrong: dict[str, str] = {}
-    for name, gradient, norm in zip(selection.names, true, norms, strict=True):
+    for name, product, norm in zip(selection.names, products, norms, strict=True):
         captured = found.get(name)
         if captured is None:
             difference, reason = norm, "it is used by code that torch's overrides do not see"
         else:
-            if gradient is not None:
-                captured = captured.reshape(gradient.shape) - gradient
-            difference, reason = float(captured.norm()), "a part of its uses is hidden from torch's overrides"
+            difference = float((captured if product is None else captured - product).norm())
+            reason = "a part of its uses is hidden from torch's overrides"
         if not difference <= allowed * (norm + allowed * total):
             wrong[name] = reason
     return wrong

@@ -1,8 +1,8 @@
 """How fast the pNTK becomes the full kernel when a network gets wider, at initialisation.
 
 Mohamadi, Bae and Sutherland 2023: in fan-in parametrization the relative Frobenius error of pNTK (x) I_C falls like
-1/sqrt(width), up to logarithms, and so does that of the largest eigenvalue. Measured: a slope of about -0.54 in a log-log
-plot for multilayer perceptrons with two hidden layers.
+1/sqrt(width), up to logarithms, and so does that of the largest eigenvalue. Measured: a slope of about -0.54 in a
+log-log plot for multilayer perceptrons with two hidden layers.
 """
 
 from __future__ import annotations

@@ -39,15 +39,15 @@ def digits(generator: torch.Generator) -> Digits:
     """The digits in a random order, so that no writer and no class fills one of the two parts."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    x = torch.tensor(bunch.data / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    y = torch.tensor(bunch.target, dtype=torch.int64)
+    pixels, numbers = load_digits(return_X_y=True)
+    x = torch.tensor(pixels / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)
+    y = torch.tensor(numbers, dtype=torch.int64)
     order = torch.randperm(len(x), generator=generator)
     train, test = order[:TRAINING_IMAGES], order[TRAINING_IMAGES:]
     return Digits(x[train], y[train], x[test], y[test])
 
 
-def small_cnn(generator: torch.Generator, *, channels: int = 32) -> nn.Module:
+def small_cnn(generator: torch.Generator, *, channels: int = 24) -> nn.Module:
     """Three convolutions and a linear layer, without normalization, for 8 x 8 images of one colour and ten classes.
 
     Weights are drawn as He et al. 2015 propose (normal, variance 2 / fan-in; 1 / fan-in in the last layer) from

@@ -1,8 +1,8 @@
 """What the tangent kernel says about one network on one data set: the numbers behind `ntkit demo` and `ntkit report`.
 
-For each state of the network (as built, after training) two questions are answered. How do the kernels compare, the exact
-one with its C x C blocks and the cheap ones with one number per pair? And how well does kernel regression with each of
-them predict, next to the network itself? Nothing is drawn here; every result is a frozen dataclass of numbers.
+For each state of the network (as built, after training) two questions are answered. How do the kernels compare, the
+exact one with its C x C blocks and the cheap ones with one number per pair? And how well does kernel regression with
+each of them predict, next to the network itself? Nothing is drawn here; every result is a frozen dataclass of numbers.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def random_signs(draws: int, generator: torch.Generator) -> Kind:
 class Task:
     """Data, cut into training and test examples.
 
-    Class numbers (an integer y) make a classification task, scored by accuracy; floating point targets a regression task,
-    scored by R^2.
+    Class numbers (an integer y) make a classification task, scored by accuracy; floating point targets a regression
+    task, scored by R^2.
 
     Attributes:
         x_train: (N, ...).
@@ -173,8 +173,8 @@ class KernelFacts:
         spectrum: its eigenvalues.
         alignment: with the targets; of reduced kernels only (the full one's is on another scale).
         error: ||Theta - k (x) I|| / ||Theta|| with all blocks of the compared examples; 0 for the full kernel itself.
-        fidelity: the same for the kernel of all training examples, from a sample of them, with a standard error; None for
-            the full kernel.
+        fidelity: the same for the kernel of all training examples, from a sample of them, with a standard error; None
+            for the full kernel.
     """
 
     label: str
@@ -268,7 +268,8 @@ class Similarity:
 class Evidence:
     """The training examples that speak loudest for a prediction of a kernel regression.
 
-    The prediction for a class is a sum over training examples, f_c(x) = sum_n k(x, x_n) a_nc; its largest terms are shown.
+    The prediction for a class is a sum over training examples, f_c(x) = sum_n k(x, x_n) a_nc; its largest terms are
+    shown.
 
     Attributes:
         test: number of the test example.
@@ -347,6 +348,7 @@ class Study:
         train_examples: N.
         test_examples: M.
         compared: examples on which all kernels are compared.
+        main: label of the kernel whose regression on all examples comes first.
         score_name: "accuracy" or "R²".
         states: one or more, in order.
         movements: from the first to the last state; empty if there is only one.
@@ -357,6 +359,7 @@ class Study:
     train_examples: int
     test_examples: int
     compared: int
+    main: str
     score_name: str
     states: tuple[State, ...]
     movements: tuple[Movement, ...]
@@ -409,6 +412,7 @@ def study(
         train_examples=len(task.x_train),
         test_examples=len(task.x_test),
         compared=compared,
+        main=effort.main[0].label,
         score_name=task.score_name,
         states=tuple(found),
         movements=_movements(matrices[0], matrices[-1], task.outputs) if len(matrices) > 1 else (),
@@ -447,12 +451,13 @@ class _Bench:
         self.say("spectrum and fidelity of each kernel")
         seed = int(torch.randint(2**62, (1,), generator=generator))
         kernels = tuple(self._facts(kind, dense, seed) for kind in (FULL, *self.effort.reduced))
-        fits = [self._fit(kind, self.compared, dense[kind.label])[0] for kind in (FULL, *self.effort.fitted)]
-        evidence: tuple[Evidence, ...] = ()
-        for number, kind in enumerate(self.effort.main):
-            fit, terms = self._fit(kind, len(task.x_train))
+        fits, evidence = [], ()
+        for kind, examples in self._regressions():
+            ready = dense.get(kind.label) if examples == self.compared else None
+            fit, terms = self._fit(kind, examples, ready)
             fits.append(fit)
-            evidence = terms if number == 0 else evidence
+            if (kind, examples) == (self.effort.main[0], len(task.x_train)):
+                evidence = terms
         layers = self._layers()
         self.say("promised and real error over the ridges")
         return State(
@@ -466,6 +471,12 @@ class _Bench:
             similarity=self._similarity(dense) if task.classification else None,
             evidence=evidence,
         )
+
+    def _regressions(self) -> list[tuple[Kind, int]]:
+        """Kernel and number of examples of each fit, without repetitions when all examples are compared."""
+        small = [(kind, self.compared) for kind in (FULL, *self.effort.fitted)]
+        large = [(kind, len(self.task.x_train)) for kind in self.effort.main]
+        return small + [pair for pair in large if pair not in small]
 
     def _kernel(self, kind: Kind, x: Tensor, other: Tensor | None = None) -> TangentKernel:
         tangent = linearize(self.model, readout=kind.readout)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 
 from ntkit.tangent.factors import Convolution, Geometry, Rows
@@ -22,7 +21,7 @@ def _each(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
 @rule(F.conv1d, F.conv2d, F.conv3d)
 def convolution(
     use: Use,
-    input: Operand,  # noqa: A002
+    input: Operand,
     weight: Operand,
     bias: Operand | None = None,
     stride: Any = 1,
@@ -46,7 +45,7 @@ def convolution(
 @rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 def transposed_convolution(
     use: Use,
-    input: Operand,  # noqa: A002
+    input: Operand,
     weight: Operand,
     bias: Operand | None = None,
     stride: Any = 1,
@@ -64,7 +63,7 @@ def transposed_convolution(
 
 
 def _contributions(
-    use: Use, input: Operand, weight: Operand, bias: Operand | None, geometry: Geometry  # noqa: A002
+    use: Use, input: Operand, weight: Operand, bias: Operand | None, geometry: Geometry
 ) -> Contributions:
     if input.selected or input.axis is None or input.axis.axis != 0 or input.tensor.ndim != weight.tensor.ndim:
         return NotImplemented

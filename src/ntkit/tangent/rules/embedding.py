@@ -12,7 +12,7 @@ from ntkit.tangent.rules.registry import Contributions, Operand, Use, rule
 @rule(F.embedding)
 def embedding(
     use: Use,
-    input: Operand,  # noqa: A002
+    input: Operand,
     weight: Operand,
     padding_idx: int | None = None,
     max_norm: float | None = None,

@@ -32,14 +32,14 @@ def _features_are_last(operand: Operand) -> bool:
 
 
 @rule(F.linear)
-def linear(use: Use, input: Operand, weight: Operand, bias: Operand | None = None) -> Contributions:  # noqa: A002
+def linear(use: Use, input: Operand, weight: Operand, bias: Operand | None = None) -> Contributions:
     """y = x W^T + b."""
     if not _features_are_last(input) or input.selected or weight.tensor.ndim != 2:
         return NotImplemented
     return _linear(use, input, weight, bias)
 
 
-def _linear(use: Use, input: Operand, weight: Operand, bias: Operand | None) -> Contributions:  # noqa: A002
+def _linear(use: Use, input: Operand, weight: Operand, bias: Operand | None) -> Contributions:
     g = _scalar_positions(use.cotangent)
     if weight.selected:
         yield weight, Outer(_positions(input.per_example(use.examples)), g, tuple(weight.tensor.shape))
@@ -56,7 +56,7 @@ def _bias(cotangents: Tensor) -> Factor:
 
 
 @rule(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
-def matmul(use: Use, input: Operand, weight: Operand) -> Contributions:  # noqa: A002
+def matmul(use: Use, input: Operand, weight: Operand) -> Contributions:
     """y = x W with W (d_in, d_out), as written by hand."""
     if not isinstance(input, Operand) or not isinstance(weight, Operand):
         return NotImplemented
@@ -72,7 +72,7 @@ def matmul(use: Use, input: Operand, weight: Operand) -> Contributions:  # noqa:
 
 
 @rule(torch.addmm, torch.Tensor.addmm)
-def addmm(use: Use, bias: Operand, input: Operand, weight: Operand, **scales: Any) -> Contributions:  # noqa: A002
+def addmm(use: Use, bias: Operand, input: Operand, weight: Operand, **scales: Any) -> Contributions:
     """y = b + x W: the linear layer of GPT-2."""
     if scales or input.selected or not _features_are_last(input):
         return NotImplemented

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkit.tangent.factors import SCRATCH, Rows
+from ntkit.tangent.factors import Rows
 from ntkit.tangent.rules.registry import Contributions, Operand, Use, rule
 from ntkit.tangent.structure import flatten
 
@@ -22,18 +22,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 # Operations for which this rule is as good as one of their own.
-_NAMES = (
-    "add sub mul div true_divide subtract multiply divide rsub neg pow where lerp addcmul maximum minimum "
-    "cat concat concatenate stack hstack vstack bmm baddbmm addbmm einsum tensordot bilinear embedding_bag dot mv "
-    "masked_fill masked_scatter index_add scatter_add index_copy index_put softplus sigmoid exp tanh clamp atan2 "
-    "gather index_select take_along_dim chain_matmul addmv outer kron cross logaddexp hypot floor_divide "
-    "matmul mm repeat repeat_interleave tile broadcast_to expand_as setitem getitem"
-).split()
+_NAMES = """
+    add sub mul div true_divide subtract multiply divide rsub neg pow where lerp addcmul maximum minimum
+    cat concat concatenate stack hstack vstack bmm baddbmm addbmm einsum tensordot bilinear
+    embedding_bag dot mv masked_fill masked_scatter index_add scatter_add index_copy index_put softplus
+    sigmoid exp tanh clamp atan2 gather index_select take_along_dim chain_matmul addmv outer kron cross
+    logaddexp hypot floor_divide matmul mm repeat repeat_interleave tile broadcast_to expand_as setitem
+    getitem
+"""
 
 
 def _operations() -> Iterator[Any]:
     owners = (torch, torch.Tensor, torch.nn.functional)
-    for name in _NAMES:
+    for name in _NAMES.split():
         for form in (name, f"{name}_", f"__{name}__", f"__r{name}__", f"__i{name}__", f"__{name.replace('_', '')}__"):
             yield from (getattr(owner, form) for owner in owners if hasattr(owner, form))
     yield from (torch.Tensor.__truediv__, torch.Tensor.__rtruediv__, torch.Tensor.__itruediv__)
@@ -64,6 +65,7 @@ def local(use: Use, *_: Any, **__: Any) -> Contributions:
         rows = _from_constants(use, run, parameters, [use.axes[j] for j in live], cotangents)  # pyright: ignore
     else:
         slices = tuple(o.per_example(use.examples) for o in moving)
+        rows: Sequence[Tensor] = ()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's remarks on its own speed are not the user's business here
@@ -144,7 +146,7 @@ def _from_constants(
 
 
 @rule(torch.prelu, F.prelu)
-def prelu(use: Use, input: Operand, weight: Operand) -> Contributions:  # noqa: A002
+def prelu(use: Use, input: Operand, weight: Operand) -> Contributions:
     """y = x where x > 0, else w x, with one w or one per channel (axis 1)."""
     if input.selected or input.axis is None or input.axis.axis != 0:
         return NotImplemented
@@ -154,7 +156,7 @@ def prelu(use: Use, input: Operand, weight: Operand) -> Contributions:  # noqa: 
 
 
 @rule(torch.Tensor.expand)
-def expand(use: Use, input: Operand, *_: Any) -> Contributions:  # noqa: A002
+def expand(use: Use, input: Operand, *_: Any) -> Contributions:
     """A parameter spread over the batch, as class tokens are: sum the cotangent over what was spread."""
     g = use.cotangent  # n, k, *one
     shape = tuple(input.tensor.shape)

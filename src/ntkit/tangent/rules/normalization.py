@@ -19,7 +19,7 @@ def _value(operand: Any) -> Any:
     return operand.tensor if isinstance(operand, Operand) else operand
 
 
-def _affine(use: Use, weight: Any, bias: Any, normalized: Tensor, input: Operand, first: int) -> Contributions:  # noqa: A002
+def _affine(use: Use, weight: Any, bias: Any, normalized: Tensor, input: Operand, first: int) -> Contributions:
     """Factors of an elementwise scale and shift over the axes from `first` on, of one example's shape.
 
     `first` counts in the original tensor; axes before it, and all behind those of the parameter, are summed over.
@@ -38,7 +38,7 @@ def _affine(use: Use, weight: Any, bias: Any, normalized: Tensor, input: Operand
 @rule(F.layer_norm, torch.layer_norm)
 def layer_norm(
     use: Use,
-    input: Operand,  # noqa: A002
+    input: Operand,
     normalized_shape: Any,
     weight: Any = None,
     bias: Any = None,
@@ -55,7 +55,7 @@ def layer_norm(
 @rule(F.rms_norm, torch.rms_norm)
 def rms_norm(
     use: Use,
-    input: Operand,  # noqa: A002
+    input: Operand,
     normalized_shape: Any,
     weight: Any = None,
     eps: float | None = None,
@@ -70,7 +70,7 @@ def rms_norm(
 @rule(F.group_norm, torch.group_norm)
 def group_norm(
     use: Use,
-    input: Operand,  # noqa: A002
+    input: Operand,
     num_groups: int,
     weight: Any = None,
     bias: Any = None,
@@ -86,7 +86,7 @@ def group_norm(
 @rule(F.instance_norm)
 def instance_norm(
     use: Use,
-    input: Operand,  # noqa: A002
+    input: Operand,
     running_mean: Any = None,
     running_var: Any = None,
     weight: Any = None,
@@ -106,7 +106,7 @@ def instance_norm(
 @rule(F.batch_norm, torch.batch_norm)
 def batch_norm(
     use: Use,
-    input: Operand,  # noqa: A002
+    input: Operand,
     running_mean: Any,
     running_var: Any,
     weight: Any = None,
