@@ -2,7 +2,7 @@
 
 Networks move the example axis about: sequence-first attention has it second, flattened tokens (N*T, d) merge it with
 the positions, merged heads (T, N*heads, d) put it between. Where it is can be seen from outside by running the network
-on two and on three examples and comparing.
+on a few examples and on the same and one more, and comparing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from ntkit.errors import NtkitError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# The two batch sizes of the comparison. Coprime, so that a size that grows from 2c to 3c can only be a multiple of N.
-FEW, MORE = 2, 3
 
 
 class NoExampleAxis(NtkitError):
@@ -46,12 +43,13 @@ class ExampleAxis:
         return split.reshape(examples, *head, self.before * self.after, *tail)
 
 
-def grows(few: tuple[int, ...], more: tuple[int, ...]) -> tuple[int, int] | None:
+def grows(few: tuple[int, ...], more: tuple[int, ...], count: int) -> tuple[int, int] | None:
     """The axis that grows with the number of examples and its size per example, or None if none does.
 
     Args:
-        few: a tensor's shape in a run on FEW examples.
-        more: its shape in a run on MORE examples.
+        few: a tensor's shape in a run on `count` examples.
+        more: its shape in a run on one more.
+        count: number of examples of the first run.
 
     Raises:
         NoExampleAxis: if several axes change, or one not in proportion.
@@ -60,23 +58,23 @@ def grows(few: tuple[int, ...], more: tuple[int, ...]) -> tuple[int, int] | None
         return None
     changed = [axis for axis, (a, b) in enumerate(zip(few, more, strict=False)) if a != b]
     if len(few) != len(more) or len(changed) != 1:
-        raise NoExampleAxis(f"shape {few} for {FEW} examples becomes {more} for {MORE}")
+        raise NoExampleAxis(f"shape {few} for {count} examples becomes {more} for {count + 1}")
     axis = changed[0]
-    each, rest = divmod(few[axis], FEW)
-    if rest or more[axis] != each * MORE:
-        raise NoExampleAxis(f"shape {few} for {FEW} examples becomes {more} for {MORE}")
+    each, rest = divmod(few[axis], count)
+    if rest or more[axis] != each * (count + 1):
+        raise NoExampleAxis(f"shape {few} for {count} examples becomes {more} for {count + 1}")
     return axis, each
 
 
-def locate(few: Tensor, more: Tensor) -> ExampleAxis | None:
-    """The example axis of a tensor seen in two runs, the second with one more example behind the same first ones.
+def locate(few: Tensor, more: Tensor, count: int) -> ExampleAxis | None:
+    """The example axis of a tensor seen in two runs, the second with one more example behind the same `count`.
 
     Where N is merged with other axes the order is read off the values: the right one makes the common examples agree.
 
     Raises:
         NoExampleAxis: if there is no such axis.
     """
-    found = grows(tuple(few.shape), tuple(more.shape))
+    found = grows(tuple(few.shape), tuple(more.shape), count)
     if found is None:
         return None
     axis, each = found
@@ -85,7 +83,7 @@ def locate(few: Tensor, more: Tensor) -> ExampleAxis | None:
         return orders[0]
 
     def disagreement(order: ExampleAxis) -> float:
-        difference = order.split(more.detach(), MORE)[:FEW].double() - order.split(few.detach(), FEW).double()
+        difference = order.split(more.detach(), count + 1)[:count].double() - order.split(few.detach(), count).double()
         return float(difference.nan_to_num().abs().amax()) if prod(difference.shape) else 0.0
 
     return min(orders, key=disagreement)

@@ -17,7 +17,6 @@ from ntkit.tangent.capture import Capture, Deviation, Source, plain_module, run_
 from ntkit.tangent.derivatives import Derivatives, Part, Term, assemble, leaf_rows, partition
 from ntkit.tangent.examples import Batch, Examples
 from ntkit.tangent.generic import generic_rows
-from ntkit.tangent.layout import FEW
 from ntkit.tangent.readout import Logits, Readout
 from ntkit.tangent.trial import Anatomy, check_scalars, disagreements, examine, run_model
 from ntkit.tangent.untouched import check_evaluation, untouched
@@ -134,21 +133,21 @@ class Tangent:
     def count_flops(self, x: Any) -> tuple[int, int]:
         """FLOPs of one example's forward pass and of one scalar's backward pass, counted by torch on two examples."""
         examples = self.examples(x)
-        some = examples.batch([i % len(examples) for i in range(FEW)], self.device)
+        some = examples.batch([i % len(examples) for i in range(2)], self.device)
         anatomy, _ = self._anatomy(examples, some)
         with untouched(self.model):
             with FlopCounterMode(display=False) as forward, torch.no_grad():
                 output = some.call(self.model)
                 self.readout.scalars(output, some.targets)
             if not anatomy.script:
-                return forward.get_total_flops() // FEW, 2 * forward.get_total_flops() // FEW
+                return forward.get_total_flops() // some.size, 2 * forward.get_total_flops() // some.size
             capture = Capture(self.selection, anatomy.script, some.size)
             with capture:
                 output = some.call(self.model)
             scalars = self.readout.scalars(output, some.targets)
             with FlopCounterMode(display=False) as backward:
                 run_backward(scalars[:, :1], capture.records)
-        return forward.get_total_flops() // FEW, backward.get_total_flops() // FEW
+        return forward.get_total_flops() // some.size, backward.get_total_flops() // some.size
 
     def derivatives(self, x: Any, index: slice | Sequence[int] = slice(None), *, generic: bool = False) -> Derivatives:
         """All per-example gradients of some examples at once, in factored form.

@@ -1,8 +1,7 @@
 """The trial: two or three tiny runs that find out how a model works, and check that what was found is true.
 
-A plain run on FEW examples logs the shapes of all operations and gives, by one ordinary backward pass, the true
-gradient of a random combination of the outputs. A captured run on MORE examples (the same and one more) learns the
-script: an operation whose output grows with the number of examples is a use, any other that touches a parameter is
+A plain run on one example (or two, for models that treat a batch of one in their own way) logs the shapes of all operations and gives, by one ordinary backward pass, the true
+gradient of a random combination of the outputs. A captured run on one more example learns the script: an operation whose output grows with the number of examples is a use, any other that touches a parameter is
 derived. Then the guard: outputs of the common examples must agree, and the gradient put together from the captured
 factors must be the true one. Whatever the capture cannot see (code that hides from torch's overrides) is found here,
 and goes the generic way; whatever makes examples depend on each other is an error.
@@ -34,7 +33,7 @@ from ntkit.tangent.capture import (
     writes_in_place,
 )
 from ntkit.tangent.factors import as_matrix
-from ntkit.tangent.layout import FEW, MORE, ExampleAxis, NoExampleAxis, grows, locate
+from ntkit.tangent.layout import ExampleAxis, NoExampleAxis, grows, locate
 from ntkit.tangent.rules.local import local
 from ntkit.tangent.rules.registry import RULES
 from ntkit.tangent.structure import Rebuild, flatten
@@ -61,7 +60,8 @@ class Anatomy:
             order must be checked and cannot be known from the trial.
         activations: bytes that a forward pass of one example keeps.
         cotangents: bytes of the cotangents of all uses, for one example and one scalar.
-        factors: the factors of the trial's captured run (MORE examples, one scalar), which show the sizes of every use.
+        factors: the factors of the trial's captured run (`tried` examples, one scalar), which show the sizes of every use.
+        tried: examples of the captured run.
     """
 
     script: list[Step]
@@ -72,6 +72,7 @@ class Anatomy:
     activations: int = 0
     cotangents: int = 0
     factors: list[tuple[Source, Factor]] = field(default_factory=list, repr=False)
+    tried: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def part_sizes(anatomy: Anatomy) -> list[PartSize]:
     for source, factor in anatomy.factors:
         row = prod(factor.shape)
         fixed = factor.nbytes - factor.scalar_nbytes
-        held = (fixed + anatomy.scalars * factor.scalar_nbytes) // MORE
+        held = (fixed + anatomy.scalars * factor.scalar_nbytes) // anatomy.tried
         work = getattr(factor, "work", None)
         if work is not None:
             work = replace(work, examples=1, scalars=anatomy.scalars)
@@ -119,14 +120,26 @@ def examine(
         ModelError: if the model mixes examples or is not deterministic.
         InputError: if it cannot be run on the examples.
     """
-    numbers = [i % len(examples) for i in range(MORE)]
-    more, few = examples.batch(numbers, device), examples.batch(numbers[:FEW], device)
+    try:
+        anatomy = _tried(model, selection, readout, examples, device, 1)
+        if not anatomy.generic:
+            return anatomy
+    except (ModelError, InputError):
+        pass  # some models treat a batch of one in their own way; if this one does not, the same comes again
+    return _tried(model, selection, readout, examples, device, 2)
+
+
+def _tried(
+    model: nn.Module, selection: Selection, readout: Readout, examples: Examples, device: torch.device, count: int
+) -> Anatomy:
+    """One trial on `count` examples and on one more."""
+    numbers = [i % len(examples) for i in range(count + 1)]
+    more, few = examples.batch(numbers, device), examples.batch(numbers[:count], device)
     plain = _plain_run(model, selection, readout, few)
     try:
         learned = _learn(model, selection, readout, few, more, plain)
     except _Hidden as hidden:
-        reason = str(hidden)
-        return Anatomy([], dict.fromkeys(selection.names, reason), {}, plain.scalars.shape[1])
+        return Anatomy([], dict.fromkeys(selection.names, str(hidden)), {}, plain.scalars.shape[1])
     return _guarded(model, selection, readout, examples.batch([0], device), plain, learned)
 
 
@@ -165,8 +178,8 @@ class _Log(Watch):
 @dataclass
 class _Plain:
     calls: list[_Call]
-    scalars: Tensor  # FEW, K
-    weights: Tensor  # FEW, K
+    scalars: Tensor  # examples, K
+    weights: Tensor  # examples, K
     gradients: list[Tensor | None]  # by selected parameter
     activations: int
 
@@ -187,7 +200,7 @@ def _plain_run(model: nn.Module, selection: Selection, readout: Readout, batch: 
             found = torch.autograd.grad((scalars * weights).sum(), selection.tensors, allow_unused=True)
             gradients = [None if g is None else g.detach() for g in found]
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    activations = sum(size for place, size in log.memory.items() if place not in own) // FEW
+    activations = sum(size for place, size in log.memory.items() if place not in own) // batch.size
     return _Plain(log.calls, scalars.detach(), weights, gradients, activations)
 
 
@@ -263,8 +276,9 @@ _REORDERING = _reordering()
 class _Learner(Capture):
     """Writes the script while it runs, by comparing shapes with the plain run's log."""
 
-    def __init__(self, selection: Selection, calls: list[_Call]) -> None:
-        super().__init__(selection, [], MORE)
+    def __init__(self, selection: Selection, calls: list[_Call], few: int) -> None:
+        super().__init__(selection, [], few + 1)
+        self.few = few
         self.calls = calls
         self.count = 0
         self.outputs: list[list[Tensor]] = []
@@ -294,7 +308,7 @@ class _Learner(Capture):
         call = self.calls[self.count - 1]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         try:
-            operands = [_provisional(few, t) for few, t in zip(call.arguments, tensors, strict=True)]
+            operands = [_provisional(few, t, self.few) for few, t in zip(call.arguments, tensors, strict=True)]
             outputs = self._outputs(func, leaves, rebuild, touched, call, operands)
         except NoExampleAxis as problem:
             for source in touched.values():
@@ -326,33 +340,33 @@ class _Learner(Capture):
         if RULES.get(func, local) is not local and len(call.outputs) == 1 and moving is not None:
             # operations with rules keep the examples where they are; `Capture` checks the output that follows
             shape = call.outputs[0]
-            if moving.axis < len(shape) and shape[moving.axis] == FEW * moving.after:
+            if moving.axis < len(shape) and shape[moving.axis] == self.few * moving.after:
                 return [moving]
         filled = [leaf.detach() if i in touched else leaf for i, leaf in enumerate(leaves)]
         arguments, keywords = rebuild(filled)
         with torch.no_grad():
             results = [out for out in flatten(func(*arguments, **keywords))[0] if isinstance(out, Tensor)]
         if len(results) != len(call.outputs):
-            raise NoExampleAxis(f"{len(call.outputs)} outputs for {FEW} examples, {len(results)} for {MORE}")
-        return [_provisional(few, out) for few, out in zip(call.outputs, results, strict=True)]
+            raise NoExampleAxis(f"{len(call.outputs)} outputs for {self.few} examples, {len(results)} for one more")
+        return [_provisional(few, out, self.few) for few, out in zip(call.outputs, results, strict=True)]
 
     def witness(self, record: Record, outputs: list[Tensor]) -> None:
         self.outputs.append([out.detach().clone() if _is_merged(record.step) else out for out in outputs])
 
 
 class _Witness(Capture):
-    """Follows the script on FEW examples and keeps the outputs of uses whose example axis is merged with others."""
+    """Follows the script on fewer examples and keeps the outputs of uses whose example axis is merged with others."""
 
-    def __init__(self, selection: Selection, script: list[Step]) -> None:
-        super().__init__(selection, script, FEW)
+    def __init__(self, selection: Selection, script: list[Step], few: int) -> None:
+        super().__init__(selection, script, few)
         self.outputs: list[list[Tensor]] = []
 
     def witness(self, record: Record, outputs: list[Tensor]) -> None:
         self.outputs.append([out.detach().clone() if _is_merged(record.step) else out for out in outputs])
 
 
-def _provisional(few: tuple[int, ...] | None, more: Tensor) -> ExampleAxis | None:
-    found = grows(few or (), tuple(more.shape))
+def _provisional(few: tuple[int, ...] | None, more: Tensor, count: int) -> ExampleAxis | None:
+    found = grows(few or (), tuple(more.shape), count)
     return None if found is None else ExampleAxis(found[0], 1, found[1])
 
 
@@ -372,7 +386,7 @@ class _Learned:
 def _learn(
     model: nn.Module, selection: Selection, readout: Readout, few: Batch, more: Batch, plain: _Plain
 ) -> _Learned:
-    learner = _Learner(selection, plain.calls)
+    learner = _Learner(selection, plain.calls, few.size)
     try:
         with learner:
             output = more.call(model)
@@ -385,7 +399,7 @@ def _learn(
     scalars = readout.scalars(output, more.targets)
     script, records = learner.script, learner.records
     if any(_is_merged(step) for step in script):
-        witness = _Witness(selection, script)
+        witness = _Witness(selection, script, few.size)
         try:
             with witness:
                 few.call(model)
@@ -407,8 +421,8 @@ def _settle(records: list[Record], outputs: list[list[Tensor]], witness: _Witnes
         if _is_merged(step):
             mine = [leaf for leaf in record.leaves if isinstance(leaf, Tensor)]
             theirs = [leaf for leaf in other.leaves if isinstance(leaf, Tensor)]
-            operands = tuple(locate(few, more) for few, more in zip(theirs, mine, strict=True))
-            places = tuple(locate(few, more) for few, more in zip(other_outs, outs, strict=True))
+            operands = tuple(locate(few, more, witness.examples) for few, more in zip(theirs, mine, strict=True))
+            places = tuple(locate(few, more, witness.examples) for few, more in zip(other_outs, outs, strict=True))
             final[step.index] = replace(step, operands=operands, outputs=places)
     return final
 
@@ -419,13 +433,14 @@ def _settle(records: list[Record], outputs: list[list[Tensor]], witness: _Witnes
 def _guarded(
     model: nn.Module, selection: Selection, readout: Readout, alone: Batch, plain: _Plain, learned: _Learned
 ) -> Anatomy:
+    few = len(plain.scalars)
     allowed = tolerance(plain.scalars.dtype)
     scale = float(plain.scalars.abs().max()) or 1.0
     check_scalars_agree(
-        plain.scalars, learned.scalars[:FEW].detach(), allowed * scale, "in a batch of two and of three"
+        plain.scalars, learned.scalars[:few].detach(), allowed * scale, f"in a batch of {few} and of {few + 1}"
     )
-    combined = (learned.scalars[:FEW] * plain.weights).sum(1, keepdim=True)
-    padded = torch.cat([combined, combined.new_zeros(MORE - FEW, 1)])
+    combined = (learned.scalars[:few] * plain.weights).sum(1, keepdim=True)
+    padded = torch.cat([combined, combined.new_zeros(1, 1)])
     generic = dict(learned.opaque)
     factors: list[tuple[Source, Factor]] = []
     wrong: dict[str, str] = {}
@@ -436,7 +451,7 @@ def _guarded(
         run_backward(padded, learned.records)
         with torch.no_grad():
             for record in learned.records:
-                contributions = record.factors(MORE)
+                contributions = record.factors(few + 1)
                 factors += contributions
                 if contributions and not record.step.has_rule:
                     slow.setdefault(record.step.name, next(iter(contributions[0][0].leaves)))
@@ -461,8 +476,9 @@ def _guarded(
         plain.scalars.shape[1],
         learned.reorders,
         plain.activations,
-        cotangents // MORE,
+        cotangents // (few + 1),
         kept,
+        few + 1,
     )
 
 
