@@ -85,25 +85,27 @@ def now_mb(device: torch.device) -> float:
 # ---------------------------------------------------------------- measuring
 
 
-def timed(compute: Compute, runs: int, seconds: float, device: torch.device) -> tuple[list[float], Tensor]:
-    """Seconds of each whole computation, at least `runs` of them and about `seconds` in all, and the last matrix.
+def timed(compute: Compute, runs: int, seconds: float, device: torch.device) -> tuple[list[float], list[float], Tensor]:
+    """Seconds and CPU seconds of each whole computation, and the last matrix: `runs` and `seconds` in all, at least.
 
     One run comes before them and is not counted, unless it took long.
     """
     samples: list[float] = []
+    cpu: list[float] = []
     warm = False
     while True:
         kernel: Tensor | None = None  # the matrix of the run before must not count against this one
-        start = time.perf_counter()
+        start, work = time.perf_counter(), time.process_time()
         kernel = compute()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         passed = time.perf_counter() - start
         if warm or passed > SLOW:
             samples.append(passed)
+            cpu.append(time.process_time() - work)
         warm = True
         if len(samples) >= runs and sum(samples) >= seconds:
-            return samples, kernel
+            return samples, cpu, kernel
 
 
 def checksum(kernel: Tensor) -> Checksum:
@@ -137,7 +139,7 @@ def measure(job: Job) -> Sample:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         start, busy, own = time.perf_counter(), busy_seconds(), time.process_time()
-        seconds, kernel = timed(compute, job.runs, job.seconds, device)
+        seconds, cpu, kernel = timed(compute, job.runs, job.seconds, device)
         # before the checksum, which is not the contender's
         peak, passed = peak_mb(device), time.perf_counter() - start
         others = None
@@ -146,6 +148,7 @@ def measure(job: Job) -> Sample:
         return replace(
             sample,
             seconds=seconds,
+            cpu_seconds=cpu,
             peak_mb=peak,
             growth_mb=peak - before,
             others=others,

@@ -105,7 +105,7 @@ def job(**changes: object) -> Job:
 def test_measure_reports_time_memory_and_checksum() -> None:
     sample = measure.measure(job())
     assert sample.error is None
-    assert len(sample.seconds) == 2
+    assert len(sample.seconds) == len(sample.cpu_seconds) == 2
     assert sample.peak_mb is not None
     assert sample.peak_mb > 50
     assert sample.checksum is not None
@@ -162,7 +162,9 @@ def samples() -> list[Sample]:
         for name, seconds in ((OURS, 0.02), ("tutorial", 8.0), ("rows", 2.0)):
             each = Job(case.workload, case.kind, name, case.examples)
             seconds_list = [slow * seconds, slow * seconds * 1.5, slow * seconds * 0.5]
-            made.append(Sample(each, "round", number, seconds_list, 300.0 + number, 50.0, sums, others=0.5))
+            made.append(
+                Sample(each, "round", number, seconds_list, seconds_list, 300.0 + number, 50.0, sums, others=0.5)
+            )
     return made
 
 

@@ -100,9 +100,9 @@ def test_few_examples(n: int) -> None:
     model = network()
     for m in (1, 2):
         got = ntkit.empirical_ntk(model, X[:n], Z[:m])
-        assert oracles.relative_error(got, oracles.entk(model, X[:n], Z[:m], lambda y: y, list(model.parameters()))) <= (
-            1e-12
-        )
+        assert oracles.relative_error(
+            got, oracles.entk(model, X[:n], Z[:m], lambda y: y, list(model.parameters()))
+        ) <= (1e-12)
     assert oracles.relative_error(ntkit.empirical_ntk(model, X[:n]), truth(model, X[:n])) <= 1e-12
 
 

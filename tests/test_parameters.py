@@ -98,7 +98,7 @@ def test_everything_frozen() -> None:
 
 
 def test_a_model_without_parameters() -> None:
-    with pytest.raises(InputError, match="no parameter requires gradients.*begin: none"):
+    with pytest.raises(InputError, match=r"no parameter requires gradients.*begin: none"):
         ntkit.linearize(nn.Flatten())
 
 

@@ -189,12 +189,12 @@ def kernel(
         from ntkit.report.files import check_file, replacing
 
         check_file(out, ".npy", force=force)
-        with Terminal() as terminal:
-            terminal.step("reading the network and the data")
-            found = _kernel(factory, data, weights, readout, trace, rows, cols, seed, dtype, memory, terminal)
-            import numpy as np
+        terminal = Terminal()
+        found = _kernel(factory, data, weights, readout, trace, rows, cols, seed, dtype, memory, terminal)
+        import numpy as np
 
-            start = time.perf_counter()
+        start = time.perf_counter()
+        with terminal:
             terminal.step("computing the kernel")
             matrix = found.dense().numpy()
             with replacing(out) as file:
@@ -312,11 +312,11 @@ class Terminal:
 
 
 def _print_table(table: page.Table) -> None:
-    shown = Table(caption=table.caption, caption_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    shown = Table(caption=table.caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, column in enumerate(table.columns):
         shown.add_column(column, justify="left" if number == 0 else "right")
     for row in table.rows:
-        heading = row[0].endswith("the network")
+        heading = row[0].startswith("network")
         shown.add_row(*map(escape, row if heading else (f"  {row[0]}", *row[1:])), style="bold" if heading else None)
     Console(highlight=False).print(shown)
 

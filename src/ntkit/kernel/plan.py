@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ntkit.tangent.factors import SCRATCH, OuterWork
-from ntkit.tangent.trial import Anatomy, PartSize, part_sizes
+from ntkit.tangent.trial import Anatomy, PartSize
 
 # A capture of about this many bytes is large enough for efficient products; more only costs memory.
 CAPTURE = 64 * 2**20
 # Never fewer examples at a time than this, if the budget allows: small batches waste the processor.
-FEWEST = 8
+FEWEST = 4
 # Entries of the widest tile that is contracted in one go.
 TILE = 2048
 # Recomputing columns for every held block may cost this share of the contraction itself.
@@ -163,7 +163,7 @@ def sizes(anatomy: Anatomy, itemsize: int, parameters: int, flops: tuple[int, in
         parameters: bytes of the selected parameters.
         flops: forward and backward FLOPs of one example where they were measured; else they are taken from the parts.
     """
-    parts = tuple(part_sizes(anatomy))
+    parts = tuple(anatomy.sizes)
     products = sum(2 * p.work.positions * p.row for p in parts if p.work is not None)
     forward, backward = flops or (products, products)
     return Sizes(
@@ -273,8 +273,17 @@ def _priced(
     ]
     if symmetric:
         reasons.append("rows and columns are the same examples: only one half is computed")
-    reasons += [f"{route.name}: {route.reason}" for route in routes]
+    by_reason: dict[str, list[str]] = {}
+    for route in routes:
+        by_reason.setdefault(route.reason, []).append(route.name)
+    reasons += [f"{listed(names)}: {reason}" for reason, names in by_reason.items()]
     return Plan(rows, cols, scalars, symmetric, block, chunk, routes, captures, flops, peak, result, tuple(reasons))
+
+
+def listed(names: list[str], most: int = 3) -> str:
+    """A few names, and how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def tile_edge(scalars: int) -> int:

@@ -35,6 +35,7 @@ class Demo:
         channels: of the first two convolutions; the third has twice as many.
         epochs: of training.
         learning_rate: of training, at its start.
+        batch: images per training step.
         train: training images, of 1,297.
         test: test images, of 500.
         compared: images of which the full kernel is computed.
@@ -46,12 +47,13 @@ class Demo:
     """
 
     channels: int = 24
-    epochs: int = 20
+    epochs: int = 30
     learning_rate: float = 0.05
+    batch: int = 32
     train: int = 1297
     test: int = 500
-    compared: int = 240
-    sampled: int = 48
+    compared: int = 160
+    sampled: int = 32
     widths: tuple[int, ...] = (64, 128, 256, 512)
     seeds: tuple[int, ...] = (0, 1, 2)
     width_examples: int = 24
@@ -117,6 +119,7 @@ def run_demo(
         generator=generator,
         epochs=demo.epochs,
         learning_rate=demo.learning_rate,
+        batch=demo.batch,
         tell=listener.part,
     )
     signs = random_signs(4, generator)
@@ -156,7 +159,8 @@ def _subject(result: DemoResult) -> Subject:
             "and a "
             f"linear layer, He initialisation, no normalization. Training: cross-entropy, SGD with momentum 0.9, "
             "learning "
-            f"rate {demo.learning_rate} falling to zero, batches of 64, {demo.epochs} epochs, no weight decay; the "
+            f"rate {demo.learning_rate} falling to zero, batches of {demo.batch}, {demo.epochs} epochs, no weight "
+            "decay; the "
             "loss "
             f"fell from {result.losses[0]:.2f} to {result.losses[-1]:.3f}.",
             f"The full kernel and all comparisons use the first {facts.compared:,} training images "

@@ -230,7 +230,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"weights are a .safetensors, .pt or .pth file: got {path}")
     try:
         given = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise InputError(
             f"{path} is not a plain state dict: save it with torch.save(model.state_dict(), path) or safetensors"
         ) from error
@@ -288,10 +288,19 @@ def load_data(path: Path, cut: Cut, dtype: torch.dtype) -> Data:
     Raises:
         InputError: if the file or an array in it cannot be used.
     """
-    arrays = _Arrays(path)
-    generator = torch.Generator().manual_seed(cut.seed)
     if min(cut.train, cut.test) < 2:
         raise InputError(f"a study needs two training and two test examples: got --train {cut.train} --test {cut.test}")
+    with _Arrays(path) as arrays:
+        data = _cut(arrays, path, cut, dtype)
+    if min(len(data.x_train), len(data.x_test)) < 2:
+        raise InputError(
+            f"a study needs two training and two test examples: {path} gives {len(data.x_train)} and {len(data.x_test)}"
+        )
+    return data
+
+
+def _cut(arrays: _Arrays, path: Path, cut: Cut, dtype: torch.dtype) -> Data:
+    generator = torch.Generator().manual_seed(cut.seed)
     names = ("x_train", "y_train", "x_test", "y_test")
     if {"x", "y"} <= arrays.names and not set(names) <= arrays.names:
         share = 0.2 if cut.test_share is None else cut.test_share
@@ -303,7 +312,7 @@ def load_data(path: Path, cut: Cut, dtype: torch.dtype) -> Data:
         last = len(x) - max(1, round(share * len(x)))
         train, test = order[:last][: cut.train], order[last:][: cut.test]
         said = f"x and y of {path.name}, cut at random (seed {cut.seed})"
-        return _checked(Data(x[train], y[train], x[test], y[test], said), path)
+        return Data(x[train], y[train], x[test], y[test], said)
     if not set(names) <= arrays.names:
         raise InputError(
             f"{path} holds the arrays {', '.join(sorted(arrays.names)) or 'none'}: expected x_train, y_train, x_test "
@@ -329,7 +338,7 @@ def load_data(path: Path, cut: Cut, dtype: torch.dtype) -> Data:
     train, said_train = _limited(len(x_train), cut.train, generator)
     test, said_test = _limited(len(x_test), cut.test, generator)
     said = f"{said_train} training and {said_test} test examples of {path.name}"
-    return _checked(Data(x_train[train], y_train[train], x_test[test], y_test[test], said), path)
+    return Data(x_train[train], y_train[train], x_test[test], y_test[test], said)
 
 
 def load_examples(path: Path, name: str | None, dtype: torch.dtype) -> Tensor:
@@ -338,12 +347,12 @@ def load_examples(path: Path, name: str | None, dtype: torch.dtype) -> Tensor:
     Raises:
         InputError: if there is none, or it cannot be used.
     """
-    arrays = _Arrays(path)
-    found = name or next((n for n in ("x_train", "x") if n in arrays.names), None)
-    if found is None or found not in arrays.names:
-        asked = f"no array {name!r}" if name else "neither x_train nor x"
-        raise InputError(f"{path} has {asked}: it holds {', '.join(sorted(arrays.names)) or 'none'}")
-    return arrays.examples(found, dtype)
+    with _Arrays(path) as arrays:
+        found = name or next((n for n in ("x_train", "x") if n in arrays.names), None)
+        if found is None or found not in arrays.names:
+            asked = f"no array {name!r}" if name else "neither x_train nor x"
+            raise InputError(f"{path} has {asked}: it holds {', '.join(sorted(arrays.names)) or 'none'}")
+        return arrays.examples(found, dtype)
 
 
 def make_task(model: nn.Module, data: Data) -> Task:
@@ -399,12 +408,19 @@ class _Arrays:
         if not path.is_file():
             raise InputError(f"there is no file of data {path}")
         try:
-            self._archive = np.load(path, allow_pickle=False)
-            self.names = set(self._archive.files)
-        except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"{path} is not an .npz file: write one with numpy.savez({path.stem!r}, x_train=...)"
-            ) from error
+            archive = np.load(path, allow_pickle=False)
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+            archive = None
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise InputError(f"{path} is not an .npz file: write one with numpy.savez({path.stem!r}, x_train=...)")
+        self._archive = archive
+        self.names = set(archive.files)
+
+    def __enter__(self) -> _Arrays:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._archive.close()
 
     def _read(self, name: str) -> np.ndarray:
         try:
@@ -460,11 +476,3 @@ def _limited(size: int, most: int, generator: torch.Generator) -> tuple[Tensor |
 def _same_length(x: Tensor, y: Tensor, x_name: str, y_name: str) -> None:
     if len(x) != len(y):
         raise InputError(f"{x_name} has {len(x)} examples and {y_name} {len(y)}: expected as many")
-
-
-def _checked(data: Data, path: Path) -> Data:
-    if min(len(data.x_train), len(data.x_test)) < 2:
-        raise InputError(
-            f"a study needs two training and two test examples: {path} gives {len(data.x_train)} and {len(data.x_test)}"
-        )
-    return data

@@ -94,7 +94,6 @@ def run_report(folder: Path, own: Own, *, force: bool = False, listener: Listene
     listener = listener or Silence()
     check_folder(folder, force=force)
     start = time.perf_counter()
-    listener.step("reading the network and the data")
     states: dict[str, nn.Module] = {BUILT: own.factory.build(seed=own.cut.seed, dtype=own.dtype)}
     if own.weights is not None:
         model = own.factory.build(seed=own.cut.seed, dtype=own.dtype)

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from ntkit.uses.convergence import EXPECTED_SLOPE
 
@@ -242,7 +242,7 @@ def widths(facts: Convergence) -> str:
             axes.loglog(x, mean(value), color=shade, label=name)
             axes.loglog(*_points(facts.points, value), "o", color=shade, markersize=3, alpha=0.6)
         axes.set_xticks(x, [f"{int(w)}" for w in x])
-        axes.xaxis.set_minor_locator(LogLocator(subs=()))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ntkit.uses.convergence import Convergence
     from ntkit.uses.study import Evidence, Fit, KernelFacts, State, Study, Task
 
+# A cheap kernel whose distance is within this factor of the least possible one counts as about as good.
+CLOSE = 1.15
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -64,7 +67,7 @@ def summary(study: Study) -> Table:
     """One row per state and kernel: what the terminal shows at the end, and the page as well."""
     rows = []
     for state in study.states:
-        rows.append((f"{state.name}: the network", *[""] * 5, score(study, state.test_score)))
+        rows.append((f"network {state.name}", *[""] * 5, score(study, state.test_score)))
         for facts in state.kernels:
             fits = {fit.examples: score(study, fit.test_score) for fit in state.fits if fit.label == facts.label}
             rows.append(
@@ -177,7 +180,8 @@ def _moved(study: Study) -> str:
     whole = study.movements[0]
     before, after = (_full(state).mean_diagonal for state in (study.states[0], study.states[-1]))
     factor = after / before
-    scale = f"it grew {number(factor)}-fold" if factor >= 1 else f"it shrank to {percent(factor)} of its size"
+    scale = f"it grew {factor:,.{0 if factor > 10 else 1}f}-fold" if factor >= 1 else "it shrank to "
+    f"{percent(factor)} of its size"
     return (
         f"{scale}, and its shape agrees with the first one only to {percent(whole.cka, 0)} (CKA, 100% is the same)."
         if whole.cka < 0.9
@@ -188,21 +192,22 @@ def _moved(study: Study) -> str:
 def _advice(state: State, study: Study) -> str:
     pseudo, trace = state.kernel(PSEUDO.label), state.kernel(TRACE.label)
     floor = distance(trace)
-    noise = math.hypot(*(f.fidelity.standard_error for f in (pseudo, trace) if f.fidelity is not None))
     text = (
         f"{sentence(state.name)} the pNTK (sum of the {study.outputs} logits) is {plus_minus(pseudo)} away from the "
         "exact "
         f"kernel; the least that any kernel with one number per pair can reach is {plus_minus(trace)} (the trace "
         "kernel). "
     )
-    if distance(pseudo) <= floor + max(2 * noise, 0.05 * floor):
-        text += "So the pNTK, the cheapest, is as good as any of its kind here."
+    if distance(pseudo) <= CLOSE * floor:
+        text += "So the pNTK, the cheapest, is about as good as any of its kind here."
     else:
         others = [facts for facts in state.kernels if facts.label not in (FULL.label, PSEUDO.label, TRACE.label)]
-        cheaper = min(others, key=distance, default=None)
+        near = [facts for facts in others if distance(facts) <= CLOSE * floor]
         text += "The sum of logits is the wrong read-out here: use the trace kernel" + (
-            f", or for a {study.outputs}th of its work {_by_name(cheaper.label)} ({plus_minus(cheaper)})."
-            if cheaper is not None and distance(cheaper) < distance(pseudo)
+            ", or for less work "
+            + " or ".join(f"{_by_name(facts.label)} ({plus_minus(facts)})" for facts in near)
+            + "."
+            if near
             else "."
         )
     if floor > 0.5:
@@ -211,7 +216,9 @@ def _advice(state: State, study: Study) -> str:
 
 
 def _by_name(label: str) -> str:
-    return "the first logit alone" if label == FIRST.label else label
+    if label == FIRST.label:
+        return "the first logit alone"
+    return f"the mean over {label}" if "signs" in label else label
 
 
 def _meaning(subject: Subject, study: Study) -> Section:
@@ -294,7 +301,7 @@ def _closeness(subject: Subject, study: Study) -> Section:
             f"{percent(before, 0)} to {percent(after, 0)}, and its gap to the floor from {percent(gap_before, 0)} to "
             f"{percent(gap_after, 0)}: " + ("the trap is visible." if grew else "this time it did not show.")
         )
-    elif after > 1.15 * distance(last.kernel(TRACE.label)):
+    elif after > CLOSE * distance(last.kernel(TRACE.label)):
         paragraphs.append(
             f"The pNTK {last.name} is clearly above the floor. If the network was trained with cross-entropy that is "
             "to be "
@@ -376,7 +383,7 @@ def _movement(study: Study) -> Section:
         )
         tables = (
             Table(
-                f"From {study.states[0].name} to {study.states[-1].name}",
+                f"{sentence(study.states[0].name)} against {study.states[-1].name}",
                 ("", "relative change", "1 - cosine", "CKA"),
                 tuple(
                     (
@@ -499,9 +506,11 @@ def _speakers(subject: Subject, study: Study, task: Task) -> Section | None:
         f"Which training {subject.thing}s speak for an answer",
         (
             "A kernel prediction is a sum over the training examples, so it can be taken apart. Left: a test "
-            f"{subject.thing} and the answer; right: the training {subject.thing}s whose terms are largest, strongest "
-            "first. "
-            "Wrong answers come first: their speakers show what the network took the image for.",
+            f"{subject.thing} and the answer; right: the training {subject.thing}s that speak for this answer more "
+            "than they "
+            f"do for the average test {subject.thing}, strongest first. Wrong answers come first: their speakers show "
+            "what "
+            "the network took the image for.",
         ),
         gallery=found,
         notes=(f"From the regression with the {_main(state, study).label} kernel {state.name}.",),

@@ -47,7 +47,7 @@ def plus_minus(facts: KernelFacts) -> str:
     """The distance with its standard error, in per cent."""
     if facts.fidelity is None:
         return "0%"
-    return f"{100 * facts.fidelity.error:.1f} ± {100 * facts.fidelity.standard_error:.1f}%"
+    return f"{100 * facts.fidelity.error:.1f}±{100 * facts.fidelity.standard_error:.1f}%"
 
 
 def sentence(text: str) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Bytes of scratch that one contraction may use when nothing else is said: large enough for efficient matrix products,
 # small beside the activations of the batches it serves.
-SCRATCH = 96 * 2**20
+SCRATCH = 48 * 2**20
 
 Memo: TypeAlias = dict[Any, Tensor]
 

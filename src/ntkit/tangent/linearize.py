@@ -66,7 +66,7 @@ class Tangent:
     readout: Readout
     selection: Selection
     # What trials have found out, by the signature of their examples. A memo, not state: it only saves time.
-    _anatomies: dict[tuple, tuple[Anatomy, list[Part]]] = field(default_factory=dict, init=False, repr=False)
+    _anatomies: dict[tuple, Anatomy] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -115,26 +115,22 @@ class Tangent:
     def anatomy(self, x: Any) -> Anatomy:
         """What the trial run on the first examples finds: the script, the scalars K, the sizes of all uses."""
         examples = self.examples(x)
-        return self._anatomy(examples, examples.batch([0], self.device))[0]
+        return self._anatomy(examples, examples.batch([0], self.device))
 
-    def _anatomy(self, examples: Examples, some: Batch) -> tuple[Anatomy, list[Part]]:
+    def _anatomy(self, examples: Examples, some: Batch) -> Anatomy:
         key = (some.signature, self.selection.tensors[0].device)
-        known = self._anatomies.get(key)
-        if known is None:
+        if key not in self._anatomies:
             with untouched(self.model):
                 anatomy = examine(self.model, self.selection, self.readout, examples, self.device)
-                with torch.no_grad():
-                    parts = partition(anatomy.factors)
-            known = (anatomy, parts)
             announce(anatomy)
-            self._anatomies[key] = known
-        return known
+            self._anatomies[key] = anatomy
+        return self._anatomies[key]
 
     def count_flops(self, x: Any) -> tuple[int, int]:
         """FLOPs of one example's forward pass and of one scalar's backward pass, counted by torch on two examples."""
         examples = self.examples(x)
         some = examples.batch([i % len(examples) for i in range(2)], self.device)
-        anatomy, _ = self._anatomy(examples, some)
+        anatomy = self._anatomy(examples, some)
         with untouched(self.model):
             with FlopCounterMode(display=False) as forward, torch.no_grad():
                 output = some.call(self.model)
@@ -171,7 +167,8 @@ class Tangent:
         self, examples: Examples, index: slice | Sequence[int], everything: bool = False
     ) -> tuple[Tensor, list[Term], list[Part]]:
         some = examples.batch(index, self.device)
-        anatomy, parts = self._anatomy(examples, some)
+        anatomy = self._anatomy(examples, some)
+        parts = anatomy.parts
         with untouched(self.model):
             try:
                 outputs, terms = (None, []) if everything else self._captured(anatomy, some)

@@ -1,10 +1,12 @@
 """The trial: two or three tiny runs that find out how a model works, and check that what was found is true.
 
-A plain run on one example (or two, for models that treat a batch of one in their own way) logs the shapes of all operations and gives, by one ordinary backward pass, the true
-gradient of a random combination of the outputs. A captured run on one more example learns the script: an operation whose output grows with the number of examples is a use, any other that touches a parameter is
-derived. Then the guard: outputs of the common examples must agree, and the gradient put together from the captured
-factors must be the true one. Whatever the capture cannot see (code that hides from torch's overrides) is found here,
-and goes the generic way; whatever makes examples depend on each other is an error.
+A plain run on one example (or two, for models that treat a batch of one in their own way) logs the shapes of all
+operations and gives, by one ordinary backward pass, the true gradient of a random combination of the outputs. A
+captured run on one more example learns the script: an operation whose output grows with the number of examples is a
+use, any other that touches a parameter is derived. Then the guard: outputs of the common examples must agree, and the
+gradient put together from the captured factors must be the true one. Whatever the capture cannot see (code that hides
+from torch's overrides) is found here, and goes the generic way; whatever makes examples depend on each other is an
+error.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from ntkit.tangent.capture import (
     run_backward,
     writes_in_place,
 )
+from ntkit.tangent.derivatives import Part, partition
 from ntkit.tangent.factors import as_matrix
 from ntkit.tangent.layout import ExampleAxis, NoExampleAxis, grows, locate
 from ntkit.tangent.rules.local import local
@@ -45,34 +48,6 @@ if TYPE_CHECKING:
     from ntkit.tangent.factors import Factor, OuterWork
     from ntkit.tangent.parameters import Selection
     from ntkit.tangent.readout import Readout
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What a trial found out about a model.
-
-    Attributes:
-        script: every operation that touches a selected parameter, in order.
-        generic: the parameters that must take the generic route, and why.
-        slow: operations without a rule that take the local route, and a parameter that meets each.
-        scalars: K.
-        reorders: whether examples are picked or sorted by their values before a parameter is used, so that a batch's
-            order must be checked and cannot be known from the trial.
-        activations: bytes that a forward pass of one example keeps.
-        cotangents: bytes of the cotangents of all uses, for one example and one scalar.
-        factors: the factors of the trial's captured run (`tried` examples, one scalar), which show the sizes of every use.
-        tried: examples of the captured run.
-    """
-
-    script: list[Step]
-    generic: dict[str, str]
-    slow: dict[str, str]
-    scalars: int
-    reorders: bool = False
-    activations: int = 0
-    cotangents: int = 0
-    factors: list[tuple[Source, Factor]] = field(default_factory=list, repr=False)
-    tried: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,17 +67,44 @@ class PartSize:
     work: OuterWork | None
 
 
-def part_sizes(anatomy: Anatomy) -> list[PartSize]:
-    """Sizes of the factors of one example with all K scalars, from the trial's factors with one."""
+@dataclass(frozen=True)
+class Anatomy:
+    """What a trial found out about a model.
+
+    Attributes:
+        script: every operation that touches a selected parameter, in order.
+        generic: the parameters that must take the generic route, and why.
+        slow: operations without a rule that take the local route, and a parameter that meets each.
+        scalars: K.
+        reorders: whether examples are picked or sorted by their values before a parameter is used, so that a batch's
+            order must be checked and cannot be known from the trial.
+        activations: bytes that a forward pass of one example keeps.
+        cotangents: bytes of the cotangents of all uses, for one example and one scalar.
+        sizes: of every parameter's factor.
+        parts: how the factors of a batch belong together.
+    """
+
+    script: list[Step]
+    generic: dict[str, str]
+    slow: dict[str, str]
+    scalars: int
+    reorders: bool = False
+    activations: int = 0
+    cotangents: int = 0
+    sizes: list[PartSize] = field(default_factory=list, repr=False)
+    parts: list[Part] = field(default_factory=list, repr=False)
+
+
+def part_sizes(factors: Sequence[tuple[Source, Factor]], scalars: int) -> list[PartSize]:
+    """Sizes for one example and all K scalars, from the factors of some examples and one scalar."""
     found = []
-    for source, factor in anatomy.factors:
-        row = prod(factor.shape)
+    for source, factor in factors:
         fixed = factor.nbytes - factor.scalar_nbytes
-        held = (fixed + anatomy.scalars * factor.scalar_nbytes) // anatomy.tried
+        held = (fixed + scalars * factor.scalar_nbytes) // factor.examples
         work = getattr(factor, "work", None)
         if work is not None:
-            work = replace(work, examples=1, scalars=anatomy.scalars)
-        found.append(PartSize(next(iter(source.leaves)), row, held, work))
+            work = replace(work, examples=1, scalars=scalars)
+        found.append(PartSize(next(iter(source.leaves)), prod(factor.shape), held, work))
     return found
 
 
@@ -477,8 +479,8 @@ def _guarded(
         learned.reorders,
         plain.activations,
         cotangents // (few + 1),
-        kept,
-        few + 1,
+        part_sizes(kept, plain.scalars.shape[1]),
+        partition(kept),
     )
 
 

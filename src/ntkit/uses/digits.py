@@ -81,9 +81,9 @@ def train(
     y: Tensor,
     *,
     generator: torch.Generator,
-    epochs: int = 15,
+    epochs: int = 30,
     learning_rate: float = 0.05,
-    batch: int = 64,
+    batch: int = 32,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
     """Train in place by SGD with momentum 0.9 on cross-entropy, without weight decay, and return to evaluation mode.

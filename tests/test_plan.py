@@ -1,0 +1,210 @@
+"""A plan says what the work will cost: FLOPs are counted, routes follow the arithmetic, budgets are kept."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import ntkit
+from ntkit.errors import InputError
+from ntkit.kernel.plan import Plan, Sizes, human_bytes, human_flops, make_plan, span
+from ntkit.tangent.factors import OuterWork
+from ntkit.tangent.trial import PartSize
+from tests.cases import Net, normal
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 5))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.AvgPool2d(4),
+        nn.Flatten(), nn.Linear(48, 4),
+    )  # fmt: skip
+
+
+def transformer() -> nn.Module:
+    return Net(
+        lambda m, x: m.head(m.layers(m.stem(x)).mean(1)), stem=nn.Linear(12, 16), head=nn.Linear(16, 4),
+        layers=nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 1, enable_nested_tensor=False
+        ),
+    )  # fmt: skip
+
+
+def language() -> nn.Module:
+    return Net(
+        lambda m, ids: m.head(m.layer(m.table(ids)).mean(1)), table=nn.Embedding(12, 16), head=nn.Linear(16, 4),
+        layer=nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True),
+    )  # fmt: skip
+
+
+def ids(n: int) -> Tensor:
+    return torch.randint(12, (n, 6), generator=torch.Generator().manual_seed(0))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], float]] = {
+    "mlp": (mlp, normal(40), 0.02),
+    "cnn": (cnn, normal(3, 8, 8), 0.02),
+    "transformer": (transformer, normal(4, 12), 0.02),
+    "language": (language, ids, 0.10),  # how many ids two batches share depends on the data
+}
+WAYS = {"full": (ntkit.Logits(), False), "pntk": (ntkit.SumOfLogits(), False), "trace": (ntkit.Logits(), True)}
+
+
+def kernel(name: str, way: str, *, symmetric: bool, memory: int | None, n: int = 12, m: int = 6) -> Any:
+    torch.manual_seed(0)
+    make, data, _ = NETWORKS[name]
+    readout, trace = WAYS[way]
+    x = data(n + m)
+    tangent = ntkit.linearize(make().double().eval(), readout=readout)
+    return ntkit.TangentKernel(tangent, x[:n], None if symmetric else x[n:], trace=trace, memory=memory)
+
+
+@pytest.mark.parametrize("memory", [None, 200_000])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["rectangular", "symmetric"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_flops_are_those_that_torch_counts(name: str, way: str, symmetric: bool, memory: int | None) -> None:
+    got = kernel(name, way, symmetric=symmetric, memory=memory)
+    planned = got.plan().flops
+    with FlopCounterMode(display=False) as counter:
+        got.dense()
+    allowed = NETWORKS[name][2]
+    assert abs(planned - counter.get_total_flops()) <= allowed * counter.get_total_flops(), (
+        planned / counter.get_total_flops()
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_smaller_budget_never_plans_more_bytes(name: str, way: str) -> None:
+    for symmetric in (False, True):
+        plans = [
+            kernel(name, way, symmetric=symmetric, memory=memory, n=200, m=100).plan()
+            for memory in (1, 10_000, 100_000, 1_000_000, 10_000_000, 10**9)
+        ]
+        peaks = [plan.bytes for plan in plans]
+        assert peaks == sorted(peaks)
+        assert plans[0].captures >= plans[-1].captures
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_text_of_a_plan(name: str) -> None:
+    got = kernel(name, "full", symmetric=True, memory=None)
+    plan = got.plan()
+    text = str(plan)
+    rows, cols = got.shape
+    assert f"kernel of {rows:,} x {cols:,}: {human_flops(plan.flops)}, {human_bytes(plan.bytes)}" in text
+    for parameter, tensor in got.tangent.model.named_parameters():
+        assert tensor.ndim < 2 or parameter in text
+    assert {route.name for route in plan.routes} == set(got.tangent.parameter_names)
+    assert all(reason in text for reason in plan.reasons)
+    assert "only one half is computed" in text
+    assert "only one half" not in str(kernel(name, "full", symmetric=False, memory=None).plan())
+    assert plan.result == rows * cols * 8
+    assert (plan.rows, plan.cols, plan.scalars) == (12, 12, rows // 12)
+
+
+def test_a_plan_does_no_work() -> None:
+    torch.manual_seed(0)
+    seen: list[int] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return m.f(x)
+
+    tangent = ntkit.linearize(Net(forward, f=mlp()).double().eval())
+    got = ntkit.TangentKernel(tangent, normal(40)(5000), memory=10**6)
+    seen.clear()
+    plan = got.plan()
+    assert sum(seen) <= 10
+    assert plan.captures >= 5000
+
+
+@pytest.mark.parametrize("wrong", [0, -1, -(2**40), 0.5, "1GB", float("nan"), True])
+def test_wrong_budgets(wrong: Any) -> None:
+    with pytest.raises(InputError, match="memory budget is a positive number of bytes: got"):
+        kernel("mlp", "full", symmetric=True, memory=wrong)
+
+
+# ---------------------------------------------------------------- the arithmetic behind it, without a network
+
+
+def sizes(work: OuterWork | None, *, scalars: int = 1, row: int | None = None, held: int = 1000) -> Sizes:
+    part = PartSize("layer.weight", row if row is not None else work.row_size if work else 10, held, work)
+    return Sizes(scalars, 8, 8 * part.row, 1000, 100, (part,), 5000, 7000)
+
+
+def plan_of(found: Sizes, n: int = 50, m: int = 50, *, trace: bool = False, memory: int = 10**9) -> Plan:
+    return make_plan(found, n, m, symmetric=False, trace=trace, memory=memory)
+
+
+def test_one_position_is_an_outer_product() -> None:
+    (route,) = plan_of(sizes(OuterWork(1, 1, 1, 100, 200), scalars=1)).routes
+    assert not route.rows
+    assert route.flops == 2 * (100 + 200)
+    (route,) = plan_of(sizes(OuterWork(1, 3, 1, 100, 200), scalars=3)).routes
+    assert route.flops == 2 * (100 + 9 * 200)
+    (route,) = plan_of(sizes(OuterWork(1, 3, 1, 100, 200), scalars=3), trace=True).routes
+    assert route.flops == 2 * (100 + 3 * 200)
+
+
+def test_few_positions_go_by_pairs_and_many_by_rows() -> None:
+    few, many = OuterWork(1, 1, 2, 500, 500), OuterWork(1, 1, 400, 20, 20)
+    (route,) = plan_of(sizes(few)).routes
+    assert not route.rows
+    assert route.flops == 2 * 2**2 * (500 + 500)
+    assert "pairs of 2 positions" in route.reason
+    (route,) = plan_of(sizes(many)).routes
+    assert route.rows
+    assert route.flops == 2 * 20 * 20
+    assert "per-example rows of 400" in route.reason
+
+
+def test_the_route_changes_with_the_number_of_partners() -> None:
+    """Rows cost to form: with few partners pairs are cheaper, with many they are not."""
+    work = OuterWork(1, 1, 8, 60, 60)
+    for n in range(1, 60):
+        (route,) = plan_of(sizes(work), n, n).routes
+        assert route.rows == (work.of(n).rows(work.of(n), False) < work.of(n).pairs(work.of(n), False))
+    assert {plan_of(sizes(work), n, n).routes[0].rows for n in (1, 60)} == {False, True}
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_captures_are_counted(symmetric: bool) -> None:
+    found = sizes(None, held=10**6)
+    plan = make_plan(found, 5000, 5000, symmetric=symmetric, trace=False, memory=10**7)
+    blocks = list(plan.blocks())
+    assert len(blocks) > 1
+    assert blocks[0][0] == 0
+    assert blocks[-1][1] == 5000
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(blocks))
+    expected = sum((b - a) + (5000 - b if symmetric else 5000) for a, b in blocks)
+    assert plan.captures == expected
+
+
+def test_span() -> None:
+    assert list(span(3, 10, 3)) == [(3, 6), (6, 9), (9, 10)]
+    assert list(span(3, 3, 3)) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e16, "30 PB")]
+)
+def test_bytes_in_words(number: float, text: str) -> None:
+    assert human_bytes(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 FLOP"), (1500, "1.5 kFLOP"), (4e12, "4 TFLOP"), (3e16, "30 PFLOP")]
+)
+def test_flops_in_words(number: float, text: str) -> None:
+    assert human_flops(number) == text
