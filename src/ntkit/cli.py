@@ -39,13 +39,11 @@ app = typer.Typer(
 
 FACTORY_HELP = (
     "MODULE:FUNCTION or path/file.py:FUNCTION; the function takes no argument and returns a torch.nn.Module whose "
-    "output "
-    "is (N, C). It is put into evaluation mode."
+    "output is (N, C). It is put into evaluation mode."
 )
 READOUT_HELP = (
     "Which scalars are differentiated: 'logits' (full kernel), 'sum' (pNTK), 'trace', 'single:3' (one logit, counted "
-    "from "
-    "0), 'random:4' (mean over 4 random-sign combinations)."
+    "from 0), 'random:4' (mean over 4 random-sign combinations)."
 )
 MEMORY_HELP = (
     "Working space for computing a kernel, beside the matrix itself: 500MB, 2GB. Default: an eighth of the machine."
@@ -110,7 +108,7 @@ def demo(
             result = run_demo(out, force=force, listener=terminal)
         _print_table(summary(result.study))
         slope = result.convergence.sum_slope
-        _say(f"pNTK against the full kernel: error falls like width^({slope.value:.2f} ± {slope.standard_error:.2f})")
+        _say(f"pNTK against the full kernel: error ~ width^({slope.value:.2f} ± {slope.standard_error:.2f})")
         _say(f"{out / 'index.html'} and results.json written after {result.seconds:.0f} s")
 
 
@@ -122,8 +120,7 @@ def report(
         typer.Argument(
             metavar="DATA.npz",
             help="x_train, y_train, x_test, y_test (or x and y, cut at random). x: floating point or token numbers. "
-            "y: class "
-            "numbers (integers), or floating point targets.",
+            "y: class numbers (integers), or floating point targets.",
             show_default=False,
         ),
     ],
@@ -314,9 +311,9 @@ class Terminal:
 def _print_table(table: page.Table) -> None:
     shown = Table(caption=table.caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if number == 0 else "right")
+        shown.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in table.rows:
-        heading = row[0].startswith("network")
+        heading = not any(row[1:])
         shown.add_row(*map(escape, row if heading else (f"  {row[0]}", *row[1:])), style="bold" if heading else None)
     Console(highlight=False).print(shown)
 

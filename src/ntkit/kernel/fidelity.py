@@ -6,18 +6,22 @@ Proven bounds hold at initialisation; after training the error depends on the lo
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ntkit.errors import InputError
+from ntkit.errors import FidelityWarning, InputError
 from ntkit.tangent.linearize import Tangent
 from ntkit.tangent.readout import Logits, Loss
 
 if TYPE_CHECKING:
     from ntkit.kernel.empirical import TangentKernel
+
+# A kernel whose error is this many times that of the trace kernel is worth a warning: another would do better.
+MUCH_WORSE = 1.4
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ def measure_fidelity(kernel: TangentKernel, *, examples: int, generator: torch.G
 
     The sums of squares over diagonal and other blocks are estimated apart and weighted by their numbers in the whole
     kernel, because the few diagonal blocks are much larger than the rest.
+
+    Warns with `FidelityWarning` where another reduced kernel would do much better.
 
     Raises:
         InputError: if the kernel is not a reduced one, or the sample is too small.

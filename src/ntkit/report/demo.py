@@ -151,24 +151,18 @@ def _subject(result: DemoResult) -> Subject:
         lead=f"A convolutional network with {facts.parameters:,} parameters learns to read handwritten digits (8 x 8 "
         f"pixels, {facts.train_examples:,} for training, {facts.test_examples:,} for the test) and gets "
         f"{percent(last.test_score)} of the test images right. Its tangent kernel is computed exactly before and "
-        "after, and "
-        "compared with its cheap stand-ins.",
+        "after, and compared with its cheap stand-ins.",
         made=(
-            f"Data: the 1,797 digits that come with scikit-learn, pixels in [0, 1], cut at random. Network: three "
-            f"convolutions ({demo.channels}, {demo.channels} and {2 * demo.channels} channels, ReLU, average pooling) "
-            "and a "
-            f"linear layer, He initialisation, no normalization. Training: cross-entropy, SGD with momentum 0.9, "
-            "learning "
-            f"rate {demo.learning_rate} falling to zero, batches of {demo.batch}, {demo.epochs} epochs, no weight "
-            "decay; the "
-            "loss "
-            f"fell from {result.losses[0]:.2f} to {result.losses[-1]:.3f}.",
+            "Data: the 1,797 digits that come with scikit-learn, pixels in [0, 1], cut at random. Network: three "
+            f"convolutions ({demo.channels}, {demo.channels} and {2 * demo.channels} channels, ReLU, average "
+            "pooling) and a linear layer, He initialisation, no normalization. Training: cross-entropy, SGD with "
+            f"momentum 0.9, learning rate {demo.learning_rate} falling to zero, batches of {demo.batch}, "
+            f"{demo.epochs} epochs, no weight decay; the loss fell from {result.losses[0]:.2f} to "
+            f"{result.losses[-1]:.3f}.",
             f"The full kernel and all comparisons use the first {facts.compared:,} training images "
             f"({facts.compared * facts.outputs:,} rows), the distances {demo.sampled} random images of all, the "
-            "regressions "
-            f"on all images the {facts.train_examples:,} x {facts.train_examples:,} kernels. Kernels are computed in "
-            "float32, all solves are in float64. Every random choice follows from seed "
-            f"{demo.seed}.",
+            f"regressions on all images the {facts.train_examples:,} x {facts.train_examples:,} kernels. Kernels are "
+            f"computed in float32, all solves are in float64. Every random choice follows from seed {demo.seed}.",
             f"Computed in {result.seconds:.0f} seconds by {', '.join(f'{k} {v}' for k, v in result.made.items())}.",
         ),
         thing="image",

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.errors import InputError, ModelError
+from ntkit.errors import InputError
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits, RandomLogits, SingleLogit
 from ntkit.uses.study import FULL, PSEUDO, TRACE, Kind, Task
@@ -316,8 +316,7 @@ def _cut(arrays: _Arrays, path: Path, cut: Cut, dtype: torch.dtype) -> Data:
     if not set(names) <= arrays.names:
         raise InputError(
             f"{path} holds the arrays {', '.join(sorted(arrays.names)) or 'none'}: expected x_train, y_train, x_test "
-            "and "
-            "y_test, or x and y"
+            "and y_test, or x and y"
         )
     if cut.test_share is not None:
         raise InputError(f"{path} has its own test examples, x_test: leave --test-share out")
@@ -328,8 +327,7 @@ def _cut(arrays: _Arrays, path: Path, cut: Cut, dtype: torch.dtype) -> Data:
     if x_train.shape[1:] != x_test.shape[1:] or y_train.shape[1:] != y_test.shape[1:]:
         raise InputError(
             f"training and test examples differ in shape: x_train {tuple(x_train.shape)}, x_test "
-            f"{tuple(x_test.shape)}, "
-            f"y_train {tuple(y_train.shape)}, y_test {tuple(y_test.shape)}"
+            f"{tuple(x_test.shape)}, y_train {tuple(y_train.shape)}, y_test {tuple(y_test.shape)}"
         )
     if y_train.dtype != y_test.dtype:
         raise InputError(
@@ -384,19 +382,15 @@ def count_outputs(model: nn.Module, x: Tensor) -> int:
 
     Raises:
         InputError: if the model cannot take the examples, or its output is not (N, C).
-        ModelError: if the model has no tangent kernel.
     """
     try:
         return linearize(model, readout=Logits()).outputs(x[:2]).shape[1]
-    except ModelError:
-        raise
     except InputError as error:
+        if "(N, C)" not in str(error):
+            raise
+        shape = f"examples of shape {tuple(x.shape[1:])}"
         raise InputError(
-            f"{error}. On the command line let the factory wrap the model so that it returns (N, C)"
-        ) from error
-    except Exception as error:
-        raise InputError(
-            f"the model fails on two examples of shape {tuple(x[:2].shape)}, {x.dtype}: {_told(error)}"
+            f"on {shape} {error}. On the command line let the factory wrap the model so that it returns (N, C)"
         ) from error
 
 

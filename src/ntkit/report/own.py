@@ -144,14 +144,11 @@ def _subject(own: Own, result: OwnResult, task: Task) -> Subject:
     return Subject(
         title=f"What the tangent kernel says about {own.factory.name}",
         lead=f"The network of {own.factory.spec} has {facts.parameters:,} parameters and {facts.outputs} "
-        f"outputs{weights} a "
-        f"test {facts.score_name} of {score(facts, last.test_score)}. Data: {result.data}.",
+        f"outputs{weights} a test {facts.score_name} of {score(facts, last.test_score)}. Data: {result.data}.",
         made=(
             f"The network is put into evaluation mode and computed in {str(own.dtype).removeprefix('torch.')}; all "
-            "solves "
-            f"are in float64. The factory was called with torch's generator seeded by {own.cut.seed}; every other "
-            "random "
-            "choice follows from the same seed.",
+            f"solves are in float64. The factory was called with torch's generator seeded by {own.cut.seed}; every "
+            "other random choice follows from the same seed.",
             f"The full kernel and all comparisons use the first {facts.compared:,} training examples "
             f"({facts.compared * facts.outputs:,} rows); the regression with the {own.kind.label} kernel uses all "
             f"{facts.train_examples:,}.",

@@ -34,7 +34,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; the first cell of each row is its heading.
+    """Rows of text; the first cell of each row is its heading, and one with no other cell is the heading of a group.
 
     Attributes:
         caption: plain text.

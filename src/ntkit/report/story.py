@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ntkit.report import pictures
 from ntkit.report.page import Card, Figure, Page, Section, Strip, Table, Tile
-from ntkit.report.words import a_thing, count, distance, number, percent, plus_minus, score, sentence
+from ntkit.report.words import a_thing, count, distance, number, percent, plus_minus, score, sentence, signed
 from ntkit.uses.convergence import EXPECTED_SLOPE
 from ntkit.uses.study import FIRST, FULL, PSEUDO, TRACE
 
@@ -67,7 +67,8 @@ def summary(study: Study) -> Table:
     """One row per state and kernel: what the terminal shows at the end, and the page as well."""
     rows = []
     for state in study.states:
-        rows.append((f"network {state.name}", *[""] * 5, score(study, state.test_score)))
+        rows.append((sentence(state.name), *[""] * 6))
+        rows.append(("network", *[""] * 5, score(study, state.test_score)))
         for facts in state.kernels:
             fits = {fit.examples: score(study, fit.test_score) for fit in state.fits if fit.label == facts.label}
             rows.append(
@@ -83,9 +84,8 @@ def summary(study: Study) -> Table:
             )
     return Table(
         caption=f"Test {study.score_name} from {count(study.compared)} and from all {count(study.train_examples)} "
-        "training "
-        f"examples; the other columns from {count(study.compared)}. The full kernel has {study.outputs} rows per "
-        "example.",
+        f"training examples; the other columns from {count(study.compared)}. The full kernel has {study.outputs} "
+        "rows per example.",
         columns=(
             "",
             "distance",
@@ -134,10 +134,9 @@ def _findings(study: Study, convergence: Convergence | None) -> list[str]:
     first, last = study.states[0], study.states[-1]
     own = _main(first, study).test_score
     found = [
-        f"The kernel of the network {first.name}, used alone in a regression on {count(study.train_examples)} labelled "
-        "examples, "
-        f"reaches {score(study, own)} on new ones; the network {last.name} reaches {score(study, last.test_score)}: "
-        f"{_compared(own, last.test_score, study)}."
+        f"The kernel of the network {first.name}, used alone in a regression on {count(study.train_examples)} "
+        f"labelled examples, reaches {score(study, own)} on new ones; the network {last.name} reaches "
+        f"{score(study, last.test_score)}: {_compared(own, last.test_score, study)}."
     ]
     if len(study.states) > 1:
         later = _main(last, study).test_score
@@ -157,9 +156,9 @@ def _findings(study: Study, convergence: Convergence | None) -> list[str]:
         slope = convergence.sum_slope
         found.append(
             f"In wider networks the cheap pNTK comes closer to the exact kernel: its distance falls like width to the "
-            f"power {slope.value:.2f} (± {slope.standard_error:.2f}); "
+            f"power {signed(slope.value)} (± {slope.standard_error:.2f}); "
             + ("theory and earlier work expect" if convergence.as_expected else "this is outside what is expected,")
-            + f" {EXPECTED_SLOPE[0]} to {EXPECTED_SLOPE[1]}."
+            + f" {signed(EXPECTED_SLOPE[0])} to {signed(EXPECTED_SLOPE[1])}."
         )
     return found
 
@@ -180,8 +179,10 @@ def _moved(study: Study) -> str:
     whole = study.movements[0]
     before, after = (_full(state).mean_diagonal for state in (study.states[0], study.states[-1]))
     factor = after / before
-    scale = f"it grew {factor:,.{0 if factor > 10 else 1}f}-fold" if factor >= 1 else "it shrank to "
-    f"{percent(factor)} of its size"
+    if factor >= 1:
+        scale = f"it grew {factor:,.{0 if factor > 10 else 1}f}-fold"
+    else:
+        scale = f"it shrank to {percent(factor)} of its size"
     return (
         f"{scale}, and its shape agrees with the first one only to {percent(whole.cka, 0)} (CKA, 100% is the same)."
         if whole.cka < 0.9
@@ -194,9 +195,8 @@ def _advice(state: State, study: Study) -> str:
     floor = distance(trace)
     text = (
         f"{sentence(state.name)} the pNTK (sum of the {study.outputs} logits) is {plus_minus(pseudo)} away from the "
-        "exact "
-        f"kernel; the least that any kernel with one number per pair can reach is {plus_minus(trace)} (the trace "
-        "kernel). "
+        f"exact kernel; the least that any kernel with one number per pair can reach is {plus_minus(trace)} (the "
+        "trace kernel). "
     )
     if distance(pseudo) <= CLOSE * floor:
         text += "So the pNTK, the cheapest, is about as good as any of its kind here."
@@ -226,28 +226,23 @@ def _meaning(subject: Subject, study: Study) -> Section:
         "What is being looked at",
         (
             f"The tangent kernel of a network answers one question: if a training step on {a_thing(subject.thing)} A "
-            "changes "
-            f"the answer for A, how much does the answer for {a_thing(subject.thing)} B change with it? A large number "
-            "means "
-            "that the network treats A and B alike at this moment of its training. The number follows exactly from the "
-            "network's derivatives; nothing has to be trained to know it.",
+            f"changes the answer for A, how much does the answer for {a_thing(subject.thing)} B change with it? A "
+            "large number means that the network treats A and B alike at this moment of its training. The number "
+            "follows exactly from the network's derivatives; nothing has to be trained to know it.",
             "The network has one output, so the kernel holds one number for each pair."
             if study.outputs == 1
             else f"The network has {study.outputs} outputs, so the exact (full) kernel holds {study.outputs} x "
-            f"{study.outputs} "
-            f"numbers for each pair. Cheap kernels keep one: the pNTK takes the sum of the outputs, the trace kernel "
-            "the "
-            f"average over the outputs one by one, the first logit just one of them. They are up to "
-            f"{study.outputs**2} times smaller; this page measures what that costs.",
+            f"{study.outputs} numbers for each pair. Cheap kernels keep one: the pNTK takes the sum of the outputs, "
+            "the trace kernel the average over the outputs one by one, the first logit just one of them. They are up "
+            f"to {study.outputs**2} times smaller; this page measures what that costs.",
         ),
         tables=(summary(study),),
         notes=(
-            "Distance: the size of what is missing, as a share of the size of the exact kernel (relative "
-            "Frobenius error), estimated from random examples, ± one standard error. Condition: largest over "
-            "smallest "
-            "eigenvalue; above a million, solving becomes delicate. Rank: how many directions the kernel "
-            "really uses (exponential of the entropy of its spectrum). Align: 1 if the kernel alone would sort the "
-            "examples by label, 0 if it knows nothing of the labels (centred kernel alignment).",
+            "Distance: the size of what is missing, as a share of the size of the exact kernel (relative Frobenius "
+            "error), estimated from random examples, ± one standard error. Condition: largest over smallest "
+            "eigenvalue; above a million, solving becomes delicate. Rank: how many directions the kernel really uses "
+            "(exponential of the entropy of its spectrum). Align: 1 if the kernel alone would sort the examples by "
+            "label, 0 if it knows nothing of the labels (centred kernel alignment).",
         ),
     )
 
@@ -264,18 +259,15 @@ def _alike(subject: Subject, study: Study) -> Section | None:
             Figure(
                 pictures.similarity(facts),
                 f"{sentence(state.name)}: two {subject.thing}s of one class are alike by {facts.within:+.2f} on "
-                "average, two of "
-                f"different classes by {facts.between:+.2f} (1 is the same, 0 is unrelated).",
+                f"average, two of different classes by {facts.between:+.2f} (1 is the same, 0 is unrelated).",
             )
         )
     return Section(
         "What the network finds alike",
         (
             f"Each point of a picture is a pair of {subject.thing}s, sorted by class. Blue: a training step on one "
-            "moves "
-            "the answer for the other the same way; orange: the opposite way. Blue squares along the diagonal mean "
-            "that "
-            "the network already groups the classes, before its answers are looked at.",
+            "moves the answer for the other the same way; orange: the opposite way. Blue squares along the diagonal "
+            "mean that the network already groups the classes, before its answers are looked at.",
         ),
         tuple(figures),
     )
@@ -284,29 +276,29 @@ def _alike(subject: Subject, study: Study) -> Section | None:
 def _closeness(subject: Subject, study: Study) -> Section:
     paragraphs = [
         "The bars say how much of the exact kernel each cheap one misses; lower is better. The trace kernel is the "
-        "best "
-        "that one number per pair can be, so its bar is the floor for the others."
+        "best that one number per pair can be, so its bar is the floor for the others."
     ]
-    first, last = study.states[0], study.states[-1]
-    before, after = (distance(state.kernel(PSEUDO.label)) for state in (first, last))
+    ends = (study.states[0], study.states[-1])
+    last = ends[1]
+    before, after = (distance(state.kernel(PSEUDO.label)) for state in ends)
     if len(study.states) > 1 and subject.cross_entropy:
-        gap_before = before - distance(first.kernel(TRACE.label))
-        gap_after = after - distance(last.kernel(TRACE.label))
-        grew = gap_after > gap_before
+        sizes = [state.kernel(PSEUDO.label).mean_diagonal / state.kernel(TRACE.label).mean_diagonal for state in ends]
         paragraphs.append(
-            "A known trap: plain training with cross-entropy never changes the sum of the last layer's rows, because "
-            "its "
-            "gradients over the classes add up to zero. All other directions grow, and the sum, which predictions do "
-            "not depend on at all, says less and less about the network. Here the distance of the pNTK went from "
-            f"{percent(before, 0)} to {percent(after, 0)}, and its gap to the floor from {percent(gap_before, 0)} to "
-            f"{percent(gap_after, 0)}: " + ("the trap is visible." if grew else "this time it did not show.")
+            "A known trap: training with cross-entropy (without weight decay) never changes the sum of the last "
+            "layer's rows, because its gradients over the classes add up to zero. All other directions grow, and the "
+            "sum, on which predictions do not depend at all, says less and less about the network. Here the pNTK "
+            f"shrank from {percent(sizes[0], 0)} to {percent(sizes[1], 0)} of the size of the trace kernel, and its "
+            f"distance from the exact kernel went from {percent(before, 0)} to {percent(after, 0)}."
+            if sizes[1] < sizes[0] and after > before
+            else "A known trap, that the sum of the logits says less and less about a network trained with "
+            f"cross-entropy, did not show this time: the distance of the pNTK went from {percent(before, 0)} to "
+            f"{percent(after, 0)}."
         )
     elif after > CLOSE * distance(last.kernel(TRACE.label)):
         paragraphs.append(
             f"The pNTK {last.name} is clearly above the floor. If the network was trained with cross-entropy that is "
-            "to be "
-            "expected: such training leaves the sum of the last layer's rows where it was while all other directions "
-            "grow, and predictions do not depend on the sum at all."
+            "to be expected: such training leaves the sum of the last layer's rows where it was while all other "
+            "directions grow, and predictions do not depend on the sum at all."
         )
     paragraphs += [
         f"What to use. {_advice(last, study)} Where only the predictions of a regression count, compare the scores "
@@ -410,9 +402,8 @@ def _movement(study: Study) -> Section:
         (Figure(pictures.layers(study.states), "Share of the trace of the exact kernel that each layer contributes."),),
         tables,
         notes=(
-            "Relative change sees a change of scale; the cosine and CKA do not. CKA leaves the mean over the examples "
-            "out "
-            "as well.",
+            "Relative change sees a change of scale; the cosine and CKA do not. CKA leaves the mean over the "
+            "examples out as well.",
         )
         if study.movements
         else (),
@@ -440,10 +431,9 @@ def _prediction(subject: Subject, study: Study) -> Section:
     ]
     spread = max(f.test_score for f in small) - min(f.test_score for f in small)
     paragraphs = [
-        f"Kernel regression predicts a new {subject.thing} from the labelled ones, weighted by the kernel. It is where "
-        "the network would end if it were trained for ever, on squared error, with its kernel frozen. No training is "
-        "needed, only one "
-        "linear system.",
+        f"Kernel regression predicts a new {subject.thing} from the labelled ones, weighted by the kernel. It is "
+        "where the network would end if it were trained for ever, on squared error, with its kernel frozen. No "
+        "training is needed, only one linear system.",
         f"From {count(study.compared)} examples the kernels {last.name} reach "
         + ", ".join(f"{score(study, f.test_score)} ({f.label})" for f in small)
         + (
@@ -456,15 +446,13 @@ def _prediction(subject: Subject, study: Study) -> Section:
     searched = sorted({fit.ridge_from for fit in last.fits if fit.ridge_from < fit.examples})
     notes = [
         "Predictions start from zero, not from the network's own answers, so that the kernel is judged alone. The "
-        "ridge "
-        "is the one with the least leave-one-out error, in units of the kernel's mean diagonal entry."
+        "ridge is the one with the least leave-one-out error, in units of the kernel's mean diagonal entry."
         + (f" For the largest fits it was chosen on {count(searched[0])} of the examples." if searched else "")
     ]
     if len(study.states) > 1:
         notes.append(
             f"The kernel {last.name} has seen the training labels through the weights, if the network was trained on "
-            "these "
-            "examples: its leave-one-out scores are then too good, its test scores are not."
+            "these examples: its leave-one-out scores are then too good, its test scores are not."
         )
     return Section("Predicting with the kernel alone", tuple(paragraphs), tuple(figures), tables, notes=tuple(notes))
 
@@ -507,10 +495,8 @@ def _speakers(subject: Subject, study: Study, task: Task) -> Section | None:
         (
             "A kernel prediction is a sum over the training examples, so it can be taken apart. Left: a test "
             f"{subject.thing} and the answer; right: the training {subject.thing}s that speak for this answer more "
-            "than they "
-            f"do for the average test {subject.thing}, strongest first. Wrong answers come first: their speakers show "
-            "what "
-            "the network took the image for.",
+            f"than they do for the average test {subject.thing}, strongest first. Wrong answers come first: their "
+            "speakers show what the network took the image for.",
         ),
         gallery=found,
         notes=(f"From the regression with the {_main(state, study).label} kernel {state.name}.",),
@@ -545,16 +531,14 @@ def _widening(facts: Convergence | None) -> Section | None:
     return Section(
         "Wider networks have simpler kernels",
         (
-            f"Random networks of two hidden layers, {len(facts.seeds)} of each width, before any training. The pNTK is "
-            f"{percent(mean(low, 'sum_error'), 0)} away from the exact kernel at width {low} and "
-            f"{percent(mean(high, 'sum_error'), 0)} at width {high}. On the double logarithmic picture that is a line "
-            "of "
-            f"slope {slope.value:.2f} ± {slope.standard_error:.2f}, {verdict} ({EXPECTED_SLOPE[0]} to "
-            f"{EXPECTED_SLOPE[1]}): "
-            "the theorem of Mohamadi, Bae and Sutherland (2023) says one over the square root of the width.",
-            f"The largest eigenvalue follows, with slope {largest.value:.2f} ± {largest.standard_error:.2f}. The "
-            "condition "
-            f"number of the exact kernel goes from {number(mean(low, 'condition_full'))} to "
+            f"Random networks of two hidden layers, {len(facts.seeds)} of each width, before any training. The pNTK "
+            f"is {percent(mean(low, 'sum_error'), 0)} away from the exact kernel at width {low} and "
+            f"{percent(mean(high, 'sum_error'), 0)} at width {high}. On the double logarithmic picture that is a "
+            f"line of slope {signed(slope.value)} ± {slope.standard_error:.2f}, {verdict} "
+            f"({signed(EXPECTED_SLOPE[0])} to {signed(EXPECTED_SLOPE[1])}): the theorem of Mohamadi, Bae and "
+            "Sutherland (2023) says one over the square root of the width.",
+            f"The largest eigenvalue follows, with slope {signed(largest.value)} ± {largest.standard_error:.2f}. The "
+            f"condition number of the exact kernel goes from {number(mean(low, 'condition_full'))} to "
             f"{number(mean(high, 'condition_full'))}, that of the pNTK from {number(mean(low, 'condition_sum'))} to "
             f"{number(mean(high, 'condition_sum'))}.",
         ),

@@ -58,3 +58,8 @@ def sentence(text: str) -> str:
 def a_thing(thing: str) -> str:
     """The thing with its article."""
     return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
+
+
+def signed(value: float) -> str:
+    """Two decimals, with a real minus sign: a hyphen would break the line before the number."""
+    return f"{value:.2f}".replace("-", "\u2212")

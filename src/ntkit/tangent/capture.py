@@ -134,7 +134,7 @@ class Record:
         except (RuntimeError, IndexError, ValueError, NotImplementedError) as error:
             if isinstance(error, NtkitError):
                 raise
-            raise Deviation(f"{self.step.name} cannot be cut into examples ({error})") from error
+            raise Deviation(f"the rule of {self.step.name} fails on it ({error})") from error
 
     def _cotangent(self, output: int, examples: int) -> Tensor | None:
         axis = self.step.outputs[output]
@@ -348,7 +348,7 @@ def run_backward(scalars: Tensor, records: list[Record]) -> None:
     for k in range(count):
         grads = torch.autograd.grad(  # pyright: ignore[reportCallIssue]
             scalars[:, k].sum(),
-            targets,
+            targets,  # pyright: ignore[reportArgumentType]
             retain_graph=k < count - 1,
             allow_unused=True,
         )

@@ -561,7 +561,7 @@ def disagreements(
             difference, reason = norm, "it is used by code that torch's overrides do not see"
         else:
             difference = float((captured if product is None else captured - product).norm())
-            reason = "a part of its uses is hidden from torch's overrides"
+            reason = "its captured gradient is not the true one: torch's overrides do not see all its uses, or a rule is wrong"
         if not difference <= allowed * (norm + allowed * total):
             wrong[name] = reason
     return wrong

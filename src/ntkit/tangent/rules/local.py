@@ -82,7 +82,7 @@ def _vectorized(
     run: Callable, parameters: tuple[Tensor, ...], slices: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     def one(slices: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        _, pull = torch.func.vjp(lambda *p: run(p, slices), *parameters)
+        pull = torch.func.vjp(lambda *p: run(p, slices), *parameters)[1]
         return torch.func.vmap(pull)(cotangents)
 
     return torch.func.vmap(one)(slices, cotangents)

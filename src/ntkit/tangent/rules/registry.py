@@ -35,7 +35,7 @@ class Operand:
     selected: bool
 
     def per_example(self, examples: int) -> Tensor:
-        """The value with the examples first, (n, *shape of one)."""
+        """The value with the examples first, (n, *shape of a batch of one): (N, d) becomes (n, 1, d)."""
         assert self.axis is not None
         return self.axis.split(self.tensor, examples)
 
@@ -49,7 +49,7 @@ class Use:
         arguments: positional arguments, tensors as `Operand`.
         keywords: keyword arguments, likewise.
         axes: where the examples are in each output.
-        cotangents: per output (n, k, *shape of one example), or None where nothing flows back.
+        cotangents: per output (n, k, *shape of a batch of one), or None where nothing flows back.
         examples: n.
         in_place: whether the operation writes into its first argument, whose `tensor` is then the old value.
     """
