@@ -97,8 +97,8 @@ class Sample:
         stage: "scout" for the choice of chunk and block, "round" for what is compared.
         round: Which round.
         seconds: Of every timed run.
-        cpu_seconds: Of every timed run, all threads. With one thread it says more than `seconds` on a busy machine; with
-            several it counts their waiting for each other as well.
+        cpu_seconds: Of every timed run, all threads. With one thread it says more than `seconds` on a busy machine;
+            with several it counts their waiting for each other as well.
         peak_mb: Peak resident memory of the process (on a GPU: peak allocated), MB of 2^20 bytes.
         growth_mb: The peak less what was there just before the first run.
         checksum: Of the matrix.

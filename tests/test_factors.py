@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ntkit.tangent.derivatives import Derivatives, Part
+from ntkit.tangent.derivatives import Derivatives, Part, concatenate
 from ntkit.tangent.factors import (
     Convolution,
     Factor,
@@ -300,10 +300,10 @@ def test_derivatives_of_several_parts(data: st.DataObject, n: int, m: int, trace
     settled = left.settled(m, trace=trace, reused=reused)
     assert torch.allclose(settled.gram(right, trace=trace), expected, atol=1e-10)
     assert torch.allclose(left.squared_norms(), a.square().sum(2), atol=1e-10)
-    both = left.extend([right])
+    both = concatenate([left, right])
     assert (both.examples, both.scalars) == (n + m, k)
     assert torch.allclose(both.narrow(n, n + m).gram(left, trace=trace), expected_transposed(full, trace), atol=1e-10)
-    assert left.extend([]) is left
+    assert concatenate([left]) is left
 
 
 def expected_transposed(full: Tensor, trace: bool) -> Tensor:

@@ -271,8 +271,8 @@ def test_select_that_takes_the_wrong_thing_is_named() -> None:
     ("function", "message"),
     [
         (lambda m, x: m.f(x).sum(), r"shape \(\).*expected.*\(N, C\)"),
-        (lambda m, x: m.f(x).sum(0), r"has shape \(3, 1\), expected \(2, K\)"),
-        (lambda m, x: m.f(x)[:1], r"has shape \(1, 3\), expected \(2, K\)"),
+        (lambda m, x: m.f(x).sum(0), r"has shape \(3, 1\), expected \(\d, K\)"),
+        (lambda m, x: m.f(x)[:1], r"has shape \(1, 3\), expected \(\d, K\)"),
         (lambda m, x: m.f(x).argmax(1), r"torch.int64.*expected a floating point"),
         (lambda m, x: m.f(x)[:, :0], r"shape \(\d, 0\).*expected"),
         (lambda m, x: None, "NoneType"),

@@ -229,6 +229,19 @@ def test_a_long_ridge_search_uses_a_part(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.states[0].ridge_check.examples == 9
 
 
+def test_a_dear_full_kernel_is_computed_for_fewer_examples() -> None:
+    task, model = small_task()
+    effort = Effort(compared=16, sampled=4, full_flops=1e4)
+    found = study({"now": model}, task, effort=effort, generator=torch.Generator())
+    assert found.compared == 8
+    assert found.compared_test == 10
+    longer = Task(task.x_train, task.y_train, task.x_test.repeat(15, 1), task.y_test.repeat(15), 3)
+    found = study({"now": model}, longer, effort=effort, generator=torch.Generator())
+    assert found.compared_test == 100
+    assert found.states[0].fit(FULL.label, 8).test_examples == 100
+    assert found.states[0].fit("pNTK", 20).test_examples == 150
+
+
 def test_a_study_needs_states_and_examples() -> None:
     task, model = small_task()
     with pytest.raises(InputError, match="got none"):

@@ -136,7 +136,7 @@ def report(
             help="Share of test examples where the file holds x and y alone. Default: 0.2.", show_default=False
         ),
     ] = None,
-    compared: Annotated[int, typer.Option(help="Examples of which the full kernel is computed.")] = 240,
+    compared: Annotated[int, typer.Option(help="Most examples of which the full kernel is computed.")] = 160,
     seed: SeedOption = 0,
     dtype: TypeOption = "float32",
     memory: MemoryOption = None,

@@ -82,7 +82,7 @@ class Kernel(ABC):
         from scipy.sparse.linalg import LinearOperator
 
         def product(kernel: Kernel, v: np.ndarray) -> np.ndarray:
-            return (kernel @ torch.from_numpy(np.ascontiguousarray(v))).cpu().numpy()
+            return (kernel @ torch.from_numpy(np.array(v))).cpu().numpy()
 
         transposed = self if self.symmetric else Transposed(self)
         return LinearOperator(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ntkit.errors import InputError, ModelError
 from ntkit.kernel.base import Kernel, bounds
 from ntkit.kernel.plan import Plan, Sizes, make_plan, sizes, span, tile_edge
-from ntkit.tangent.derivatives import Derivatives
+from ntkit.tangent.derivatives import Derivatives, concatenate
 from ntkit.tangent.linearize import Tangent, linearize
 
 if TYPE_CHECKING:
@@ -200,9 +200,10 @@ class TangentKernel(Kernel):
         for a, b in plan.chunks(start, stop):
             part = self.tangent.derivatives(examples, slice(a, b))
             parts.append(part.settled(partners, trace=self.trace, reused=reused) if stop - start > 1 else part)
+            del part  # the loop's name would keep the last chunk alive beside the whole
         if any(part.factors.keys() != parts[0].factors.keys() for part in parts[1:]):
             return self.tangent.derivatives(examples, slice(start, stop), generic=True)
-        return parts[0].extend(parts[1:])
+        return concatenate(parts)
 
     def _gram(self, left: Derivatives, right: Derivatives, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
         if left.factors.keys() != right.factors.keys():  # two batches took two paths through the model
@@ -268,6 +269,8 @@ class TangentKernel(Kernel):
                     for name, gram in left.grams(right, trace=self.trace):
                         part = gram / left.scalars if self.trace else gram.reshape((b - a) * k, (d - c) * k)
                         split[label(name)][a * k : b * k, c * k : d * k] += part.to(split[label(name)])
+        for part in split.values():
+            _check_finite(part)
         return {name: part.to(self.device) for name, part in split.items()}
 
     def fidelity(self, *, examples: int = 16, generator: torch.Generator) -> Fidelity:

@@ -6,14 +6,13 @@ Proven bounds hold at initialisation; after training the error depends on the lo
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ntkit.errors import FidelityWarning, InputError
+from ntkit.errors import InputError
 from ntkit.tangent.linearize import Tangent
 from ntkit.tangent.readout import Logits, Loss
 

@@ -19,6 +19,10 @@ CAPTURE = 64 * 2**20
 FEWEST = 4
 # Entries of the widest tile that is contracted in one go.
 TILE = 2048
+# Buffers and code that PyTorch's matrix libraries load when they are first used.
+LIBRARIES = 64 * 2**20
+# What an allocator takes beyond what is asked of it (measured on the benchmark workloads).
+SLACK = 1.3
 # Recomputing columns for every held block may cost this share of the contraction itself.
 OVERHEAD = 0.2
 
@@ -70,6 +74,7 @@ class Route:
         forming: FLOPs of forming one example's rows.
         held: bytes kept for one held example.
         reason: why, in words.
+        pairwise: whether pairs of several positions are formed.
     """
 
     name: str
@@ -79,6 +84,7 @@ class Route:
     forming: int
     held: int
     reason: str
+    pairwise: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,7 +234,7 @@ def _route(
             reason = f"(A A^T) * (G G^T): {human_flops(pairs)} a pair instead of {human_flops(row_flops)}"
         else:
             reason = f"pairs of {work.positions} positions: {human_flops(pairs)} a pair, no rows to form"
-        return Route(part.name, False, False, pairs, 0, part.held, reason)
+        return Route(part.name, False, False, pairs, 0, part.held, reason, work.positions > 1)
     formed = reused or row_bytes < part.held
     forming = 2 * work.row_size * work.positions * found.scalars
     reason = f"per-example rows of {part.row:,}: {human_flops(row_flops)} a pair instead of {human_flops(pairs)}"
@@ -259,13 +265,13 @@ def _priced(
     forming = sum(route.forming for route in routes)
     flops = captures * (found.capture_flops + forming) + pairs * sum(route.flops for route in routes)
     held = min(block, rows) * sum(route.held for route in routes)
-    largest = max((p.row for p in found.parts), default=0) * found.scalars * found.itemsize * min(block, rows)
+    # tiles of the result and their factors, and rows or pairs in blocks, the original beside its copy for the product
     edge = min(tile_edge(scalars), max(block, 1)) * scalars
-    temporary = 3 * found.itemsize * edge**2 + min(scratch, largest) * 2
+    blockwise = any((route.rows and not route.formed and route.forming) or route.pairwise for route in routes)
+    temporary = 3 * found.itemsize * edge**2 + (2 * scratch if blockwise else 0)
     result = rows * cols * scalars**2 * found.itemsize
-    trial = 3 * found.parameters
     capture = min(chunk, max(rows, cols)) * found.captured
-    peak = result + max(held + max(capture, temporary), trial)
+    peak = result + LIBRARIES + int(SLACK * max(held + max(capture, temporary), 3 * found.parameters))
     reasons = [
         f"{chunk} examples are captured at once ({human_bytes(found.captured)} each)",
         f"{len(blocks)} block{'s' if len(blocks) > 1 else ''} of {min(block, rows)} rows held "

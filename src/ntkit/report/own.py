@@ -40,7 +40,7 @@ class Own:
         weights: file of trained weights; None for the network as it is built, alone.
         kind: the kernel whose regression uses all examples.
         cut: how many examples are used.
-        compared: examples of which the full kernel is computed.
+        compared: most examples of which the full kernel is computed.
         dtype: of the network and the kernels.
         memory: bytes of working space for computing a kernel; None for a share of the machine's.
     """
@@ -50,7 +50,7 @@ class Own:
     weights: Path | None = None
     kind: Kind = PSEUDO
     cut: Cut = field(default_factory=Cut)
-    compared: int = 240
+    compared: int = 160
     dtype: torch.dtype = torch.float32
     memory: int | None = None
 

@@ -138,19 +138,20 @@ def spectra(state: State, labels: Sequence[str]) -> str:
 def scores(states: Sequence[State], score_name: str, test_examples: int) -> str:
     """Test score of the network and of each kernel regression: hollow dots for the first state, full for the last."""
     rows = [(fit.label, fit.examples) for fit in states[0].fits]
+    shares = score_name == "accuracy"
     with _drawn((4.6, 0.9 + 0.34 * (len(rows) + 1)), "Test score of the network and of kernel regressions") as drawing:
         axes = drawing.axes
         for place, (label, examples) in enumerate(reversed(rows)):
-            points = [state.fit(label, examples).test_score for state in states]
-            _dots(axes, place, points, colour(label), test_examples if score_name == "accuracy" else None)
+            fits = [state.fit(label, examples) for state in states]
+            _dots(axes, place, [fit.test_score for fit in fits], colour(label), fits[0].test_examples if shares else 0)
         last = states[-1].test_score
         axes.axvline(last, color=COLOURS["network"], linewidth=1.2, linestyle=(0, (4, 3)))
-        _dots(axes, len(rows), [last], COLOURS["network"], test_examples if score_name == "accuracy" else None)
+        _dots(axes, len(rows), [last], COLOURS["network"], test_examples if shares else 0)
         names = [f"{label}, {examples:,} examples" for label, examples in rows]
         axes.set_yticks(range(len(rows) + 1), [*reversed(names), f"network {states[-1].name}"])
         axes.set_ylim(-0.6, len(rows) + 0.6)
-        axes.set_xlabel(f"{score_name} on {test_examples:,} test examples")
-        if score_name == "accuracy":
+        axes.set_xlabel(f"{score_name} on test examples")
+        if shares:
             axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.grid(axis="x")
@@ -159,7 +160,7 @@ def scores(states: Sequence[State], score_name: str, test_examples: int) -> str:
     return drawing.svg
 
 
-def _dots(axes: Axes, place: int, points: list[float], shade: str, examples: int | None) -> None:
+def _dots(axes: Axes, place: int, points: list[float], shade: str, examples: int) -> None:
     for number, point in enumerate(points):
         last = number == len(points) - 1
         spread = math.sqrt(point * (1 - point) / examples) if examples else 0.0

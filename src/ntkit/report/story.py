@@ -449,6 +449,11 @@ def _prediction(subject: Subject, study: Study) -> Section:
         "ridge is the one with the least leave-one-out error, in units of the kernel's mean diagonal entry."
         + (f" For the largest fits it was chosen on {count(searched[0])} of the examples." if searched else "")
     ]
+    if study.compared_test < study.test_examples:
+        notes.append(
+            f"Regressions on {count(study.compared)} examples are scored on {count(study.compared_test)} of the "
+            f"{count(study.test_examples)} test examples, because the full kernel is dear."
+        )
     if len(study.states) > 1:
         notes.append(
             f"The kernel {last.name} has seen the training labels through the weights, if the network was trained on "

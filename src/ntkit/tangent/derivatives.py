@@ -63,15 +63,6 @@ class Derivatives:
             self.outputs[start:stop], {part: factor.narrow(start, stop) for part, factor in self.factors.items()}
         )
 
-    def extend(self, others: Sequence[Derivatives]) -> Derivatives:
-        """The same for the examples of self and then those of others."""
-        if not others:
-            return self
-        return Derivatives(
-            torch.cat([self.outputs, *(o.outputs for o in others)]),
-            {part: factor.extend([o.factors[part] for o in others]) for part, factor in self.factors.items()},
-        )
-
     def settled(self, partners: int, *, trace: bool, reused: bool) -> Derivatives:
         """With rows formed now where that saves memory, or work if they are used again.
 
@@ -110,6 +101,21 @@ class Derivatives:
         for factor in self.factors.values():
             total += factor.squared_norms(scratch)
         return total
+
+
+def concatenate(batches: list[Derivatives]) -> Derivatives:
+    """One batch of several. The list is emptied and its factors are freed one by one, so that nothing is held twice."""
+    if len(batches) == 1:
+        return batches.pop()
+    outputs = torch.cat([batch.outputs for batch in batches])
+    parts = list(batches[0].factors)
+    columns = [dict(batch.factors) for batch in batches]
+    batches.clear()
+    factors = {}
+    for part in parts:
+        first, *others = (column.pop(part) for column in columns)
+        factors[part] = first.extend(others)
+    return Derivatives(outputs, factors)
 
 
 def _numel(shape: Sequence[int]) -> int:

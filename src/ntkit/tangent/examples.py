@@ -32,8 +32,9 @@ class Batch:
     targets: Any = None
 
     def call(self, model: nn.Module) -> Any:
-        """The model's output on these examples."""
-        return model(*self.arguments, **self.keywords)
+        """The model's output on a copy of these examples, because models may write into their inputs."""
+        arguments = [_copy(t) for t in self.arguments]
+        return model(*arguments, **{name: _copy(t) for name, t in self.keywords.items()})
 
     @property
     def signature(self) -> tuple:
@@ -75,7 +76,7 @@ class Examples:
         return self.size
 
     def batch(self, index: slice | Sequence[int], device: torch.device | None = None) -> Batch:
-        """Copy out some examples. A copy, because models may write into their inputs; the user's data stay theirs."""
+        """Some examples, on `device`."""
         data = self.data
         if isinstance(data, Dataset):
             numbers = range(*index.indices(self.size)) if isinstance(index, slice) else index
@@ -132,8 +133,12 @@ def _length(data: Any) -> int:
 
 
 def _take(t: Tensor, index: slice | Sequence[int], device: torch.device | None) -> Tensor:
-    part = t[index].detach().clone() if isinstance(index, slice) else t[list(index)].detach()
+    part = t[index if isinstance(index, slice) else list(index)].detach()
     return part if device is None else part.to(device)
+
+
+def _copy(t: Any) -> Any:
+    return t.clone() if isinstance(t, Tensor) else t
 
 
 def _move(items: Any, device: torch.device | None) -> Any:

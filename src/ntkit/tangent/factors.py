@@ -96,7 +96,7 @@ class Factor(ABC):
         """Squared length of every row, (n, k)."""
         total = 0
         for left, _ in self.blocks(self, scratch):
-            total = total + left.flatten(2).square().sum(2)
+            total = total + left.reshape(*left.shape[:2], -1).square().sum(2)
         return total  # pyright: ignore[reportReturnType]
 
     def blocks(self, other: Factor, scratch: int) -> Iterator[tuple[Tensor, Tensor]]:

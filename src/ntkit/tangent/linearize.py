@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ntkit.errors import InputError, SlowRouteWarning
@@ -273,7 +274,8 @@ class Tangent:
         directions = self.selection.split(tangent.to(self.device, self.dtype))
         examples = self.examples(x)
         parts = []
-        with untouched(self.model), self.selection.differentiable():
+        # of torch's attention kernels only the plain one can be differentiated twice
+        with untouched(self.model), self.selection.differentiable(), sdpa_kernel(SDPBackend.MATH):
             for start in range(0, len(examples), batch):
                 some = examples.batch(slice(start, start + batch), self.device)
                 scalars = self.readout.scalars(run_model(self.model, self.selection, some), some.targets)

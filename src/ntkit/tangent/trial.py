@@ -19,6 +19,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ntkit.errors import InputError, ModelError, NtkitError
@@ -142,6 +143,7 @@ def _tried(
         learned = _learn(model, selection, readout, few, more, plain)
     except _Hidden as hidden:
         return Anatomy([], dict.fromkeys(selection.names, str(hidden)), {}, plain.scalars.shape[1])
+    _check_alone(model, selection, readout, examples.batch(numbers[1:2], device), learned.scalars[1:2].detach())
     return _guarded(model, selection, readout, examples.batch([0], device), plain, learned)
 
 
@@ -164,6 +166,8 @@ class _Log(Watch):
         self.memory: dict[int, int] = {}
 
     def see(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if func in (F.embedding, F.embedding_bag):
+            refuse_renormalization(func, args, kwargs)
         arguments = [tuple(a.shape) for a in flatten((args, kwargs))[0] if isinstance(a, Tensor)]
         call = _Call(func, arguments, [])  # pyright: ignore[reportArgumentType]
         self.calls.append(call)
@@ -175,6 +179,20 @@ class _Log(Watch):
                 place = o.untyped_storage().data_ptr()
                 self.memory[place] = max(self.memory.get(place, 0), o.nbytes)
         return result
+
+
+def refuse_renormalization(func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Embeddings with max_norm rewrite their weight in every forward pass; seen before that happens.
+
+    Raises:
+        ModelError: if this call would.
+    """
+    place = 3 if func is F.embedding else 4
+    if kwargs.get("max_norm", args[place] if len(args) > place else None) is not None:
+        raise ModelError(
+            f"{operation_name(func)} with max_norm rewrites its weight in every forward pass, so the model is not a fixed "
+            "function: set max_norm=None (and renormalize the weight once, if it should be)"
+        )
 
 
 @dataclass
@@ -468,7 +486,7 @@ def _guarded(
         generic.setdefault(name, reason)
     if generic:
         _spread_reasons(generic, [source for source, _ in factors])
-        _check_alone(model, selection, readout, alone, plain, allowed * scale)
+        _check_alone(model, selection, readout, alone, plain.scalars[:1], must_run=True)
     kept = [(source, factor) for source, factor in factors if not set(source.leaves) & set(generic)]
     cotangents = sum(g.nbytes for record in learned.records for gs in record.cotangents for g in gs if g is not None)
     return Anatomy(
@@ -545,6 +563,9 @@ def disagreements(
 
     Both are compared by their products with a random vector: one pass over the true gradient, and for large weights
     the captured one need not be formed.
+
+    Raises:
+        ModelError: if a true gradient is NaN or infinite.
     """
     vectors = probes(selection)
     found = captured_products(factors, weights, vectors)
@@ -553,6 +574,12 @@ def disagreements(
         None if g is None else as_matrix(g) @ vectors[name] for name, g in zip(selection.names, true, strict=True)
     ]
     norms = [0.0 if p is None else float(p.norm()) for p in products]
+    for name, norm in zip(selection.names, norms, strict=True):
+        if not norm < float("inf"):
+            raise ModelError(
+                f"the gradient of parameter {name!r} is NaN or infinite: the tangent kernel is not defined at these "
+                "parameters and examples. Look for sqrt(0), log(0) or a norm of zero in the model"
+            )
     total = sum(norm**2 for norm in norms) ** 0.5
     wrong: dict[str, str] = {}
     for name, product, norm in zip(selection.names, products, norms, strict=True):
@@ -581,9 +608,15 @@ def _spread_reasons(generic: dict[str, str], sources: list[Source]) -> None:
 
 
 def _check_alone(
-    model: nn.Module, selection: Selection, readout: Readout, alone: Batch, plain: _Plain, allowed: float
+    model: nn.Module, selection: Selection, readout: Readout, batch: Batch, company: Tensor, *, must_run: bool = False
 ) -> None:
-    """Before the generic route, which runs examples alone: alone they must give what they give in company."""
-    with torch.no_grad():
-        scalars = readout.scalars(run_model(model, selection, alone), alone.targets).detach()
-    check_scalars_agree(plain.scalars[:1], scalars, allowed, "alone and in a batch of two")
+    """An example alone must give what it gives in company, where others stand before and perhaps behind it."""
+    try:
+        with torch.no_grad():
+            alone = readout.scalars(run_model(model, selection, batch), batch.targets).detach()
+    except InputError:
+        if must_run:
+            raise
+        return  # some models cannot take a batch of one
+    allowed = tolerance(alone.dtype) * (float(company.abs().max()) or 1.0)
+    check_scalars_agree(company, alone, allowed, "alone and in company")

@@ -28,12 +28,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
         if isinstance(buffer, Tensor)
     ]
     fused = torch.backends.mha.get_fastpath_enabled()
+    random = torch.get_rng_state()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.compiler.set_stance("force_eager"), torch.enable_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+        torch.set_rng_state(random)
         with torch.no_grad():
             for module, name, buffer, version, copy in buffers:
                 module._buffers[name] = buffer

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 # One eigendecomposition of so many rows takes half a minute on two cores; a larger regression gets its ridge from as
 # many of its examples, which changes the best relative ridge little.
 RIDGE_ROWS = 2000
+# However dear a full kernel is, so many examples are compared, and their regressions scored on so many.
+FEWEST, FEWEST_TESTS = 8, 100
 # A dense block between test and training examples is computed in pieces of at most so many bytes.
 BLOCK_BYTES = 2**28
 # Examples on which the kernel is split by layer, and images in the picture of similarities.
@@ -81,10 +83,10 @@ def study(
         )
     if task.outputs == 1:  # one number per pair is all there is: nothing is reduced
         effort = replace(effort, reduced=(), fitted=(), main=(FULL,))
-    compared = max(2, min(effort.compared, effort.full_rows // task.outputs, len(task.x_train)))
+    compared, compared_test = _affordable(next(iter(states.values())), task, effort)
     found, matrices = [], []
     for name, model in states.items():
-        bench = _Bench(name, model, task, effort, compared, listener)
+        bench = _Bench(name, model, task, effort, compared, compared_test, listener)
         dense = bench.matrices()
         found.append(bench.examine(dense, generator))
         matrices.append(dense)
@@ -94,11 +96,26 @@ def study(
         train_examples=len(task.x_train),
         test_examples=len(task.x_test),
         compared=compared,
+        compared_test=compared_test,
         main=effort.main[0].label,
         score_name=task.score_name,
         states=tuple(found),
         movements=_movements(matrices[0], matrices[-1], task.outputs) if len(matrices) > 1 else (),
     )
+
+
+def _affordable(model: nn.Module, task: Task, effort: Effort) -> tuple[int, int]:
+    """How many examples are compared, and test examples for them, so that the full kernels stay affordable."""
+    compared = max(2, min(effort.compared, effort.full_rows // task.outputs, len(task.x_train)))
+    tangent = linearize(model)
+    for _ in range(4):  # the operations per pair change a little with their number
+        flops = TangentKernel(tangent, task.x_train[:compared]).plan().flops
+        if flops <= effort.full_flops or compared <= FEWEST:
+            break
+        compared = max(FEWEST, int(0.95 * compared * math.sqrt(effort.full_flops / flops)))
+    tests = len(task.x_test)
+    flops = TangentKernel(tangent, task.x_test, task.x_train[:compared]).plan().flops
+    return compared, min(tests, max(FEWEST_TESTS, int(tests * effort.full_flops / flops)))
 
 
 @dataclass(frozen=True)
@@ -110,6 +127,7 @@ class _Bench:
     task: Task
     effort: Effort
     compared: int
+    compared_test: int
     listener: Listener
 
     def say(self, message: str) -> None:
@@ -177,7 +195,9 @@ class _Bench:
             spectrum=spectrum(matrix),
             alignment=None if exact else alignment(matrix, y),
             error=0.0 if exact else _relative_error(full, matrix),
-            fidelity=None if exact else kernel.fidelity(examples=self.effort.sampled, generator=generator),
+            fidelity=None
+            if exact
+            else kernel.fidelity(examples=min(self.effort.sampled, self.compared), generator=generator),
         )
 
     def _fitted(self, kind: Kind, examples: int, known: _Timed | None) -> _Fitted:
@@ -193,8 +213,11 @@ class _Bench:
         fit = searched.fit(ridge) if whole else regress(DenseKernel(known.matrix, symmetric=True), y, ridge)
         scalars = len(known.matrix) // examples
         chunk = max(1, BLOCK_BYTES // (known.matrix.element_size() * scalars * len(known.matrix)))
-        cross = torch.cat([self._kernel(kind, part, x).dense() for part in self.task.x_test.split(chunk)])
-        return _Fitted(kind.label, examples, y, searched, fit, cross, known.seconds + time.perf_counter() - start)
+        x_test = self.task.x_test if examples == len(self.task.x_train) else self.task.x_test[: self.compared_test]
+        cross = torch.cat([self._kernel(kind, part, x).dense() for part in x_test.split(chunk)])
+        predictions = fit.predict(cross)
+        seconds = known.seconds + time.perf_counter() - start
+        return _Fitted(kind.label, examples, y, searched, fit, cross, predictions, seconds)
 
     def _layers(self) -> dict[str, float]:
         kernel = self._kernel(TRACE, self.task.x_train[:LAYER_EXAMPLES])
@@ -245,6 +268,7 @@ class _Fitted:
         searched: the decomposition in which the ridge was found, of all or of the first training examples.
         fit: on all of them.
         cross: the kernel between test and training examples.
+        predictions: on the test examples, (M, C), without the task's offset.
         seconds: all of it.
     """
 
@@ -254,11 +278,8 @@ class _Fitted:
     searched: KernelRegression
     fit: RegressionFit
     cross: Tensor
+    predictions: Tensor
     seconds: float
-
-    @property
-    def predictions(self) -> Tensor:
-        return self.fit.predict(self.cross)
 
     @property
     def searched_examples(self) -> int:
@@ -270,12 +291,13 @@ class _Fitted:
         return Fit(
             label=self.label,
             examples=self.examples,
+            test_examples=len(self.predictions),
             rows=self.cross.shape[1],
             relative_ridge=self.fit.relative_ridge,
             ridge_from=self.searched_examples,
             train_score=task.score(self.targets - self.fit.train_residuals + task.offset, y),
             loo_score=task.score(self.targets - self.fit.loo_residuals + task.offset, y),
-            test_score=task.score(self.predictions + task.offset, task.y_test),
+            test_score=task.score(self.predictions + task.offset, task.y_test[: len(self.predictions)]),
             loo_error=self.fit.leave_one_out,
             gcv=self.fit.gcv,
             seconds=self.seconds,

@@ -123,6 +123,8 @@ class Effort:
         compared: examples of which the full kernel is computed and compared with the reduced ones; fewer are taken if
             they times C exceed `full_rows`.
         full_rows: most rows of a full kernel.
+        full_flops: most floating point operations of a full kernel; beyond, fewer examples are compared (8 at least),
+            and their regressions are scored on fewer test examples (100 at least).
         sampled: examples of the exact blocks on which fidelity is measured.
         reduced: the cheap kernels to compare with the full one.
         fitted: those of them to fit on the compared examples as well.
@@ -130,8 +132,9 @@ class Effort:
         memory: bytes of working space for computing a kernel; by default a share of the machine's.
     """
 
-    compared: int = 240
-    full_rows: int = 2400
+    compared: int = 160
+    full_rows: int = 1600
+    full_flops: float = 3e12
     sampled: int = 32
     reduced: tuple[Kind, ...] = (PSEUDO, TRACE, FIRST)
     fitted: tuple[Kind, ...] = (PSEUDO, TRACE)
@@ -172,6 +175,7 @@ class Fit:
     Attributes:
         label: of the kernel.
         examples: training examples.
+        test_examples: test examples.
         rows: rows of the linear system.
         relative_ridge: chosen by leave-one-out, in units of the mean diagonal.
         ridge_from: examples on which the ridge was chosen.
@@ -185,6 +189,7 @@ class Fit:
 
     label: str
     examples: int
+    test_examples: int
     rows: int
     relative_ridge: float
     ridge_from: int
@@ -326,6 +331,7 @@ class Study:
         train_examples: N.
         test_examples: M.
         compared: examples on which all kernels are compared.
+        compared_test: test examples on which regressions with those examples are scored.
         main: label of the kernel whose regression on all examples comes first.
         score_name: "accuracy" or "R²".
         states: one or more, in order.
@@ -337,6 +343,7 @@ class Study:
     train_examples: int
     test_examples: int
     compared: int
+    compared_test: int
     main: str
     score_name: str
     states: tuple[State, ...]
