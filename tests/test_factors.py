@@ -297,7 +297,7 @@ def test_derivatives_of_several_parts(data: st.DataObject, n: int, m: int, trace
     full = torch.einsum("nki,mli->nkml", a, b)
     expected = torch.einsum("nkmk->nm", full) / k if trace else full.reshape(n * k, m * k)
     assert torch.allclose(left.gram(right, trace=trace), expected, atol=1e-10)
-    settled = left.settled(m, trace=trace, reused=reused)
+    settled = left.settled(n, m, trace=trace, reused=reused)
     assert torch.allclose(settled.gram(right, trace=trace), expected, atol=1e-10)
     assert torch.allclose(left.squared_norms(), a.square().sum(2), atol=1e-10)
     both = concatenate([left, right])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import eigsh
@@ -190,6 +191,31 @@ def test_permuting_examples_permutes_the_kernel(data: st.DataObject) -> None:
     k = permuted.scalars
     rows = (order[:, None] * k + torch.arange(k)).flatten()
     assert oracles.relative_error(permuted.dense(), truth(kind, True)[rows][:, rows]) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(slice(0, 2), slice(1, 3)), (slice(0, 1), slice(0, 1)), (slice(0, 2),) * 2]
+)
+def test_slices_of_a_parameter_that_share_entries(first: slice, second: slice) -> None:
+    """Two uses of one parameter have cross terms as soon as they have one entry in common."""
+    torch.manual_seed(0)
+    model = Net(
+        lambda m, x: (
+            F.linear(x[:, :1], m.w[first]).sum(1, True) + F.linear(x[:, 1:2], m.w[second]).square().sum(1, True)
+        ),
+        w=weight(3, 1),
+    ).double()
+    x = examples("mlp", 4)
+    truth = oracles.entk(model, x, x, lambda y: y, list(model.parameters()))
+    assert oracles.relative_error(ntkit.empirical_ntk(model, x), truth) <= 1e-12
+
+
+def test_padding_counted_from_the_end() -> None:
+    torch.manual_seed(0)
+    model = Net(lambda m, ids: F.embedding(ids, m.table, padding_idx=-1).square().sum(1), table=weight(9, 3)).double()
+    ids = torch.tensor([[8, 8, 1], [0, 8, 1], [2, 3, 8]])
+    truth = oracles.entk(model, ids, ids, lambda y: y, list(model.parameters()))
+    assert oracles.relative_error(ntkit.empirical_ntk(model, ids), truth) <= 1e-12
 
 
 # ---------------------------------------------------------------- reductions

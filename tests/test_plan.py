@@ -68,7 +68,7 @@ def kernel(name: str, way: str, *, symmetric: bool, memory: int | None, n: int =
     return ntkit.TangentKernel(tangent, x[:n], None if symmetric else x[n:], trace=trace, memory=memory)
 
 
-@pytest.mark.parametrize("memory", [None, 200_000])
+@pytest.mark.parametrize("memory", [None, 600_000])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["rectangular", "symmetric"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", NETWORKS)
@@ -81,6 +81,17 @@ def test_flops_are_those_that_torch_counts(name: str, way: str, symmetric: bool,
     assert abs(planned - counter.get_total_flops()) <= allowed * counter.get_total_flops(), (
         planned / counter.get_total_flops()
     )
+
+
+@pytest.mark.parametrize("name", ["cnn", "transformer"])
+def test_flops_of_one_example_at_a_time(name: str) -> None:
+    """The least that any budget allows: blocks and chunks of a single example."""
+    got = kernel(name, "full", symmetric=False, memory=1, n=5, m=4)
+    plan = got.plan()
+    assert (plan.block, plan.chunk) == (1, 1)
+    with FlopCounterMode(display=False) as counter:
+        got.dense()
+    assert plan.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.parametrize("way", WAYS)

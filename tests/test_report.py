@@ -189,8 +189,9 @@ def test_evidence_names_the_largest_terms() -> None:
     y = np.eye(3)[task.y_train.numpy()] - 1 / 3
     weights = np.linalg.solve(k + fit.relative_ridge * np.trace(k) / 20 * np.eye(20), y)
     for evidence in found.states[0].evidence:
-        terms = (cross[evidence.test] - cross.mean(0)) * weights[:, evidence.predicted]
-        np.testing.assert_allclose(evidence.terms, np.sort(terms)[::-1][:5], rtol=1e-6)
+        alike, votes = cross[evidence.test] - cross.mean(0), weights[:, evidence.predicted]
+        terms = np.sort(np.where((alike > 0) & (votes > 0), alike * votes, 0))[::-1][:5]
+        np.testing.assert_allclose(evidence.terms, terms[terms > 0], rtol=1e-6)
         np.testing.assert_array_equal(evidence.classes, task.y_train[list(evidence.train)])
 
 

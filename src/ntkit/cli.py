@@ -139,7 +139,7 @@ def report(
     compared: Annotated[int, typer.Option(help="Most examples of which the full kernel is computed.")] = 160,
     seed: SeedOption = 0,
     dtype: TypeOption = "float32",
-    memory: MemoryOption = None,
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Working space for a kernel, beside the matrix.")] = "1GB",
 ) -> None:
     """Study the kernels of your own network on your own data, as built and with trained weights; writes a page."""
     with _in_plain_words(), _needs_report():
@@ -158,7 +158,7 @@ def report(
             cut=Cut(train, test, test_share, seed),
             compared=compared,
             dtype=parse_dtype(dtype),
-            memory=None if memory is None else parse_bytes(memory),
+            memory=parse_bytes(memory),
         )
         with Terminal() as terminal:
             result = run_report(out, own, force=force, listener=terminal)

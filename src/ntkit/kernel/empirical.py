@@ -86,8 +86,8 @@ class TangentKernel(Kernel):
             InputError: if the examples are wrong or the budget is not positive.
             ModelError: if the model has no tangent kernel on them.
         """
-        if memory is not None and memory <= 0:
-            raise InputError(f"a memory budget is a positive number of bytes: got {memory}")
+        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0):
+            raise InputError(f"a memory budget is a positive number of bytes: got {memory!r}")
         self.tangent = tangent
         self.trace = trace
         self.memory = memory if memory is not None else default_memory()
@@ -199,7 +199,7 @@ class TangentKernel(Kernel):
         parts = []
         for a, b in plan.chunks(start, stop):
             part = self.tangent.derivatives(examples, slice(a, b))
-            parts.append(part.settled(partners, trace=self.trace, reused=reused) if stop - start > 1 else part)
+            parts.append(part.settled(stop - start, partners, trace=self.trace, reused=reused))
             del part  # the loop's name would keep the last chunk alive beside the whole
         if any(part.factors.keys() != parts[0].factors.keys() for part in parts[1:]):
             return self.tangent.derivatives(examples, slice(start, stop), generic=True)

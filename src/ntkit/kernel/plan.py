@@ -196,12 +196,15 @@ def make_plan(found: Sizes, rows: int, cols: int, *, symmetric: bool, trace: boo
     if rows * sum(route.held for route in once) <= space:
         block, routes = rows, once
     else:
-        routes = _routes(found, chunk, chunk, trace, reused=True)
-        held = sum(route.held for route in routes)
-        pair = max(1, sum(route.flops for route in routes))
-        repeated = found.capture_flops + sum(route.forming for route in routes)
-        enough = int(repeated / (OVERHEAD * pair)) + 1
-        block = max(1, min(rows, max(enough, TILE), space // max(1, held)))
+        block = rows
+        for _ in range(2):  # the routes depend a little on the block's size, and the size on what the routes hold
+            routes = _routes(found, block, cols, trace, reused=True)
+            held = sum(route.held for route in routes)
+            pair = max(1, sum(route.flops for route in routes))
+            repeated = found.capture_flops + sum(route.forming for route in routes)
+            enough = int(repeated / (OVERHEAD * pair)) + 1
+            block = max(1, min(rows, max(enough, TILE), space // max(1, held)))
+        routes = _routes(found, block, cols, trace, reused=True)
     return _priced(found, routes, rows, cols, block, min(chunk, max(1, block)), symmetric, trace, scratch)
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 BUILT, WEIGHTED = "as built", "with the given weights"
 # Rows of the largest system that is solved: 16 bytes for each entry of a square of them is 3.2 GB.
 LARGEST = 14_000
+# Working space for a kernel: with it 10,000 examples stay under 4 GB in all.
+WORKING = 10**9
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Own:
         cut: how many examples are used.
         compared: most examples of which the full kernel is computed.
         dtype: of the network and the kernels.
-        memory: bytes of working space for computing a kernel; None for a share of the machine's.
+        memory: bytes of working space for computing a kernel, beside the matrix itself.
     """
 
     factory: Factory
@@ -52,7 +54,7 @@ class Own:
     cut: Cut = field(default_factory=Cut)
     compared: int = 160
     dtype: torch.dtype = torch.float32
-    memory: int | None = None
+    memory: int = WORKING
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ntkit.uses.convergence import Convergence
     from ntkit.uses.study import Evidence, Fit, KernelFacts, State, Study, Task
 
-# A cheap kernel whose distance is within this factor of the least possible one counts as about as good.
-CLOSE = 1.15
+# A cheap kernel that keeps this share of what the trace kernel keeps of the exact one counts as about as good.
+CLOSE = 0.9
 
 
 @dataclass(frozen=True)
@@ -198,11 +198,11 @@ def _advice(state: State, study: Study) -> str:
         f"exact kernel; the least that any kernel with one number per pair can reach is {plus_minus(trace)} (the "
         "trace kernel). "
     )
-    if distance(pseudo) <= CLOSE * floor:
+    if _as_good(pseudo, trace):
         text += "So the pNTK, the cheapest, is about as good as any of its kind here."
     else:
         others = [facts for facts in state.kernels if facts.label not in (FULL.label, PSEUDO.label, TRACE.label)]
-        near = [facts for facts in others if distance(facts) <= CLOSE * floor]
+        near = [facts for facts in others if _as_good(facts, trace)]
         text += "The sum of logits is the wrong read-out here: use the trace kernel" + (
             ", or for less work "
             + " or ".join(f"{_by_name(facts.label)} ({plus_minus(facts)})" for facts in near)
@@ -213,6 +213,11 @@ def _advice(state: State, study: Study) -> str:
     if floor > 0.5:
         text += " Even that is far: where the interplay between the outputs matters, use the full kernel."
     return text
+
+
+def _as_good(facts: KernelFacts, trace: KernelFacts) -> bool:
+    kept, most = (1 - distance(each) ** 2 for each in (facts, trace))
+    return kept >= CLOSE * most
 
 
 def _by_name(label: str) -> str:
@@ -294,7 +299,7 @@ def _closeness(subject: Subject, study: Study) -> Section:
             f"cross-entropy, did not show this time: the distance of the pNTK went from {percent(before, 0)} to "
             f"{percent(after, 0)}."
         )
-    elif after > CLOSE * distance(last.kernel(TRACE.label)):
+    elif not _as_good(last.kernel(PSEUDO.label), last.kernel(TRACE.label)):
         paragraphs.append(
             f"The pNTK {last.name} is clearly above the floor. If the network was trained with cross-entropy that is "
             "to be expected: such training leaves the sum of the last layer's rows where it was while all other "
@@ -447,7 +452,7 @@ def _prediction(subject: Subject, study: Study) -> Section:
     notes = [
         "Predictions start from zero, not from the network's own answers, so that the kernel is judged alone. The "
         "ridge is the one with the least leave-one-out error, in units of the kernel's mean diagonal entry."
-        + (f" For the largest fits it was chosen on {count(searched[0])} of the examples." if searched else "")
+        + (f" For the largest fits it was chosen on {count(searched[-1])} of the examples." if searched else "")
     ]
     if study.compared_test < study.test_examples:
         notes.append(
@@ -499,9 +504,11 @@ def _speakers(subject: Subject, study: Study, task: Task) -> Section | None:
         f"Which training {subject.thing}s speak for an answer",
         (
             "A kernel prediction is a sum over the training examples, so it can be taken apart. Left: a test "
-            f"{subject.thing} and the answer; right: the training {subject.thing}s that speak for this answer more "
-            f"than they do for the average test {subject.thing}, strongest first. Wrong answers come first: their "
-            "speakers show what the network took the image for.",
+            f"{subject.thing} and the answer; right: the training {subject.thing}s that speak for this answer and are "
+            "more "
+            f"like it than the average test {subject.thing} is, strongest first. Wrong answers come first: their "
+            "speakers "
+            "show what the network took the image for.",
         ),
         gallery=found,
         notes=(f"From the regression with the {_main(state, study).label} kernel {state.name}.",),

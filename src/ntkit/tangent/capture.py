@@ -47,6 +47,7 @@ class Step:
     Attributes:
         index: its place in the script.
         function: the operation.
+        touches: which arguments are made of which parameters.
         is_use: whether examples take part; else its result is derived from parameters alone.
         opaque: the examples cannot be told apart in it; its parameters take the generic route.
         operands: where the examples are in each tensor argument.
@@ -55,6 +56,7 @@ class Step:
 
     index: int
     function: Callable
+    touches: tuple[tuple[int, tuple[str, ...]], ...]
     is_use: bool
     operands: tuple[ExampleAxis | None, ...] = ()
     outputs: tuple[ExampleAxis | None, ...] = ()
@@ -64,6 +66,11 @@ class Step:
     def name(self) -> str:
         """The operation's name as a user would write it."""
         return operation_name(self.function)
+
+    @property
+    def parameters(self) -> str:
+        """The names of the parameters it touches."""
+        return ", ".join(name for _, names in self.touches for name in names)
 
     @property
     def has_rule(self) -> bool:
@@ -88,6 +95,11 @@ class Source:
     def is_leaf(self) -> bool:
         """Whether it is a parameter as it stands."""
         return any(leaf is self.tensor for leaf in self.leaves.values())
+
+
+def touches(sources: dict[int, Source]) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """Places among an operation's arguments, and the parameters behind each."""
+    return tuple((place, tuple(source.leaves)) for place, source in sources.items())
 
 
 @dataclass(eq=False)
@@ -260,10 +272,11 @@ class Capture(Watch):
         """
         if makes_no_tensor(func):
             return None
-        if self.position >= len(self.script) or self.script[self.position].function != func:
-            expected = self.script[self.position].name if self.position < len(self.script) else "nothing more"
-            raise Deviation(f"met {operation_name(func)} where {expected} was expected")
-        step = self.script[self.position]
+        step = self.script[self.position] if self.position < len(self.script) else None
+        if step is None or step.function != func or step.touches != touches(touched):
+            expected = "nothing more" if step is None else f"{step.name} with {step.parameters}"
+            met = ", ".join(name for source in touched.values() for name in source.leaves)
+            raise Deviation(f"met {operation_name(func)} with {met} where {expected} was expected")
         self.position += 1
         return step
 

@@ -69,8 +69,8 @@ class Factor(ABC):
         """The part of the memory that grows with the number of scalars."""
         return self.nbytes
 
-    def prefers_rows_among(self, partners: int, *, trace: bool) -> bool:
-        """Whether products with `partners` examples of the same kind go through rows that are worth keeping."""
+    def prefers_rows_among(self, examples: int, partners: int, *, trace: bool) -> bool:
+        """Whether products of so many examples with so many others go through rows that are worth keeping."""
         return False
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
@@ -287,8 +287,8 @@ class Outer(Factor):
     def _through_rows(self, other: Factor, trace: bool) -> bool:
         return not isinstance(other, Outer) or self.work.prefers_rows(other.work, trace)
 
-    def prefers_rows_among(self, partners: int, *, trace: bool) -> bool:  # noqa: D102
-        return self.work.prefers_rows(self.work.of(partners), trace)
+    def prefers_rows_among(self, examples: int, partners: int, *, trace: bool) -> bool:  # noqa: D102
+        return self.work.of(examples).prefers_rows(self.work.of(partners), trace)
 
     @cached_property
     def work(self) -> OuterWork:
@@ -467,8 +467,8 @@ class Convolution(Factor):
             return True
         return self.work.prefers_rows(other.work, trace)
 
-    def prefers_rows_among(self, partners: int, *, trace: bool) -> bool:  # noqa: D102
-        return self.work.prefers_rows(self.work.of(partners), trace)
+    def prefers_rows_among(self, examples: int, partners: int, *, trace: bool) -> bool:  # noqa: D102
+        return self.work.of(examples).prefers_rows(self.work.of(partners), trace)
 
 
 def _single_gram(left: Outer, right: Outer, *, trace: bool, memo: Memo | None) -> Tensor:

@@ -33,6 +33,7 @@ from ntkit.tangent.capture import (
     makes_no_tensor,
     operation_name,
     run_backward,
+    touches,
     writes_in_place,
 )
 from ntkit.tangent.derivatives import Part, partition
@@ -190,8 +191,8 @@ def refuse_renormalization(func: Callable, args: tuple, kwargs: dict[str, Any]) 
     place = 3 if func is F.embedding else 4
     if kwargs.get("max_norm", args[place] if len(args) > place else None) is not None:
         raise ModelError(
-            f"{operation_name(func)} with max_norm rewrites its weight in every forward pass, so the model is not a fixed "
-            "function: set max_norm=None (and renormalize the weight once, if it should be)"
+            f"{operation_name(func)} with max_norm rewrites its weight in every forward pass, so the model is not a "
+            "fixed function: set max_norm=None (and renormalize the weight once, if it should be)"
         )
 
 
@@ -336,10 +337,10 @@ class _Learner(Capture):
                     self.opaque.setdefault(
                         name, f"{operation_name(func)} on tensors without an example axis: {problem}"
                     )
-            step = Step(len(self.script), func, True, opaque=True)
+            step = Step(len(self.script), func, touches(touched), True, opaque=True)
         else:
             is_use = any(axis is not None for axis in outputs)
-            step = Step(len(self.script), func, is_use)
+            step = Step(len(self.script), func, touches(touched), is_use)
             if is_use:
                 step = replace(step, operands=tuple(operands), outputs=tuple(outputs))
         self.script.append(step)
@@ -417,6 +418,7 @@ def _learn(
             f"the model cannot be run with its operations watched ({type(error).__name__}: {error})"
         ) from error
     scalars = readout.scalars(output, more.targets)
+    check_scalars(scalars, more)
     script, records = learner.script, learner.records
     if any(_is_merged(step) for step in script):
         witness = _Witness(selection, script, few.size)
@@ -588,7 +590,7 @@ def disagreements(
             difference, reason = norm, "it is used by code that torch's overrides do not see"
         else:
             difference = float((captured if product is None else captured - product).norm())
-            reason = "its captured gradient is not the true one: torch's overrides do not see all its uses, or a rule is wrong"
+            reason = "torch's overrides do not see all its uses, or a rule is wrong: its gradient is not the true one"
         if not difference <= allowed * (norm + allowed * total):
             wrong[name] = reason
     return wrong
@@ -618,5 +620,6 @@ def _check_alone(
         if must_run:
             raise
         return  # some models cannot take a batch of one
+    check_scalars(alone, batch)
     allowed = tolerance(alone.dtype) * (float(company.abs().max()) or 1.0)
     check_scalars_agree(company, alone, allowed, "alone and in company")

@@ -333,8 +333,9 @@ class _Fitted:
         average = self.cross.double().mean(0)
         found = []
         for test in [*wrong.tolist(), *right.tolist()]:
-            spoken = (self.cross[test].double() - average) * self.fit.coefficients[:, predicted[test]]
-            values, numbers = spoken.topk(min(terms, len(spoken)))
+            alike = (self.cross[test].double() - average).clamp_min(0)
+            spoken = alike * self.fit.coefficients[:, predicted[test]].clamp_min(0)
+            values, numbers = spoken.topk(min(terms, int((spoken > 0).sum())))
             found.append(
                 Evidence(
                     test=test,
