@@ -139,10 +139,11 @@ def _subject(own: Own, result: OwnResult, task: Task) -> Subject:
     last = facts.states[-1]
     image = thumbnail(task.x_train[0]) is not None
     weights = (
-        f", {last.name} ({own.weights.name}) it reaches"
+        f"; {last.name} ({own.weights.name}) it reaches"
         if own.weights is not None
-        else ", as the factory returns it, it reaches"
+        else "; as the factory returns it, it reaches"
     )
+    outputs = "one output" if facts.outputs == 1 else f"{facts.outputs} outputs"
     return Subject(
         title=f"What the tangent kernel says about {own.factory.name}",
         lead=f"The network of {own.factory.spec} has {facts.parameters:,} parameters and {facts.outputs} "

@@ -84,8 +84,8 @@ def summary(study: Study) -> Table:
             )
     return Table(
         caption=f"Test {study.score_name} from {count(study.compared)} and from all {count(study.train_examples)} "
-        f"training examples; the other columns from {count(study.compared)}. The full kernel has {study.outputs} "
-        "rows per example.",
+        f"training examples; the other columns from {count(study.compared)}."
+        + (f" The full kernel has {study.outputs} rows per example." if study.outputs > 1 else ""),
         columns=(
             "",
             "distance",
@@ -165,7 +165,7 @@ def _findings(study: Study, convergence: Convergence | None) -> list[str]:
 
 def _compared(ours: float, theirs: float, study: Study) -> str:
     if study.score_name != "accuracy":
-        return "better" if ours > theirs else "not better"
+        return "the kernel alone is better" if ours > theirs else "the network is better"
     middle = (ours + theirs) / 2
     noise = 2 * math.sqrt(2 * middle * (1 - middle) / study.test_examples)
     if abs(ours - theirs) <= noise:

@@ -164,8 +164,10 @@ class Loss(Readout):
         """The losses, (N, 1).
 
         Raises:
-            InputError: if the loss is not one number per example.
+            InputError: if there are no targets, or the loss is not one number per example.
         """
+        if targets is None:
+            raise InputError("a loss read-out needs targets: the Dataset gives inputs alone, expected (input, target)")
         chosen = output if self.select is None else self.select(output)
         losses = self.function(chosen, targets)
         if losses.ndim == 2 and losses.shape[1] == 1:

@@ -36,6 +36,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         torch.set_rng_state(random)
+        known = {(id(module), name) for module, name, *_ in buffers}
+        for module in model.modules():
+            for name in [n for n, b in module._buffers.items() if b is not None and (id(module), n) not in known]:
+                del module._buffers[name]  # made by the forward pass
         with torch.no_grad():
             for module, name, buffer, version, copy in buffers:
                 module._buffers[name] = buffer

@@ -193,7 +193,7 @@ class _Bench:
             seconds=dense[kind.label].seconds,
             mean_diagonal=float(matrix.diagonal().double().mean()),
             spectrum=spectrum(matrix),
-            alignment=None if exact else alignment(matrix, y),
+            alignment=alignment(matrix, y) if len(matrix) == len(y) else None,
             error=0.0 if exact else _relative_error(full, matrix),
             fidelity=None
             if exact

@@ -251,8 +251,8 @@ class Similarity:
 class Evidence:
     """The training examples that speak loudest for a prediction of a kernel regression.
 
-    The prediction for class c is a sum over training examples, f_c(x) = sum_n k(x, x_n) a_nc. What sets x apart from the
-    average test example x' is sum_n (k(x, x_n) - mean k(x', x_n)) a_nc. The largest terms of it are shown whose two
+    The prediction for class c is a sum over training examples, f_c(x) = sum_n k(x, x_n) a_nc. What sets x apart from
+    the average test example x' is sum_n (k(x, x_n) - mean k(x', x_n)) a_nc. The largest terms of it are shown whose two
     factors are positive: examples that vote for c, and are more like x than like the average.
 
     Attributes:
