@@ -146,8 +146,8 @@ def _subject(own: Own, result: OwnResult, task: Task) -> Subject:
     outputs = "one output" if facts.outputs == 1 else f"{facts.outputs} outputs"
     return Subject(
         title=f"What the tangent kernel says about {own.factory.name}",
-        lead=f"The network of {own.factory.spec} has {facts.parameters:,} parameters and {facts.outputs} "
-        f"outputs{weights} a test {facts.score_name} of {score(facts, last.test_score)}. Data: {result.data}.",
+        lead=f"The network of {own.factory.spec} has {facts.parameters:,} parameters and {outputs}"
+        f"{weights} a test {facts.score_name} of {score(facts, last.test_score)}. Data: {result.data}.",
         made=(
             f"The network is put into evaluation mode and computed in {str(own.dtype).removeprefix('torch.')}; all "
             f"solves are in float64. The factory was called with torch's generator seeded by {own.cut.seed}; every "
