@@ -6,13 +6,14 @@ import contextlib
 import ctypes
 import math
 import time
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ntkit.errors import InputError
+from ntkit.errors import FidelityWarning, InputError
 from ntkit.kernel.base import DenseKernel
 from ntkit.kernel.empirical import TangentKernel, by_module
 from ntkit.solve.regression import KernelRegression, RegressionFit, regress
@@ -188,7 +189,11 @@ class _Bench:
         exact = kind == FULL
         y = self.task.targets(self.task.y_train[: self.compared])
         kernel = self._kernel(kind, self.task.x_train)
+        sampled = min(self.effort.sampled, self.compared)
         generator = torch.Generator().manual_seed(seed)  # the same sample for every kernel: their errors compare
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FidelityWarning)  # a poor kernel is a finding here, not an accident
+            fidelity = None if exact else kernel.fidelity(examples=sampled, generator=generator)
         return KernelFacts(
             label=kind.label,
             rows=len(matrix),
@@ -197,9 +202,7 @@ class _Bench:
             spectrum=spectrum(matrix),
             alignment=alignment(matrix, y) if len(matrix) == len(y) else None,
             error=0.0 if exact else _relative_error(full, matrix),
-            fidelity=None
-            if exact
-            else kernel.fidelity(examples=min(self.effort.sampled, self.compared), generator=generator),
+            fidelity=fidelity,
         )
 
     def _fitted(self, kind: Kind, examples: int, known: _Timed | None) -> _Fitted:
