@@ -23,7 +23,9 @@ from ntkit.tangent.factors import (
     PulledBack,
     Rows,
     Total,
+    as_matrix,
 )
+from ntkit.tangent.workspace import Workspace
 
 small = st.integers(1, 4)
 SCRATCHES = [1, 4000, 2**24]
@@ -136,8 +138,8 @@ def test_gram_is_that_of_the_rows(make: Make, n: int, m: int, scratch: int, trac
     right = left if same else make(m, 100)
     a, b = flat(left), flat(right)
     expected = torch.einsum("nki,mki->nm" if trace else "nki,mli->nkml", a, b)
-    for memo in (None, {}):
-        got = left.gram(right, trace=trace, scratch=scratch, memo=memo)
+    for workspace in (None, Workspace(scratch)):
+        got = left.gram(right, trace=trace, workspace=workspace)
         assert got.shape == expected.shape
         assert torch.allclose(got, expected, atol=1e-10)
 
@@ -148,9 +150,12 @@ def test_norms_sums_and_sizes(make: Make, n: int, scratch: int) -> None:
     factor = make(n, 0)
     whole = factor.rows()
     assert whole.shape == (n, factor.scalars, *factor.shape)
-    assert torch.allclose(factor.squared_norms(scratch), flat(factor).square().sum(2), atol=1e-10)
+    assert torch.allclose(factor.squared_norms(Workspace(scratch)), flat(factor).square().sum(2), atol=1e-10)
     weights = random(n, factor.scalars, seed=3)
-    assert torch.allclose(factor.weighted_sum(weights), torch.einsum("nk,nk...->...", weights, whole), atol=1e-10)
+    total = torch.einsum("nk,nk...->...", weights, whole)
+    assert torch.allclose(factor.weighted_sum(weights), total, atol=1e-10)
+    direction = random(as_matrix(total).shape[1], seed=4)
+    assert torch.allclose(factor.weighted_product(weights, direction), as_matrix(total) @ direction, atol=1e-10)
     assert 0 <= factor.scalar_nbytes <= factor.nbytes
 
 
@@ -163,7 +168,8 @@ def test_rows_in_blocks(make: Make, n: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, factor.shape[0] - 1))
     stop = data.draw(st.integers(start + 1, factor.shape[0]))
     assert torch.allclose(factor.rows(start, stop), factor.rows()[:, :, start:stop], atol=1e-12)
-    seen = [left for left, _ in factor.blocks(factor, data.draw(st.sampled_from(SCRATCHES)))]
+    workspace = Workspace(data.draw(st.sampled_from(SCRATCHES)))
+    seen = [left.clone() for left, _ in factor.blocks(factor, workspace)]  # the next block is in the same memory
     assert torch.allclose(torch.cat(seen, 2), factor.rows(), atol=1e-12)
 
 
@@ -311,16 +317,16 @@ def expected_transposed(full: Tensor, trace: bool) -> Tensor:
     return (torch.einsum("nkmk->nm", full) / k).T if trace else full.reshape(n * k, m * k).T
 
 
-def test_a_memo_is_not_shared_between_batches() -> None:
+def test_only_neighbours_on_the_same_batches_share_a_product() -> None:
     """A weight and its bias share G G^T; another pair of batches must not."""
     g, h = random(2, 3, 1, 1, 4), random(2, 3, 1, 1, 4, seed=1)
     weight, bias = Outer(random(2, 1, 1, 5, seed=2), g, (4, 5)), Outer(torch.ones(2, 1, 1, 1).double(), g, (4,))
     other = Outer(random(2, 1, 1, 5, seed=3), h, (4, 5))
-    memo: dict[Any, Tensor] = {}
-    weight.gram(weight, memo=memo)
-    assert torch.allclose(bias.gram(bias, memo=memo), bias.gram(bias))
-    assert torch.allclose(weight.gram(other, memo=memo), weight.gram(other))
-    assert torch.allclose(weight.gram(weight, trace=True, memo=memo), weight.gram(weight, trace=True))
+    workspace = Workspace()
+    weight.gram(weight, workspace=workspace)
+    assert torch.allclose(bias.gram(bias, workspace=workspace), bias.gram(bias))
+    assert torch.allclose(weight.gram(other, workspace=workspace), weight.gram(other))
+    assert torch.allclose(weight.gram(weight, trace=True, workspace=workspace), weight.gram(weight, trace=True))
 
 
 @pytest.mark.parametrize("k", [1, 2, 6])

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ntkit.tangent.factors import SCRATCH, OuterWork
+from ntkit.tangent.factors import OuterWork
 from ntkit.tangent.trial import Anatomy, PartSize
+from ntkit.tangent.workspace import SCRATCH
 
 # A capture of about this many bytes is large enough for efficient products; more only costs memory.
 CAPTURE = 64 * 2**20

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ntkit.tangent.capture import Source
-from ntkit.tangent.factors import SCRATCH, Factor, Memo, Outer, PulledBack, Rows, Total
+from ntkit.tangent.factors import Factor, Outer, PulledBack, Rows, Total
+from ntkit.tangent.workspace import SCRATCH, Workspace
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ class Derivatives:
 
     def grams(self, other: Derivatives, *, trace: bool, scratch: int = SCRATCH) -> Iterator[tuple[str, Tensor]]:
         """For each part its parameter's name and the inner products: (n, k, m, l), or summed over k = l: (n, m)."""
-        memo: Memo = {}
+        workspace = Workspace(scratch)
         for part, factor in self.factors.items():
             partner = factor if other is self else other.factors[part]
-            yield part.name, factor.gram(partner, trace=trace, scratch=scratch, memo=memo)
+            yield part.name, factor.gram(partner, trace=trace, workspace=workspace)
 
     def gram(self, other: Derivatives, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:
         """The kernel of two batches: (n*k, m*k) example-major, or with `trace` (n, m), the mean over k."""
@@ -98,9 +99,9 @@ class Derivatives:
 
     def squared_norms(self, scratch: int = SCRATCH) -> Tensor:
         """The kernel's diagonal as (n, k)."""
-        total = torch.zeros_like(self.outputs)
+        total, workspace = torch.zeros_like(self.outputs), Workspace(scratch)
         for factor in self.factors.values():
-            total += factor.squared_norms(scratch)
+            total += factor.squared_norms(workspace)
         return total
 
 

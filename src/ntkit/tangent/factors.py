@@ -10,29 +10,24 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkit.tangent.products import inner
+from ntkit.tangent.products import gram, inner
+from ntkit.tangent.workspace import Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-# Bytes of scratch that one contraction may use when nothing else is said: large enough for efficient matrix products,
-# small beside the activations of the batches it serves.
-SCRATCH = 48 * 2**20
-
-Memo: TypeAlias = dict[Any, Tensor]
 
 
 class Factor(ABC):
     """Rows of per-example gradients with respect to one array of shape `shape`.
 
-    Required: `shape`, `examples`, `scalars`, `rows`, `narrow`, `extend`, `nbytes`. `gram` and `squared_norms` have
-    derived forms that go through blocks of rows; factors with structure do better.
+    Required: `shape`, `examples`, `scalars`, `like`, `rows`, `narrow`, `extend`, `nbytes`. `gram` and `squared_norms`
+    have derived forms that go through blocks of rows; factors with structure do better.
     """
 
     shape: tuple[int, ...]
@@ -47,9 +42,20 @@ class Factor(ABC):
     def scalars(self) -> int:
         """Number of read-out scalars k per example."""
 
+    @property
     @abstractmethod
-    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """The rows (n, k, *shape), or of their first parameter axis only the entries start:stop."""
+    def like(self) -> Tensor:
+        """A tensor of the rows' type and device."""
+
+    @abstractmethod
+    def rows(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        """The rows (n, k, *shape), or of their first parameter axis only the entries start:stop.
+
+        Args:
+            start: first entry of the parameter's first axis.
+            stop: the one behind the last.
+            out: memory of the result's shape, which may be used for it or not.
+        """
 
     @abstractmethod
     def narrow(self, start: int, stop: int) -> Factor:
@@ -81,32 +87,38 @@ class Factor(ABC):
         """That gradient as a matrix (first axis by the rest) times a vector: cheap where the gradient is large."""
         return as_matrix(self.weighted_sum(weights)) @ direction
 
-    def gram(self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH, memo: Memo | None = None) -> Tensor:
+    def gram(self, other: Factor, *, trace: bool = False, workspace: Workspace | None = None) -> Tensor:
         """Inner products of all rows: (n, k, m, l), or with `trace` summed over k = l: (n, m).
 
         Args:
             other: rows of the same parameter.
             trace: sum over equal scalars.
-            scratch: bytes of temporary memory.
-            memo: products that the next factor may share; the caller empties it with the batch.
+            workspace: temporary memory; the same for all factors of a pair of batches.
         """
-        return rows_gram(self.blocks(other, scratch), trace=trace)
+        return rows_gram(self.blocks(other, workspace or Workspace()), trace=trace)
 
-    def squared_norms(self, scratch: int = SCRATCH) -> Tensor:
+    def squared_norms(self, workspace: Workspace | None = None) -> Tensor:
         """Squared length of every row, (n, k)."""
         total = 0
-        for left, _ in self.blocks(self, scratch):
+        for left, _ in self.blocks(self, workspace or Workspace()):
             total = total + left.reshape(*left.shape[:2], -1).square().sum(2)
         return total  # pyright: ignore[reportReturnType]
 
-    def blocks(self, other: Factor, scratch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of self and of other, the same columns in both, in blocks that fit the scratch memory."""
-        height = self.shape[0] if self.shape else 1
-        each = prod(self.shape[1:]) * (self.examples * self.scalars + other.examples * other.scalars)
-        step = max(1, min(height, scratch // max(1, each * 4)))
+    def blocks(self, other: Factor, workspace: Workspace) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows of self and of other, the same columns in both, in blocks that fit the workspace."""
+        height, rest = (self.shape[0], self.shape[1:]) if self.shape else (1, ())
+        sides = (self,) if other is self else (self, other)
+        each = prod(rest) * self.like.element_size() * sum(side.examples * side.scalars for side in sides)
+        step = max(1, min(height, workspace.nbytes // max(1, each)))
         for start in range(0, height, step):
-            left = self.rows(start, min(start + step, height))
-            yield left, left if other is self else other.rows(start, min(start + step, height))
+            stop = min(start + step, height)
+            rows = [
+                side.rows(
+                    start, stop, workspace.take(i, (side.examples, side.scalars, stop - start, *rest), side.like)
+                )
+                for i, side in enumerate(sides)
+            ]
+            yield rows[0], rows[-1]
 
 
 def as_matrix(values: Tensor) -> Tensor:
@@ -119,13 +131,17 @@ def rows_gram(blocks: Iterator[tuple[Tensor, Tensor]], *, trace: bool) -> Tensor
     total: Tensor | None = None
     for left, right in blocks:
         n, k, m, l = left.shape[0], left.shape[1], right.shape[0], right.shape[1]  # noqa: E741
-        if trace:
-            part = inner(left.reshape(n, -1), right.reshape(m, -1))
-        else:
-            part = inner(left.reshape(n * k, -1), right.reshape(m * l, -1)).view(n, k, m, l)
+        part = _inner(left.reshape(n if trace else n * k, -1), right.reshape(m if trace else m * l, -1))
+        part = part if trace else part.view(n, k, m, l)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of rows; if both are the same rows, of one half."""
+    same = left.data_ptr() == right.data_ptr() and left.shape == right.shape and left.stride() == right.stride()
+    return gram(left) if same else inner(left, right)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,8 +162,18 @@ class Rows(Factor):
     def scalars(self) -> int:  # noqa: D102
         return self.values.shape[1]
 
-    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
+    @property
+    def like(self) -> Tensor:  # noqa: D102
+        return self.values
+
+    def rows(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:  # noqa: D102
         return self.values[:, :, start:stop] if self.shape else self.values
+
+    def blocks(self, other: Factor, workspace: Workspace) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: D102
+        if isinstance(other, Rows):  # nothing is formed, so all at once
+            yield self.values, other.values
+        else:
+            yield from super().blocks(other, workspace)
 
     def narrow(self, start: int, stop: int) -> Rows:  # noqa: D102
         return Rows(self.values[start:stop])
@@ -253,20 +279,27 @@ class Outer(Factor):
     def scalar_nbytes(self) -> int:  # noqa: D102
         return self.cotangents.nbytes
 
-    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
+    @property
+    def like(self) -> Tensor:  # noqa: D102
+        return self.inputs
+
+    def rows(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:  # noqa: D102
         n, k, groups = self.examples, self.scalars, self.inputs.shape[1]
         stop = self.shape[0] if stop is None else stop
         if groups > 1:
             letters = "nkgto,ngti->nkgio" if self.inputs_first else "nkgto,ngti->nkgoi"
             rows = torch.einsum(letters, self.cotangents, self.inputs)
             return rows.reshape(n, k, *self.shape)[:, :, start:stop]
+        if out is None:
+            out = self.inputs.new_empty(n, k, stop - start, *self.shape[1:])
         if self.inputs_first:
-            a = self.inputs[:, 0, :, start:stop]
-            g = self.cotangents[:, :, 0].permute(0, 2, 1, 3).reshape(n, self.positions, -1)
-            rows = torch.bmm(a.transpose(1, 2), g).view(n, stop - start, k, -1).transpose(1, 2)
-            return rows.reshape(n, k, stop - start, *self.shape[1:])
-        g = self.cotangents[:, :, 0, :, start:stop].transpose(2, 3).reshape(n, k * (stop - start), -1)
-        return torch.bmm(g, self.inputs[:, 0]).view(n, k, stop - start, *self.shape[1:])
+            a = self.inputs[:, :, :, start:stop].expand(n, k, -1, -1).flatten(0, 1)
+            g = self.cotangents[:, :, 0].flatten(0, 1)
+            torch.bmm(a.transpose(1, 2), g, out=out.view(n * k, stop - start, -1))
+        else:
+            g = self.cotangents[:, :, 0, :, start:stop].transpose(2, 3).reshape(n, k * (stop - start), -1)
+            torch.bmm(g, self.inputs[:, 0], out=out.view(n, k * (stop - start), -1))
+        return out
 
     def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
         g = torch.einsum("nk,nkgto->gnto", weights, self.cotangents).flatten(1, 2)
@@ -274,15 +307,20 @@ class Outer(Factor):
         total = a.transpose(1, 2) @ g if self.inputs_first else g.transpose(1, 2) @ a
         return total.reshape(self.shape)
 
-    def gram(  # noqa: D102
-        self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH, memo: Memo | None = None
-    ) -> Tensor:
+    def weighted_product(self, weights: Tensor, direction: Tensor) -> Tensor:  # noqa: D102
+        weighted = torch.einsum("nk,nkgto->ngto", weights, self.cotangents)
+        if self.inputs_first:
+            return torch.einsum("ngti,ngt->gi", self.inputs, weighted @ direction).reshape(-1)
+        return torch.einsum("ngto,ngt->go", weighted, self.inputs @ direction).reshape(-1)
+
+    def gram(self, other: Factor, *, trace: bool = False, workspace: Workspace | None = None) -> Tensor:  # noqa: D102
+        workspace = workspace or Workspace()
         if self._through_rows(other, trace):
-            return super().gram(other, trace=trace, scratch=scratch)
+            return super().gram(other, trace=trace, workspace=workspace)
         assert isinstance(other, Outer)
         if self.positions == other.positions == self.inputs.shape[1] == 1:
-            return _single_gram(self, other, trace=trace, memo=memo)
-        return _pairs_gram(self, other, trace=trace, scratch=scratch)
+            return _single_gram(self, other, trace=trace, workspace=workspace)
+        return _pairs_gram(self, other, trace=trace, scratch=workspace.nbytes)
 
     def _through_rows(self, other: Factor, trace: bool) -> bool:
         return not isinstance(other, Outer) or self.work.prefers_rows(other.work, trace)
@@ -296,13 +334,13 @@ class Outer(Factor):
         _, groups, t, i = self.inputs.shape
         return OuterWork(self.examples, self.scalars, t, i, self.cotangents.shape[4], groups)
 
-    def squared_norms(self, scratch: int = SCRATCH) -> Tensor:  # noqa: D102
+    def squared_norms(self, workspace: Workspace | None = None) -> Tensor:  # noqa: D102
         if self.positions == 1:
             a = self.inputs[:, :, 0].square().sum(2)  # n, groups
             return torch.einsum("ng,nkgo->nk", a, self.cotangents[:, :, :, 0].square())
         i, o = self.inputs.shape[3], self.cotangents.shape[4]
         if self.positions * (i + self.scalars * o) > self.scalars * i * o:
-            return super().squared_norms(scratch)
+            return super().squared_norms(workspace)
         aa = self.inputs @ self.inputs.transpose(2, 3)
         gg = self.cotangents @ self.cotangents.transpose(3, 4)
         return torch.einsum("ngts,nkgts->nk", aa, gg)
@@ -318,39 +356,6 @@ class Geometry:
     dilation: tuple[int, ...]
     groups: int
     transposed: bool = False
-
-    def weight_gradient(
-        self, image: Tensor, cotangent: Tensor, shape: tuple[int, ...], start: int, stop: int
-    ) -> Tensor:
-        """One row by torch's gradient of a convolution, for the entries start:stop of the weight's first axis."""
-        padding = [low for low, _ in self.padding]
-        if any(low != high for low, high in self.padding):
-            image = F.pad(image, [end for pair in reversed(self.padding) for end in pair])
-            padding = [0] * len(padding)
-        if stop - start < shape[0]:
-            if self.transposed:
-                image = image[:, start:stop]
-            else:
-                cotangent = cotangent[:, start:stop]
-        weight = image.new_empty(stop - start, *shape[1:])
-        output_padding = [0] * len(padding)
-        if self.transposed:
-            sizes = zip(image.shape[2:], self.stride, padding, self.dilation, self.window, strict=True)
-            least = [(i - 1) * s - 2 * p + d * (w - 1) + 1 for i, s, p, d, w in sizes]
-            output_padding = [have - need for have, need in zip(cotangent.shape[2:], least, strict=True)]
-        return torch.ops.aten.convolution_backward(
-            cotangent.contiguous(),
-            image.contiguous(),
-            weight,
-            None,
-            self.stride,
-            padding,
-            self.dilation,
-            self.transposed,
-            output_padding,
-            self.groups,
-            [False, True, False],
-        )[1]
 
     def patches(self, images: Tensor, places: tuple[int, ...]) -> Tensor:
         """Windows of (b, c, *space) images at `places` positions per axis: (b, groups, places, c/groups * window)."""
@@ -370,8 +375,6 @@ class Geometry:
         return view.reshape(b, self.groups, c // self.groups * prod(self.window), prod(places)).transpose(2, 3)
 
 
-# Scalars per example from which unfolding an input once pays; below, each row is one call of torch's own gradient.
-SHARED = 4
 # Examples unfolded at a time: eight keep the patches of a batch in cache-sized pieces (measured best on a CPU).
 UNFOLDED = 8
 
@@ -435,32 +438,34 @@ class Convolution(Factor):
         g = g.reshape(n, k, groups, g.shape[2] // groups, -1).transpose(3, 4)
         return Outer(patches, g, self.shape)
 
-    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
+    @property
+    def like(self) -> Tensor:  # noqa: D102
+        return self.inputs
+
+    def rows(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:  # noqa: D102
         stop = self.shape[0] if stop is None else stop
-        rows = self.inputs.new_empty(self.examples, self.scalars, stop - start, *self.shape[1:])
-        if self.scalars < SHARED and (self.geometry.groups == 1 or stop - start == self.shape[0]):
-            for n in range(self.examples):
-                for k in range(self.scalars):
-                    rows[n, k] = self.geometry.weight_gradient(
-                        self.inputs[n : n + 1], self.cotangents[n : n + 1, k], self.shape, start, stop
-                    )
-            return rows
+        if out is None:
+            out = self.inputs.new_empty(self.examples, self.scalars, stop - start, *self.shape[1:])
         for first in range(0, self.examples, UNFOLDED):
-            some = self.narrow(first, first + UNFOLDED)
-            rows[first : first + UNFOLDED] = some.outer().rows(start, stop)
-        return rows
+            here = out[first : first + UNFOLDED]
+            rows = self.narrow(first, first + UNFOLDED).outer().rows(start, stop, here)
+            if rows is not here:
+                here.copy_(rows)
+        return out
 
     def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
         return self.outer().weighted_sum(weights)
 
-    def gram(  # noqa: D102
-        self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH, memo: Memo | None = None
-    ) -> Tensor:
+    def weighted_product(self, weights: Tensor, direction: Tensor) -> Tensor:  # noqa: D102
+        return self.outer().weighted_product(weights, direction)
+
+    def gram(self, other: Factor, *, trace: bool = False, workspace: Workspace | None = None) -> Tensor:  # noqa: D102
+        workspace = workspace or Workspace()
         if self._through_rows(other, trace):
-            return super().gram(other, trace=trace, scratch=scratch)
+            return super().gram(other, trace=trace, workspace=workspace)
         assert isinstance(other, Convolution)
         left = self.outer()
-        return _pairs_gram(left, left if other is self else other.outer(), trace=trace, scratch=scratch)
+        return _pairs_gram(left, left if other is self else other.outer(), trace=trace, scratch=workspace.nbytes)
 
     def _through_rows(self, other: Factor, trace: bool) -> bool:
         if not isinstance(other, Convolution):
@@ -471,22 +476,19 @@ class Convolution(Factor):
         return self.work.of(examples).prefers_rows(self.work.of(partners), trace)
 
 
-def _single_gram(left: Outer, right: Outer, *, trace: bool, memo: Memo | None) -> Tensor:
-    """(A A^T) * (G G^T) for one position. G G^T is kept in the memo: a weight and its bias have it in common."""
+def _single_gram(left: Outer, right: Outer, *, trace: bool, workspace: Workspace) -> Tensor:
+    """(A A^T) * (G G^T) for one position. G G^T is left in the workspace: a weight and its bias have it in common."""
     g, h = left.cotangents, right.cotangents
     key = (g.data_ptr(), g.shape, h.data_ptr(), h.shape, trace)
-    gg = None if memo is None else memo.get(key)
+    gg = workspace.shared.get(key)
     n, k, m, l = *g.shape[:2], *h.shape[:2]  # noqa: E741
     if gg is None:
-        if trace:
-            gg = inner(g.reshape(n, -1), h.reshape(m, -1))
-        else:
-            gg = inner(g.reshape(n * k, -1), h.reshape(m * l, -1)).view(n, k, m, l)
-        if memo is not None:
-            memo.clear()
-            memo[key] = gg
+        gg = _inner(g.reshape(n if trace else n * k, -1), h.reshape(m if trace else m * l, -1))
+        gg = gg if trace else gg.view(n, k, m, l)
+        workspace.shared.clear()
+        workspace.shared[key] = gg
     a, b = left.inputs.reshape(n, -1), right.inputs.reshape(m, -1)
-    aa = a * b.T if a.shape[1] == 1 else inner(a, b)
+    aa = a * b.T if a.shape[1] == 1 else _inner(a, b)
     return gg * (aa if trace else aa[:, None, :, None])
 
 
@@ -550,7 +552,11 @@ class Lookup(Factor):
     def scalar_nbytes(self) -> int:  # noqa: D102
         return self.cotangents.nbytes
 
-    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
+    @property
+    def like(self) -> Tensor:  # noqa: D102
+        return self.cotangents
+
+    def rows(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:  # noqa: D102
         stop = self.shape[0] if stop is None else stop
         return self._scatter(self.ids - start, stop - start)
 
@@ -567,14 +573,13 @@ class Lookup(Factor):
         g = torch.einsum("nk,nkto->nto", weights, self.cotangents)
         return g.new_zeros(self.shape).index_add_(0, self.ids.reshape(-1), g.reshape(-1, self.shape[1]))
 
-    def gram(  # noqa: D102
-        self, other: Factor, *, trace: bool = False, scratch: int = SCRATCH, memo: Memo | None = None
-    ) -> Tensor:
+    def gram(self, other: Factor, *, trace: bool = False, workspace: Workspace | None = None) -> Tensor:  # noqa: D102
+        workspace = workspace or Workspace()
         if not isinstance(other, Lookup):
-            return super().gram(other, trace=trace, scratch=scratch)
-        return rows_gram(self.common_blocks(other, scratch), trace=trace)
+            return super().gram(other, trace=trace, workspace=workspace)
+        return rows_gram(self.common_blocks(other, workspace.nbytes), trace=trace)
 
-    def squared_norms(self, scratch: int = SCRATCH) -> Tensor:  # noqa: D102
+    def squared_norms(self, workspace: Workspace | None = None) -> Tensor:  # noqa: D102
         same = (self.ids[:, :, None] == self.ids[:, None, :]).to(self.cotangents)
         gg = self.cotangents @ self.cotangents.transpose(2, 3)
         return torch.einsum("nts,nkts->nk", same, gg)
@@ -621,10 +626,14 @@ class Total(Factor):
     def nbytes(self) -> int:  # noqa: D102
         return sum(term.nbytes for term in self.terms)
 
-    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
+    @property
+    def like(self) -> Tensor:  # noqa: D102
+        return self.terms[0].like
+
+    def rows(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:  # noqa: D102
         total = self.terms[0].rows(start, stop)
         for term in self.terms[1:]:
-            total = total + term.rows(start, stop)
+            total = torch.add(total, term.rows(start, stop), out=out)
         return total
 
     def narrow(self, start: int, stop: int) -> Total:  # noqa: D102
@@ -662,7 +671,11 @@ class PulledBack(Factor):
     def nbytes(self) -> int:  # noqa: D102
         return self.inner.nbytes
 
-    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:  # noqa: D102
+    @property
+    def like(self) -> Tensor:  # noqa: D102
+        return self.leaf
+
+    def rows(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:  # noqa: D102
         n, k = self.examples, self.scalars
         flat = self.inner.rows().reshape(n * k, *self.derived.shape)
 
@@ -681,7 +694,7 @@ class PulledBack(Factor):
         pulled = pulled.detach().view(n, k, *self.shape)
         return pulled[:, :, start:stop] if self.shape else pulled
 
-    def blocks(self, other: Factor, scratch: int) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: D102
+    def blocks(self, other: Factor, workspace: Workspace) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: D102
         left = self.rows()  # in one piece: pulling back is all or nothing
         yield left, left if other is self else other.rows()
 

@@ -19,7 +19,7 @@ from ntkit.tangent.derivatives import Derivatives, Part, Term, assemble, leaf_ro
 from ntkit.tangent.examples import Batch, Examples
 from ntkit.tangent.generic import generic_rows
 from ntkit.tangent.readout import Logits, Readout
-from ntkit.tangent.trial import Anatomy, check_scalars, disagreements, examine, run_model
+from ntkit.tangent.trial import Anatomy, check_scalars, disagreements, examine, run_model, true_products
 from ntkit.tangent.untouched import check_evaluation, untouched
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class Tangent:
         with self.selection.differentiable():
             scalars = self.readout.scalars(run_model(self.model, self.selection, some), some.targets)
             weights = weights.to(scalars)
-            true = list(torch.autograd.grad((scalars * weights).sum(), self.selection.tensors, allow_unused=True))
+            true = true_products(self.selection, (scalars * weights).sum())
         wrong = disagreements(self.selection, true, terms, weights)
         if set(wrong) - set(anatomy.generic):
             raise Deviation("it sorts or picks examples by their values")
@@ -236,7 +236,8 @@ class Tangent:
         count = outputs.numel()
         columns = []
         for name, parameter in zip(self.selection.names, self.selection.tensors, strict=True):
-            rows = leaf_rows(name, terms)
+            with torch.no_grad():
+                rows = leaf_rows(name, terms)
             columns.append(outputs.new_zeros(count, parameter.numel()) if rows is None else rows.reshape(count, -1))
         return torch.cat(columns, 1).detach()
 

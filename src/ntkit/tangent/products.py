@@ -16,6 +16,8 @@ from torch import Tensor
 
 # FLOPs from which the detour pays.
 _LARGE = 2**23
+# Rows from which computing one half of a symmetric product and copying it pays.
+_HALVED = 256
 # Rows below which a product is bound by reading the other matrix, which oneDNN would also rearrange.
 _FEW = 10
 
@@ -25,6 +27,18 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     if _onednn_pays(a, b):
         return _onednn(a.contiguous(), b.contiguous(), None)
     return a @ b.T
+
+
+def gram(a: Tensor) -> Tensor:
+    """Inner products of the rows of a matrix with each other, a @ a.T; of many rows three quarters are computed."""
+    half = a.shape[0] // 2
+    if a.shape[0] < _HALVED:
+        return inner(a, a)
+    out = a.new_empty(a.shape[0], a.shape[0])
+    out[:half] = inner(a[:half], a)
+    out[half:, :half] = out[:half, half:].T
+    out[half:, half:] = gram(a[half:])
+    return out
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -201,7 +202,7 @@ class _Plain:
     calls: list[_Call]
     scalars: Tensor  # examples, K
     weights: Tensor  # examples, K
-    gradients: list[Tensor | None]  # by selected parameter
+    products: dict[str, Tensor]  # of every selected parameter's gradient with its probe
     activations: int
 
 
@@ -216,13 +217,10 @@ def _plain_run(model: nn.Module, selection: Selection, readout: Readout, batch: 
             0.5, 1.5, generator=torch.Generator().manual_seed(0)
         )
         weights = weights.to(scalars)
-        gradients: list[Tensor | None] = [None] * len(selection.tensors)
-        if scalars.requires_grad:
-            found = torch.autograd.grad((scalars * weights).sum(), selection.tensors, allow_unused=True)
-            gradients = [None if g is None else g.detach() for g in found]
+        products = true_products(selection, (scalars * weights).sum())
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     activations = sum(size for place, size in log.memory.items() if place not in own) // batch.size
-    return _Plain(log.calls, scalars.detach(), weights, gradients, activations)
+    return _Plain(log.calls, scalars.detach(), weights, products, activations)
 
 
 def run_model(model: nn.Module, selection: Selection, batch: Batch) -> Any:
@@ -477,7 +475,7 @@ def _guarded(
                 factors += contributions
                 if contributions and not record.step.has_rule:
                     slow.setdefault(record.step.name, next(iter(contributions[0][0].leaves)))
-        wrong = disagreements(selection, plain.gradients, factors, torch.ones_like(padded))
+        wrong = disagreements(selection, plain.products, factors, torch.ones_like(padded))
     except (ModelError, InputError):
         raise
     except Deviation as error:
@@ -513,6 +511,33 @@ def probes(selection: Selection) -> dict[str, Tensor]:
         vector = torch.ones(1) if size == 1 else torch.randn(size, generator=generator, dtype=torch.float64)
         found[name] = vector.to(parameter.device, parameter.dtype)
     return found
+
+
+def true_products(selection: Selection, number: Tensor) -> dict[str, Tensor]:
+    """The gradients of a number as torch has them, each times its probe; parameters without one are left out.
+
+    No more than one gradient is held: each is multiplied as soon as it is there, and given up.
+    """
+    found: dict[str, Tensor] = {}
+    if not number.requires_grad:
+        return found
+    vectors = probes(selection)
+
+    def keep(name: str, gradient: Tensor) -> Tensor:
+        dense = gradient.to_dense() if gradient.is_sparse else gradient
+        found[name] = as_matrix(dense) @ vectors[name]
+        return dense.new_zeros(()).expand_as(dense)
+
+    hooks = [
+        tensor.register_hook(partial(keep, name))
+        for name, tensor in zip(selection.names, selection.tensors, strict=True)
+    ]
+    try:
+        torch.autograd.grad(number, selection.tensors, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: product.detach() for name, product in found.items()}
 
 
 def captured_products(
@@ -559,37 +584,37 @@ def check_scalars_agree(a: Tensor, b: Tensor, allowed: float, how: str) -> None:
 
 
 def disagreements(
-    selection: Selection, true: Sequence[Tensor | None], factors: Sequence[tuple[Source, Factor]], weights: Tensor
+    selection: Selection, true: dict[str, Tensor], factors: Sequence[tuple[Source, Factor]], weights: Tensor
 ) -> dict[str, str]:
     """Parameters whose captured gradient is not the true one, and what that means.
 
-    Both are compared by their products with a random vector: one pass over the true gradient, and for large weights
-    the captured one need not be formed.
+    Both are compared by their products with a random vector, so that neither need be formed.
+
+    Args:
+        selection: the parameters.
+        true: what `true_products` gives.
+        factors: what was captured.
+        weights: (n, k) weights of the scalars in the true gradient.
 
     Raises:
         ModelError: if a true gradient is NaN or infinite.
     """
-    vectors = probes(selection)
-    found = captured_products(factors, weights, vectors)
+    found = captured_products(factors, weights, probes(selection))
     allowed = tolerance(weights.dtype)
-    products = [
-        None if g is None else as_matrix(g) @ vectors[name] for name, g in zip(selection.names, true, strict=True)
-    ]
-    norms = [0.0 if p is None else float(p.norm()) for p in products]
-    for name, norm in zip(selection.names, norms, strict=True):
+    norms = {name: float(true[name].norm()) if name in true else 0.0 for name in selection.names}
+    for name, norm in norms.items():
         if not norm < float("inf"):
             raise ModelError(
                 f"the gradient of parameter {name!r} is NaN or infinite: the tangent kernel is not defined at these "
                 "parameters and examples. Look for sqrt(0), log(0) or a norm of zero in the model"
             )
-    total = sum(norm**2 for norm in norms) ** 0.5
+    total = sum(norm**2 for norm in norms.values()) ** 0.5
     wrong: dict[str, str] = {}
-    for name, product, norm in zip(selection.names, products, norms, strict=True):
-        captured = found.get(name)
-        if captured is None:
+    for name, norm in norms.items():
+        if name not in found:
             difference, reason = norm, "it is used by code that torch's overrides do not see"
         else:
-            difference = float((captured if product is None else captured - product).norm())
+            difference = float((found[name] - true.get(name, 0)).norm())
             reason = "torch's overrides do not see all its uses, or a rule is wrong: its gradient is not the true one"
         if not difference <= allowed * (norm + allowed * total):
             wrong[name] = reason

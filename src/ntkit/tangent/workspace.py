@@ -1,0 +1,44 @@
+"""Temporary memory that one contraction after another uses again."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+# Bytes of temporary memory that one contraction may use when nothing else is said: large enough for efficient matrix
+# products, small beside the activations of the batches it serves.
+SCRATCH = 48 * 2**20
+
+
+class Workspace:
+    """Memory for the rows of one layer after another, and products that neighbouring layers share.
+
+    The system hands out new memory page by page and zeroed, which takes longer than the products that fill it
+    (measured: rows of 34 MB take 5 ms in used memory and 14 ms in new).
+    """
+
+    def __init__(self, nbytes: int = SCRATCH) -> None:
+        """Nothing is taken yet.
+
+        Args:
+            nbytes: what one contraction may use; a single column of rows may exceed it.
+        """
+        self.nbytes = nbytes
+        # Products that the next factor may have in common with the last one. They are found by the address of their
+        # operands, so a workspace serves one pair of batches, whose tensors live as long as it does.
+        self.shared: dict[Any, Tensor] = {}
+        self._memory: dict[int, Tensor] = {}
+
+    def take(self, side: int, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Memory of this shape, with anything in it; what was taken before for the same side (0 or 1) is given up."""
+        size = prod(shape)
+        memory = self._memory.get(side)
+        if memory is None or memory.numel() < size or memory.dtype != like.dtype or memory.device != like.device:
+            self._memory.pop(side, None)  # freed before the larger one is made
+            memory = self._memory[side] = like.new_empty(size)
+        return memory[:size].view(*shape)
