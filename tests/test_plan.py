@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import ntkit
 from ntkit.errors import InputError
 from ntkit.kernel.plan import Plan, Sizes, human_bytes, human_flops, make_plan, span
-from ntkit.tangent.factors import OuterWork
 from ntkit.tangent.trial import PartSize
+from ntkit.tangent.work import OuterWork, Way
 from tests.cases import Net, normal
 
 
@@ -161,7 +161,7 @@ def plan_of(found: Sizes, n: int = 50, m: int = 50, *, trace: bool = False, memo
 
 def test_one_position_is_an_outer_product() -> None:
     (route,) = plan_of(sizes(OuterWork(1, 1, 1, 100, 200), scalars=1)).routes
-    assert not route.rows
+    assert route.way is Way.PAIRS
     assert route.flops == 2 * (100 + 200)
     (route,) = plan_of(sizes(OuterWork(1, 3, 1, 100, 200), scalars=3)).routes
     assert route.flops == 2 * (100 + 9 * 200)
@@ -172,11 +172,11 @@ def test_one_position_is_an_outer_product() -> None:
 def test_few_positions_go_by_pairs_and_many_by_rows() -> None:
     few, many = OuterWork(1, 1, 2, 500, 500), OuterWork(1, 1, 400, 20, 20)
     (route,) = plan_of(sizes(few)).routes
-    assert not route.rows
+    assert route.way is Way.PAIRS
     assert route.flops == 2 * 2**2 * (500 + 500)
     assert "pairs of 2 positions" in route.reason
     (route,) = plan_of(sizes(many)).routes
-    assert route.rows
+    assert route.way is Way.ROWS
     assert route.flops == 2 * 20 * 20
     assert "per-example rows of 400" in route.reason
 
@@ -186,8 +186,8 @@ def test_the_route_changes_with_the_number_of_partners() -> None:
     work = OuterWork(1, 1, 8, 60, 60)
     for n in range(1, 60):
         (route,) = plan_of(sizes(work), n, n).routes
-        assert route.rows == (work.of(n).rows(work.of(n), False) < work.of(n).pairs(work.of(n), False))
-    assert {plan_of(sizes(work), n, n).routes[0].rows for n in (1, 60)} == {False, True}
+        assert route.way is work.of(n).way(work.of(n), trace=False, same=False)
+    assert {plan_of(sizes(work), n, n).routes[0].way for n in (1, 60)} == {Way.PAIRS, Way.ROWS}
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

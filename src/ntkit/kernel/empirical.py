@@ -169,8 +169,7 @@ class TangentKernel(Kernel):
         total, done = (n1 - n0) * (m1 - m0), 0
         for start, stop in plan.blocks():
             a, b = start + n0, stop + n0
-            reused = plan.block < plan.rows or b - a > edge
-            held = self._held(self._rows, a, b, plan, partners=m1 - m0, reused=reused)
+            held = self._held(self._rows, a, b, plan, partners=m1 - m0, same=same and not plan.reused)
             passing = [(b, m1)] if same else [(m0, m1)]
             if same:
                 for i, j in span(a, b, edge):
@@ -193,13 +192,22 @@ class TangentKernel(Kernel):
             self.progress(done * self.scalars**2, total * self.scalars**2)
 
     def _held(
-        self, examples: Examples, start: int, stop: int, plan: Plan, *, partners: int, reused: bool
+        self,
+        examples: Examples,
+        start: int,
+        stop: int,
+        plan: Plan,
+        *,
+        partners: int,
+        same: bool = False,
+        reused: bool | None = None,
     ) -> Derivatives:
         """Examples start:stop captured chunk by chunk, each chunk settled into its smaller form before the next."""
         parts = []
+        reused = plan.reused if reused is None else reused
         for a, b in plan.chunks(start, stop):
             part = self.tangent.derivatives(examples, slice(a, b))
-            parts.append(part.settled(stop - start, partners, trace=self.trace, reused=reused))
+            parts.append(part.settled(stop - start, partners, trace=self.trace, same=same, reused=reused))
             del part  # the loop's name would keep the last chunk alive beside the whole
         if any(part.factors.keys() != parts[0].factors.keys() for part in parts[1:]):
             return self.tangent.derivatives(examples, slice(start, stop), generic=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ntkit.tangent.factors import OuterWork
 from ntkit.tangent.trial import Anatomy, PartSize
+from ntkit.tangent.work import OuterWork, Way
 from ntkit.tangent.workspace import SCRATCH
 
 # A capture of about this many bytes is large enough for efficient products; more only costs memory.
@@ -69,23 +69,23 @@ class Route:
 
     Attributes:
         name: the parameter.
-        rows: through per-example rows, instead of pairs of positions.
+        way: by rows, pairs of positions or carried cotangents, for a pair of tiles of different examples.
         formed: whether rows are formed at capture and kept.
         flops: of contracting one pair of examples, forming not included.
+        own: FLOPs of contracting a tile of the diagonal, by its number of examples; the rest of the tiles cost `flops`.
         forming: FLOPs of forming one example's rows.
         held: bytes kept for one held example.
         reason: why, in words.
-        pairwise: whether pairs of several positions are formed.
     """
 
     name: str
-    rows: bool
+    way: Way
     formed: bool
     flops: int
+    own: dict[int, int]
     forming: int
     held: int
     reason: str
-    pairwise: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class Plan:
         cols: examples M.
         scalars: rows of the matrix per example.
         symmetric: whether only one half is computed.
+        reused: whether held examples take part in more than one contraction.
         block: examples held at once, against which all columns pass.
         chunk: examples captured at once.
         routes: one per parameter part.
@@ -111,6 +112,7 @@ class Plan:
     cols: int
     scalars: int
     symmetric: bool
+    reused: bool
     block: int
     chunk: int
     routes: tuple[Route, ...]
@@ -189,105 +191,149 @@ def make_plan(found: Sizes, rows: int, cols: int, *, symmetric: bool, trace: boo
         trace: whether blocks are summed over scalars.
         memory: bytes for everything but the matrix itself, the model and the examples.
     """
-    most = max(rows, cols)
+    job = _Job(found, rows, cols, symmetric, trace)
     scratch = min(SCRATCH, memory // 4)
-    chunk = max(1, min(most, max(min(FEWEST, memory // (3 * found.captured + 1)), CAPTURE // (found.captured + 1))))
-    once = _routes(found, min(rows, most), cols, trace, reused=False)
+    chunk = max(min(FEWEST, memory // (3 * found.captured + 1)), CAPTURE // (found.captured + 1))
+    chunk = max(1, min(max(rows, cols), chunk))
     space = max(memory // 4, memory - chunk * found.captured - scratch)
-    if rows * sum(route.held for route in once) <= space:
-        block, routes = rows, once
-    else:
-        block = rows
+    reused = rows > job.edge or (not symmetric and cols > chunk)
+    routes = job.routes(rows, reused=reused)
+    block = rows
+    if rows * sum(route.held for route in routes) > space:
+        reused = True
         for _ in range(2):  # the routes depend a little on the block's size, and the size on what the routes hold
-            routes = _routes(found, block, cols, trace, reused=True)
+            routes = job.routes(block, reused=True)
             held = sum(route.held for route in routes)
             pair = max(1, sum(route.flops for route in routes))
             repeated = found.capture_flops + sum(route.forming for route in routes)
             enough = int(repeated / (OVERHEAD * pair)) + 1
             block = max(1, min(rows, max(enough, TILE), space // max(1, held)))
-        routes = _routes(found, block, cols, trace, reused=True)
-    return _priced(found, routes, rows, cols, block, min(chunk, max(1, block)), symmetric, trace, scratch)
+        routes = job.routes(block, reused=True)
+    return job.priced(routes, block, min(chunk, max(1, block)), scratch, reused=reused)
 
 
-def _routes(found: Sizes, rows: int, cols: int, trace: bool, *, reused: bool) -> tuple[Route, ...]:
-    routes = []
-    before: OuterWork | None = None
-    for part in found.parts:
-        routes.append(_route(found, part, rows, cols, trace, reused, before))
-        before = part.work
-    return tuple(routes)
+@dataclass(frozen=True)
+class _Job:
+    """What is to be computed, before it is decided how."""
+
+    found: Sizes
+    rows: int
+    cols: int
+    symmetric: bool
+    trace: bool
+
+    @property
+    def scalars(self) -> int:
+        """Rows of the matrix per example."""
+        return 1 if self.trace else self.found.scalars
+
+    @property
+    def edge(self) -> int:
+        """Examples along the edge of a tile."""
+        return tile_edge(self.scalars)
+
+    def diagonal(self, block: int) -> list[int]:
+        """Sizes of the tiles on the diagonal of all blocks."""
+        if not self.symmetric:
+            return []
+        return [b - a for start, stop in span(0, self.rows, block) for a, b in span(start, stop, self.edge)]
+
+    def routes(self, block: int, *, reused: bool) -> tuple[Route, ...]:
+        """How every part is contracted when so many examples are held."""
+        routes = []
+        before: OuterWork | None = None
+        for part in self.found.parts:
+            shares = (
+                _is_bias(part.work) and before is not None and before.single and before.outputs == part.work.outputs
+            )
+            routes.append(self._shared(part) if shares else self._route(part, block, reused=reused))
+            before = part.work
+        return tuple(routes)
+
+    def _shared(self, part: PartSize) -> Route:
+        return Route(part.name, Way.PAIRS, False, 0, {}, 0, part.held, "shares G G^T with its weight")
+
+    def _route(self, part: PartSize, block: int, *, reused: bool) -> Route:
+        found, trace = self.found, self.trace
+        heads = found.scalars if trace else found.scalars**2
+        row_flops, row_bytes = 2 * part.row * heads, part.row * found.scalars * found.itemsize
+        sizes = {*self.diagonal(block)}
+        if part.work is None:
+            one = OuterWork(1, found.scalars, 1, 1, part.row)
+            own = {n: one.of(n).products(Way.ROWS, one.of(n), trace=trace, same=True) for n in sizes}
+            return Route(part.name, Way.ROWS, False, row_flops, own, 0, part.held, "its rows are small")
+        work = part.work
+        same = self.symmetric and not reused
+        way = work.of(block).way(work.of(self.cols), trace=trace, same=same)
+        formed = way is Way.ROWS and (reused or row_bytes < part.held)
+        own = {}
+        for n in sizes:
+            tile = work.of(n)
+            tile_way = Way.ROWS if formed else tile.way(tile, trace=trace, same=True)
+            own[n] = tile.products(tile_way, tile, trace=trace, same=True)
+            if tile_way is Way.ROWS and way is not Way.ROWS:
+                own[n] += tile.forming()
+        flops = work.products(way, work, trace=trace, same=False)
+        held = row_bytes if formed else part.held
+        forming = 2 * work.row_size * work.positions * found.scalars if way is Way.ROWS else 0
+        return Route(part.name, way, formed, flops, own, forming, held, _reason(work, way, flops, row_flops))
+
+    def priced(self, routes: tuple[Route, ...], block: int, chunk: int, scratch: int, *, reused: bool) -> Plan:
+        """The plan with all its costs."""
+        found, rows, cols, scalars = self.found, self.rows, self.cols, self.scalars
+        blocks = list(span(0, rows, block))
+        captures, pairs = rows, 0
+        for start, stop in blocks:
+            passing = cols - stop if self.symmetric else cols
+            captures += passing
+            pairs += (stop - start) * passing
+            if self.symmetric:  # a block on the diagonal is contracted in tiles, the upper half of them
+                pairs += sum((b - a) * (stop - b) for a, b in span(start, stop, self.edge))
+        forming = sum(route.forming for route in routes)
+        flops = captures * (found.capture_flops + forming) + pairs * sum(route.flops for route in routes)
+        flops += sum(route.own.get(size, 0) for route in routes for size in self.diagonal(block))
+        held = min(block, rows) * sum(route.held for route in routes)
+        # tiles of the result and their factors, and rows or pairs in the workspace
+        edge = min(self.edge, max(block, 1)) * scalars
+        working = any(not route.formed and "position" in route.reason for route in routes)
+        temporary = 3 * found.itemsize * edge**2 + (2 * scratch if working else 0)
+        result = rows * cols * scalars**2 * found.itemsize
+        capture = min(chunk, max(rows, cols)) * found.captured
+        peak = result + LIBRARIES + int(SLACK * max(held + max(capture, temporary), 3 * found.parameters))
+        reasons = [
+            f"{chunk} examples are captured at once ({human_bytes(found.captured)} each)",
+            f"{len(blocks)} block{'s' if len(blocks) > 1 else ''} of {min(block, rows)} rows held "
+            f"({human_bytes(held)}); {captures:,} forward and {captures * found.scalars:,} backward passes of one "
+            "example",
+        ]
+        if self.symmetric:
+            reasons.append("rows and columns are the same examples: only one half is computed")
+        by_reason: dict[str, list[str]] = {}
+        for route in routes:
+            by_reason.setdefault(route.reason, []).append(route.name)
+        reasons += [f"{listed(names)}: {reason}" for reason, names in by_reason.items()]
+        return Plan(
+            rows, cols, scalars, self.symmetric, reused, block, chunk, routes, captures, flops, peak, result,
+            tuple(reasons),
+        )  # fmt: skip
 
 
-def _route(
-    found: Sizes, part: PartSize, rows: int, cols: int, trace: bool, reused: bool, before: OuterWork | None
-) -> Route:
-    heads = found.scalars if trace else found.scalars**2
-    row_flops = 2 * part.row * heads
-    row_bytes = part.row * found.scalars * found.itemsize
-    if part.work is None:
-        return Route(part.name, True, False, row_flops, 0, part.held, "its rows are small")
-    work = part.work
-    if work.positions == work.inputs == work.groups == 1:
-        if before is not None and before.positions == 1 and before.outputs == work.outputs:
-            return Route(part.name, False, False, 0, 0, part.held, "shares G G^T with its weight")
-        return Route(part.name, False, False, 2 * heads * work.outputs, 0, part.held, "G G^T")
-    left, right = work.of(rows), work.of(cols)
-    pairs = work.pair_products(trace)
-    if not left.prefers_rows(right, trace):
-        if work.positions == 1:
-            reason = f"(A A^T) * (G G^T): {human_flops(pairs)} a pair instead of {human_flops(row_flops)}"
-        else:
-            reason = f"pairs of {work.positions} positions: {human_flops(pairs)} a pair, no rows to form"
-        return Route(part.name, False, False, pairs, 0, part.held, reason, work.positions > 1)
-    formed = reused or row_bytes < part.held
-    forming = 2 * work.row_size * work.positions * found.scalars
-    reason = f"per-example rows of {part.row:,}: {human_flops(row_flops)} a pair instead of {human_flops(pairs)}"
-    return Route(part.name, True, formed, row_flops, forming, row_bytes if formed else part.held, reason)
+def _is_bias(work: OuterWork | None) -> bool:
+    return work is not None and work.single and work.inputs == 1
 
 
-def _priced(
-    found: Sizes,
-    routes: tuple[Route, ...],
-    rows: int,
-    cols: int,
-    block: int,
-    chunk: int,
-    symmetric: bool,
-    trace: bool,
-    scratch: int,
-) -> Plan:
-    blocks = list(span(0, rows, block))
-    scalars = 1 if trace else found.scalars
-    captures = rows
-    pairs = 0
-    for start, stop in blocks:
-        passing = cols - stop if symmetric else cols
-        captures += passing
-        # a block on the diagonal is contracted in tiles, the upper half of them
-        own = sum((b - a) * (stop - a) for a, b in span(start, stop, tile_edge(scalars))) if symmetric else 0
-        pairs += (stop - start) * passing + own
-    forming = sum(route.forming for route in routes)
-    flops = captures * (found.capture_flops + forming) + pairs * sum(route.flops for route in routes)
-    held = min(block, rows) * sum(route.held for route in routes)
-    # tiles of the result and their factors, and rows or pairs in blocks, the original beside its copy for the product
-    edge = min(tile_edge(scalars), max(block, 1)) * scalars
-    blockwise = any((route.rows and not route.formed and route.forming) or route.pairwise for route in routes)
-    temporary = 3 * found.itemsize * edge**2 + (2 * scratch if blockwise else 0)
-    result = rows * cols * scalars**2 * found.itemsize
-    capture = min(chunk, max(rows, cols)) * found.captured
-    peak = result + LIBRARIES + int(SLACK * max(held + max(capture, temporary), 3 * found.parameters))
-    reasons = [
-        f"{chunk} examples are captured at once ({human_bytes(found.captured)} each)",
-        f"{len(blocks)} block{'s' if len(blocks) > 1 else ''} of {min(block, rows)} rows held "
-        f"({human_bytes(held)}); {captures:,} forward and {captures * found.scalars:,} backward passes of one example",
-    ]
-    if symmetric:
-        reasons.append("rows and columns are the same examples: only one half is computed")
-    by_reason: dict[str, list[str]] = {}
-    for route in routes:
-        by_reason.setdefault(route.reason, []).append(route.name)
-    reasons += [f"{listed(names)}: {reason}" for reason, names in by_reason.items()]
-    return Plan(rows, cols, scalars, symmetric, block, chunk, routes, captures, flops, peak, result, tuple(reasons))
+def _reason(work: OuterWork, way: Way, flops: int, row_flops: int) -> str:
+    """Why a part takes its way."""
+    instead = f"{human_flops(flops)} a pair instead of {human_flops(row_flops)}"
+    if _is_bias(work):
+        return "G G^T"
+    if work.single:
+        return f"(A A^T) * (G G^T): {instead}"
+    if way is Way.PAIRS:
+        return f"pairs of {work.positions} positions: {human_flops(flops)} a pair, no rows to form"
+    if way is Way.CARRIED:
+        return f"cotangents carried between {work.positions} positions: {instead}, and no rows to form"
+    return f"per-example rows of {work.row_size:,} over {work.positions} positions: {human_flops(row_flops)} a pair"
 
 
 def listed(names: list[str], most: int = 3) -> str:

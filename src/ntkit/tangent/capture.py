@@ -113,11 +113,11 @@ class Record:
     versions: dict[int, int]
     edges: list[GradientEdge | None]
     in_place: bool
-    cotangents: list[list[Tensor | None]] = field(default_factory=list)  # by scalar, by output
+    cotangents: list[Tensor | None] = field(default_factory=list)  # by output, (n, k, *shape of one example)
 
     def factors(self, examples: int) -> list[tuple[Source, Factor]]:
         """What the use contributes to each parameter, by the operation's rule or else by the local one."""
-        if not any(g is not None for gs in self.cotangents for g in gs):
+        if all(g is None for g in self.cotangents):
             return []
         places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
         axes = dict(zip(places, self.step.operands, strict=True))
@@ -131,7 +131,7 @@ class Record:
             tuple(arguments),
             keywords,
             self.step.outputs,
-            tuple(self._cotangent(j, examples) for j in range(len(self.edges))),
+            tuple(self.cotangents),
             examples,
             self.in_place,
         )
@@ -148,14 +148,24 @@ class Record:
                 raise
             raise Deviation(f"the rule of {self.step.name} fails on it ({error})") from error
 
-    def _cotangent(self, output: int, examples: int) -> Tensor | None:
-        axis = self.step.outputs[output]
-        parts = [gs[output] for gs in self.cotangents]
-        if axis is None or all(g is None for g in parts):
-            return None
-        like = next(g for g in parts if g is not None)
-        canonical = [axis.split(torch.zeros_like(like) if g is None else g, examples) for g in parts]
-        return canonical[0].unsqueeze(1) if len(canonical) == 1 else torch.stack(canonical, 1)
+    def keep(self, output: int, scalar: int, scalars: int, gradient: Tensor | None, examples: int) -> None:
+        """Take in the cotangent of one output for one scalar.
+
+        It is copied at once, while it is in the processor's cache, and its memory serves the next scalar's.
+        """
+        axis, kept = self.step.outputs[output], self.cotangents[output]
+        if gradient is None or axis is None:
+            if kept is not None:
+                kept[:, scalar] = 0
+            return
+        split = axis.split(gradient, examples)
+        if scalars == 1:
+            self.cotangents[output] = split.unsqueeze(1)
+            return
+        if kept is None:
+            kept = self.cotangents[output] = split.new_empty(examples, scalars, *split.shape[1:])
+            kept[:, :scalar] = 0
+        kept[:, scalar] = split
 
     def check_inputs(self) -> None:
         """The kept inputs must still be what the operation saw.
@@ -354,7 +364,7 @@ def run_backward(scalars: Tensor, records: list[Record]) -> None:
     edges = [(record, j) for record in records for j, edge in enumerate(record.edges) if edge is not None]
     count = scalars.shape[1]
     for record in records:
-        record.cotangents = [[None] * len(record.edges) for _ in range(count)]
+        record.cotangents = [None] * len(record.edges)
     if not edges or not scalars.requires_grad:
         return
     targets = [record.edges[j] for record, j in edges]
@@ -366,7 +376,7 @@ def run_backward(scalars: Tensor, records: list[Record]) -> None:
             allow_unused=True,
         )
         for (record, j), grad in zip(edges, grads, strict=True):
-            record.cotangents[k][j] = grad
+            record.keep(j, k, count, grad, scalars.shape[0])
 
 
 def writes_in_place(func: Callable) -> bool:

@@ -64,18 +64,19 @@ class Derivatives:
             self.outputs[start:stop], {part: factor.narrow(start, stop) for part, factor in self.factors.items()}
         )
 
-    def settled(self, examples: int, partners: int, *, trace: bool, reused: bool) -> Derivatives:
+    def settled(self, examples: int, partners: int, *, trace: bool, same: bool, reused: bool) -> Derivatives:
         """With rows formed now where that saves memory, or work if they are used again.
 
         Args:
             examples: number of examples that will be on this side, of which these are some.
             partners: number of examples on the other side.
             trace: whether the products are summed over the scalars.
+            same: whether the other side are the same examples, contracted all at once.
             reused: whether several products follow.
         """
         settled = {}
         for part, factor in self.factors.items():
-            if not isinstance(factor, Rows) and factor.prefers_rows_among(examples, partners, trace=trace):
+            if not isinstance(factor, Rows) and factor.prefers_rows_among(examples, partners, trace=trace, same=same):
                 size = self.outputs.element_size() * self.examples * self.scalars * _numel(factor.shape)
                 settled[part] = Rows(factor.rows()) if reused or size < factor.nbytes else factor
             else:

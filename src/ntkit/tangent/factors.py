@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkit.tangent.products import gram, inner
+from ntkit.tangent.contract import contract, inner_or_gram, mirrored
+from ntkit.tangent.work import OuterWork, Way
 from ntkit.tangent.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -75,8 +76,8 @@ class Factor(ABC):
         """The part of the memory that grows with the number of scalars."""
         return self.nbytes
 
-    def prefers_rows_among(self, examples: int, partners: int, *, trace: bool) -> bool:
-        """Whether products of so many examples with so many others go through rows that are worth keeping."""
+    def prefers_rows_among(self, examples: int, partners: int, *, trace: bool, same: bool) -> bool:
+        """Whether products of so many examples with so many others, or the same, go through rows worth keeping."""
         return False
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
@@ -113,9 +114,7 @@ class Factor(ABC):
         for start in range(0, height, step):
             stop = min(start + step, height)
             rows = [
-                side.rows(
-                    start, stop, workspace.take(i, (side.examples, side.scalars, stop - start, *rest), side.like)
-                )
+                side.rows(start, stop, workspace.take(i, (side.examples, side.scalars, stop - start, *rest), side.like))
                 for i, side in enumerate(sides)
             ]
             yield rows[0], rows[-1]
@@ -131,17 +130,11 @@ def rows_gram(blocks: Iterator[tuple[Tensor, Tensor]], *, trace: bool) -> Tensor
     total: Tensor | None = None
     for left, right in blocks:
         n, k, m, l = left.shape[0], left.shape[1], right.shape[0], right.shape[1]  # noqa: E741
-        part = _inner(left.reshape(n if trace else n * k, -1), right.reshape(m if trace else m * l, -1))
+        part = inner_or_gram(left.reshape(n if trace else n * k, -1), right.reshape(m if trace else m * l, -1))
         part = part if trace else part.view(n, k, m, l)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
-
-
-def _inner(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products of rows; if both are the same rows, of one half."""
-    same = left.data_ptr() == right.data_ptr() and left.shape == right.shape and left.stride() == right.stride()
-    return gram(left) if same else inner(left, right)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,56 +177,6 @@ class Rows(Factor):
     @property
     def nbytes(self) -> int:  # noqa: D102
         return self.values.nbytes
-
-
-@dataclass(frozen=True)
-class OuterWork:
-    """FLOPs of the two ways to contract sums of outer products: by pairs of positions, or by rows."""
-
-    examples: int
-    scalars: int
-    positions: int
-    inputs: int
-    outputs: int
-    groups: int = 1
-
-    def pairs(self, other: OuterWork, trace: bool) -> int:
-        """(A A^T) * (G G^T) summed over pairs of positions."""
-        pairs = self.examples * self.positions * other.examples * other.positions * self.groups
-        heads = self.scalars if trace else self.scalars * other.scalars
-        # the product of the two and the sum over positions are bound by memory: counted as 16 FLOPs an entry
-        touched = 0 if self.positions == other.positions == 1 else 16
-        return pairs * (2 * (self.inputs + heads * self.outputs) + touched * (1 if trace else heads))
-
-    def of(self, examples: int) -> OuterWork:
-        """The same for another number of examples."""
-        return replace(self, examples=examples)
-
-    def pair_products(self, trace: bool) -> int:
-        """FLOPs of the matrix products behind one pair of examples by pairs of positions."""
-        heads = self.scalars if trace else self.scalars**2
-        return 2 * self.positions**2 * self.groups * (self.inputs + heads * self.outputs)
-
-    def rows(self, other: OuterWork, trace: bool) -> int:
-        """Forming the rows of both sides (once, where both are the same) and multiplying them."""
-        heads = self.scalars if trace else self.scalars * other.scalars
-        own = self.forming() + (0 if other is self else other.forming())
-        return own + 2 * self.row_size * self.examples * other.examples * heads
-
-    def prefers_rows(self, other: OuterWork, trace: bool) -> bool:
-        """Whether rows are the cheaper route. With one position never: outer products there cost next to nothing."""
-        if self.positions == other.positions == self.groups == 1:
-            return False
-        return self.rows(other, trace) < self.pairs(other, trace)
-
-    def forming(self) -> int:
-        """FLOPs of forming all rows."""
-        return 2 * self.row_size * self.examples * self.scalars * self.positions
-
-    @property
-    def row_size(self) -> int:
-        """Entries of one row."""
-        return self.groups * self.inputs * self.outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,18 +258,13 @@ class Outer(Factor):
 
     def gram(self, other: Factor, *, trace: bool = False, workspace: Workspace | None = None) -> Tensor:  # noqa: D102
         workspace = workspace or Workspace()
-        if self._through_rows(other, trace):
+        way = self.work.way(other.work, trace=trace, same=other is self) if isinstance(other, Outer) else Way.ROWS
+        if way is Way.ROWS or not isinstance(other, Outer):
             return super().gram(other, trace=trace, workspace=workspace)
-        assert isinstance(other, Outer)
-        if self.positions == other.positions == self.inputs.shape[1] == 1:
-            return _single_gram(self, other, trace=trace, workspace=workspace)
-        return _pairs_gram(self, other, trace=trace, scratch=workspace.nbytes)
+        return contract(self, other, way, trace=trace, workspace=workspace)
 
-    def _through_rows(self, other: Factor, trace: bool) -> bool:
-        return not isinstance(other, Outer) or self.work.prefers_rows(other.work, trace)
-
-    def prefers_rows_among(self, examples: int, partners: int, *, trace: bool) -> bool:  # noqa: D102
-        return self.work.of(examples).prefers_rows(self.work.of(partners), trace)
+    def prefers_rows_among(self, examples: int, partners: int, *, trace: bool, same: bool) -> bool:  # noqa: D102
+        return self.work.of(examples).way(self.work.of(partners), trace=trace, same=same) is Way.ROWS
 
     @cached_property
     def work(self) -> OuterWork:
@@ -460,62 +398,31 @@ class Convolution(Factor):
         return self.outer().weighted_product(weights, direction)
 
     def gram(self, other: Factor, *, trace: bool = False, workspace: Workspace | None = None) -> Tensor:  # noqa: D102
-        workspace = workspace or Workspace()
-        if self._through_rows(other, trace):
+        workspace, same = workspace or Workspace(), other is self
+        way = self.work.way(other.work, trace=trace, same=same) if isinstance(other, Convolution) else Way.ROWS
+        if way is Way.ROWS or not isinstance(other, Convolution):
             return super().gram(other, trace=trace, workspace=workspace)
-        assert isinstance(other, Convolution)
-        left = self.outer()
-        return _pairs_gram(left, left if other is self else other.outer(), trace=trace, scratch=workspace.nbytes)
+        n, k, m, l = self.examples, self.scalars, other.examples, other.scalars  # noqa: E741
+        out = self.inputs.new_zeros((n, m) if trace else (n, k, m, l))
+        spans, others = self._unfoldable(workspace), other._unfoldable(workspace)
+        for i, (a, b) in enumerate(spans):
+            left = self.narrow(a, b).outer()
+            for c, d in spans[i:] if same else others:
+                right = left if same and c == a else other.narrow(c, d).outer()
+                part = contract(left, right, way, trace=trace, workspace=workspace)
+                (out[a:b, c:d] if trace else out[a:b, :, c:d]).copy_(part)
+        return mirrored(out) if same and len(spans) > 1 else out
 
-    def _through_rows(self, other: Factor, trace: bool) -> bool:
-        if not isinstance(other, Convolution):
-            return True
-        return self.work.prefers_rows(other.work, trace)
+    def _unfoldable(self, workspace: Workspace) -> list[tuple[int, int]]:
+        """Start and stop of examples whose patches, or those of another side, fit half the workspace."""
+        work = self.work
+        patch = self.scalars * work.outputs if self.geometry.transposed else work.inputs
+        each = self.like.element_size() * work.groups * work.positions * patch
+        step = max(1, workspace.nbytes // (2 * each))
+        return [(a, min(a + step, self.examples)) for a in range(0, self.examples, step)]
 
-    def prefers_rows_among(self, examples: int, partners: int, *, trace: bool) -> bool:  # noqa: D102
-        return self.work.of(examples).prefers_rows(self.work.of(partners), trace)
-
-
-def _single_gram(left: Outer, right: Outer, *, trace: bool, workspace: Workspace) -> Tensor:
-    """(A A^T) * (G G^T) for one position. G G^T is left in the workspace: a weight and its bias have it in common."""
-    g, h = left.cotangents, right.cotangents
-    key = (g.data_ptr(), g.shape, h.data_ptr(), h.shape, trace)
-    gg = workspace.shared.get(key)
-    n, k, m, l = *g.shape[:2], *h.shape[:2]  # noqa: E741
-    if gg is None:
-        gg = _inner(g.reshape(n if trace else n * k, -1), h.reshape(m if trace else m * l, -1))
-        gg = gg if trace else gg.view(n, k, m, l)
-        workspace.shared.clear()
-        workspace.shared[key] = gg
-    a, b = left.inputs.reshape(n, -1), right.inputs.reshape(m, -1)
-    aa = a * b.T if a.shape[1] == 1 else _inner(a, b)
-    return gg * (aa if trace else aa[:, None, :, None])
-
-
-def _pairs_gram(left: Outer, right: Outer, *, trace: bool, scratch: int) -> Tensor:
-    """sum_ts (a_t . a_s)(g_t . g_s), a strip of left examples at a time so that the pairs fit the scratch memory."""
-    n, k, t = left.examples, left.scalars, left.positions
-    m, l, s = right.examples, right.scalars, right.positions  # noqa: E741
-    heads = 1 if trace else k * l
-    out = left.inputs.new_zeros((n, m) if trace else (n, k, m, l))
-    each = left.inputs.element_size() * t * m * s * (1 + 2 * heads)
-    step = max(1, min(n, scratch // max(1, each)))
-    for group in range(left.inputs.shape[1]):
-        b = right.inputs[:, group].reshape(m * s, -1)
-        h = right.cotangents[:, :, group]  # m l s o
-        for start in range(0, n, step):
-            stop = min(start + step, n)
-            aa = inner(left.inputs[start:stop, group].reshape((stop - start) * t, -1), b)
-            g = left.cotangents[start:stop, :, group]  # n k t o
-            if trace:  # the scalars are summed over, so they are more features of the cotangent
-                gg = inner(g.transpose(1, 2).reshape((stop - start) * t, -1), h.transpose(1, 2).reshape(m * s, -1))
-                aa = aa.mul_(gg).view(stop - start, t, m, s)
-                out[start:stop] += aa.sum((1, 3)) if t * s > 1 else aa[:, 0, :, 0]
-                continue
-            gg = inner(g.reshape((stop - start) * k * t, -1), h.reshape(m * l * s, -1))
-            gg = gg.view(stop - start, k, t, m, l, s).mul_(aa.view(stop - start, 1, t, m, 1, s))
-            out[start:stop] += gg.sum((2, 5)) if t * s > 1 else gg[:, :, 0, :, :, 0]
-    return out
+    def prefers_rows_among(self, examples: int, partners: int, *, trace: bool, same: bool) -> bool:  # noqa: D102
+        return self.work.of(examples).way(self.work.of(partners), trace=trace, same=same) is Way.ROWS
 
 
 @dataclass(frozen=True, eq=False)

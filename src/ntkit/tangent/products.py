@@ -30,15 +30,24 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gram(a: Tensor) -> Tensor:
-    """Inner products of the rows of a matrix with each other, a @ a.T; of many rows three quarters are computed."""
-    half = a.shape[0] // 2
+    """Inner products of the rows of a matrix with each other, a @ a.T; of many rows little more than half."""
     if a.shape[0] < _HALVED:
         return inner(a, a)
+    half = a.shape[0] // 2
     out = a.new_empty(a.shape[0], a.shape[0])
-    out[:half] = inner(a[:half], a)
+    out[:half, half:] = inner(a[:half], a[half:])
     out[half:, :half] = out[:half, half:].T
+    out[:half, :half] = gram(a[:half])
     out[half:, half:] = gram(a[half:])
     return out
+
+
+def symmetric_entries(rows: int) -> int:
+    """How many of the products of so many rows `gram` computes."""
+    if rows < _HALVED:
+        return rows * rows
+    half = rows // 2
+    return half * (rows - half) + symmetric_entries(half) + symmetric_entries(rows - half)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

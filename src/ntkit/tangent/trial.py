@@ -488,7 +488,7 @@ def _guarded(
         _spread_reasons(generic, [source for source, _ in factors])
         _check_alone(model, selection, readout, alone, plain.scalars[:1], must_run=True)
     kept = [(source, factor) for source, factor in factors if not set(source.leaves) & set(generic)]
-    cotangents = sum(g.nbytes for record in learned.records for gs in record.cotangents for g in gs if g is not None)
+    cotangents = sum(g.nbytes for record in learned.records for g in record.cotangents if g is not None)
     return Anatomy(
         learned.script,
         generic,

@@ -1,0 +1,142 @@
+"""The arithmetic of contracting sums of outer products: how many FLOPs each way takes, and which is the cheapest.
+
+R[n, k] = sum_t g[n, k, t, :] (outer) a[n, t, :] has inner products with R[m, l] that can be taken in three ways, here
+in FLOPs for one pair of examples with T positions, I input and O output features, and K scalars:
+
+    rows       form R, then multiply           2 K^2 I O, beside 2 K T I O for forming each example's rows
+    pairs      (A A^T) * (G G^T), summed       2 T^2 (I + K^2 O)
+    carried    (A A^T) G, then times G         2 T^2 (I + K O) + 2 K^2 T O
+
+Rows win with many positions and small weights (convolutions), pairs with a single position (plain linear layers) or a
+single scalar and few positions, carrying with several scalars and few positions (transformers, the last stages of a
+convolutional network).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from ntkit.tangent.products import symmetric_entries
+
+# Writing and reading an entry of an intermediate result costs as much time as so many FLOPs of a matrix product.
+TOUCH = 16
+# Rows of a strip of pairs from which matrix products are efficient.
+EFFICIENT = 128
+
+
+class Way(Enum):
+    """A way to contract two sums of outer products."""
+
+    ROWS = "rows"
+    PAIRS = "pairs"
+    CARRIED = "carried"
+
+
+@dataclass(frozen=True)
+class OuterWork:
+    """The sizes of a batch of sums of outer products.
+
+    Attributes:
+        examples: N.
+        scalars: K.
+        positions: T.
+        inputs: I, of one group.
+        outputs: O, of one group.
+        groups: independent blocks of features.
+    """
+
+    examples: int
+    scalars: int
+    positions: int
+    inputs: int
+    outputs: int
+    groups: int = 1
+
+    def of(self, examples: int) -> OuterWork:
+        """The same for another number of examples."""
+        return replace(self, examples=examples)
+
+    @property
+    def row_size(self) -> int:
+        """Entries of one row."""
+        return self.groups * self.inputs * self.outputs
+
+    @property
+    def single(self) -> bool:
+        """Whether there is nothing to sum over: one position, one group."""
+        return self.positions == self.groups == 1
+
+    def way(self, other: OuterWork, *, trace: bool, same: bool) -> Way:
+        """The cheapest way to contract with other examples, or with themselves.
+
+        Args:
+            other: the other side.
+            trace: whether the products are summed over equal scalars.
+            same: whether the other side is this one, so that half of the products is enough.
+        """
+        if self.single and other.single:
+            return Way.PAIRS
+        ways = [Way.ROWS, Way.PAIRS] if trace or self.scalars == 1 else list(Way)
+        return min(ways, key=lambda way: self._effort(way, other, trace, same))
+
+    def _effort(self, way: Way, other: OuterWork, trace: bool, same: bool) -> int:
+        forming = self.forming() + (0 if same else other.forming()) if way is Way.ROWS else 0
+        return forming + self.products(way, other, trace=trace, same=same) + TOUCH * self._touched(way, other, trace)
+
+    def forming(self) -> int:
+        """FLOPs of forming all rows."""
+        return 2 * self.row_size * self.examples * self.scalars * self.positions
+
+    def products(self, way: Way, other: OuterWork, *, trace: bool, same: bool) -> int:
+        """FLOPs of the matrix products of one contraction; those that form rows are not included."""
+        n, m = self.examples, other.examples
+        heads = self.scalars if trace else self.scalars * other.scalars
+        if way is Way.ROWS:
+            return 2 * self.row_size * self.entries(other, trace=trace, same=same)
+        if way is Way.PAIRS and self.single and other.single:
+            inputs = symmetric_entries(n) if same else n * m
+            # the bias's input is one everywhere, which is no matrix product
+            return 2 * self.outputs * self.entries(other, trace=trace, same=same) + (
+                2 * self.inputs * inputs if self.inputs > 1 else 0
+            )
+        places = self.positions * other.positions * self.groups
+        if way is Way.PAIRS:
+            pairs = sum((b - a) * (n - a) for a, b in self.strips(other, trace=trace, same=same)) if same else n * m
+            return 2 * pairs * places * (self.inputs + heads * self.outputs)
+        pairs = n * (n + 1) // 2 if same else n * m
+        carried = places * (self.inputs + self.scalars * self.outputs)
+        return 2 * pairs * (carried + heads * other.positions * self.groups * self.outputs)
+
+    def entries(self, other: OuterWork, *, trace: bool, same: bool) -> int:
+        """Products of rows that are computed, with `trace` each of them for every scalar."""
+        n, m, k = self.examples, other.examples, self.scalars
+        if trace:
+            return k * (symmetric_entries(n) if same else n * m)
+        return symmetric_entries(n * k) if same else n * k * m * other.scalars
+
+    def _touched(self, way: Way, other: OuterWork, trace: bool) -> int:
+        """Entries of intermediate results, for all pairs."""
+        pairs = self.examples * other.examples * self.groups
+        if way is Way.PAIRS:
+            return pairs * self.positions * other.positions * (1 if trace else self.scalars * other.scalars)
+        if way is Way.CARRIED:
+            return pairs * self.scalars * other.positions * self.outputs
+        return 0
+
+    def strips(self, other: OuterWork, *, trace: bool, same: bool, entries: int = 2**22) -> Iterator[tuple[int, int]]:
+        """Start and stop of the examples whose pairs with all others are held at a time.
+
+        Args:
+            other: the other side.
+            trace: whether the products are summed over equal scalars.
+            same: whether the other side is this one; then strips are short, so that little is computed twice.
+            entries: how many pairs of positions and scalars may be held.
+        """
+        each = self.positions * other.examples * other.positions
+        each *= 1 if trace else self.scalars * other.scalars
+        step = max(1, min(self.examples, entries // max(1, each)))
+        if same:
+            step = min(step, max(1, EFFICIENT // self.positions))
+        return ((a, min(a + step, self.examples)) for a in range(0, self.examples, step))

@@ -1,0 +1,174 @@
+"""Ways to contract sums of outer products: each gives the same numbers, and takes the FLOPs that are said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ntkit.tangent.contract import contract
+from ntkit.tangent.factors import Convolution, Geometry, Outer, rows_gram
+from ntkit.tangent.products import gram, symmetric_entries
+from ntkit.tangent.work import OuterWork, Way
+from ntkit.tangent.workspace import Workspace
+
+few = st.integers(1, 4)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def outer(n: int, k: int, t: int, i: int, o: int, groups: int, *, last: bool = False, seed: int = 0) -> Outer:
+    """With positions last in memory, as convolutions have them, or features last."""
+    g = random(n, k, groups, o, t, seed=seed + 1).transpose(3, 4) if last else random(n, k, groups, t, o, seed=seed + 1)
+    return Outer(random(n, groups, t, i, seed=seed), g, (groups * o, i))
+
+
+def by_definition(left: Outer, right: Outer, *, trace: bool) -> Tensor:
+    a = torch.einsum("nkgto,ngti->nkgoi", left.cotangents, left.inputs)
+    b = torch.einsum("mlgso,mgsi->mlgoi", right.cotangents, right.inputs)
+    return torch.einsum("nkgoi,mkgoi->nm" if trace else "nkgoi,mlgoi->nkml", a, b)
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[Outer, Outer]:
+    n, m, k, i, o, groups = (draw(few) for _ in range(6))
+    t, s = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    last = draw(st.booleans())
+    left = outer(n, k, t, i, o, groups, last=last)
+    return left, left if draw(st.booleans()) else outer(m, k, s, i, o, groups, last=draw(st.booleans()), seed=7)
+
+
+@given(sides=pairs(), trace=st.booleans(), room=st.sampled_from([1, 500, 2**24]))
+@settings(max_examples=300, deadline=None)
+def test_every_way_gives_the_same(sides: tuple[Outer, Outer], trace: bool, room: int) -> None:
+    left, right = sides
+    expected = by_definition(left, right, trace=trace)
+    workspace = Workspace(room)
+    for way in [Way.PAIRS] if trace else [Way.PAIRS, Way.CARRIED]:
+        for _ in range(2):  # the second time in used memory
+            got = contract(left, right, way, trace=trace, workspace=workspace)
+            assert got.shape == expected.shape
+            assert torch.allclose(got, expected, atol=1e-10), way
+    rows = rows_gram(left.blocks(right, workspace), trace=trace)
+    assert torch.allclose(rows, expected, atol=1e-10)
+
+
+@given(sides=pairs(), trace=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_the_flops_are_those_that_torch_counts(sides: tuple[Outer, Outer], trace: bool) -> None:
+    left, right = sides
+    same = left is right
+    for way in [Way.PAIRS] if trace else [Way.PAIRS, Way.CARRIED]:
+        with FlopCounterMode(display=False) as counter:
+            contract(left, right, way, trace=trace, workspace=Workspace())
+        counted = counter.get_total_flops()
+        work = left.work.products(way, right.work, trace=trace, same=same)
+        assert work == counted
+    if left.work.groups > 1:
+        return  # rows of several groups are formed by einsum, which multiplies single numbers without a product
+    with FlopCounterMode(display=False) as counter:
+        rows_gram(left.blocks(right, Workspace()), trace=trace)
+    products = left.work.products(Way.ROWS, right.work, trace=trace, same=same)
+    forming = left.work.forming() + (0 if same else right.work.forming())
+    assert products + forming == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_flops_of_many_examples(trace: bool) -> None:
+    """Enough rows for symmetric products and strips to save work."""
+    factor = outer(300, 1, 2, 3, 2, 1)
+    for way in [Way.PAIRS] if trace else list(Way):
+        with FlopCounterMode(display=False) as counter:
+            if way is Way.ROWS:
+                got = rows_gram(factor.blocks(factor, Workspace()), trace=trace)
+            else:
+                got = contract(factor, factor, way, trace=trace, workspace=Workspace())
+        assert torch.allclose(got, by_definition(factor, factor, trace=trace), atol=1e-10)
+        work = factor.work.products(way, factor.work, trace=trace, same=True)
+        whole = factor.work.products(way, factor.work, trace=trace, same=False)
+        assert work + (factor.work.forming() if way is Way.ROWS else 0) == counter.get_total_flops()
+        assert 0.5 * whole < work <= 0.75 * whole
+
+
+@pytest.mark.parametrize("rows", [1, 5, 255, 256, 257, 700])
+def test_a_symmetric_product_is_the_product(rows: int) -> None:
+    a = random(rows, 7)
+    with FlopCounterMode(display=False) as counter:
+        got = gram(a)
+    assert torch.allclose(got, a @ a.T)
+    assert counter.get_total_flops() == 2 * 7 * symmetric_entries(rows)
+
+
+@pytest.mark.parametrize("k", [1, 12])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolutions_of_many_examples(k: int, transposed: bool) -> None:
+    """More than are unfolded at once: few positions and large weights, so that no rows are formed."""
+    geometry = Geometry((2,), (1,), ((0, 0),), (1,), 1, transposed)
+
+    def some(n: int, seed: int) -> Convolution:
+        inputs, outputs = ((90, 3), (40, 4)) if transposed else ((60, 4), (90, 3))
+        shape = (90, 40, 2) if transposed else (90, 60, 2)
+        return Convolution(random(n, *inputs, seed=seed), random(n, k, *outputs, seed=seed + 1), shape, geometry)
+
+    left, right = some(9, 0), some(5, 5)
+    for other in (left, right):
+        same = other is left
+        assert left.work.way(other.work, trace=False, same=same) is (Way.PAIRS if k == 1 else Way.CARRIED)
+        for trace in (False, True):
+            expected = by_definition(left.outer(), other.outer(), trace=trace) if not transposed else None
+            if expected is None:
+                a, b = left.rows().flatten(2), other.rows().flatten(2)
+                expected = torch.einsum("nki,mki->nm" if trace else "nki,mli->nkml", a, b)
+            for room in (1, 20_000, 2**24):
+                assert torch.allclose(left.gram(other, trace=trace, workspace=Workspace(room)), expected, atol=1e-10)
+
+
+# ---------------------------------------------------------------- which way
+
+
+def test_a_single_position_never_goes_by_rows() -> None:
+    work = OuterWork(1000, 10, 1, 1, 1000)
+    assert work.way(work, trace=False, same=False) is Way.PAIRS
+
+
+def test_the_way_follows_from_the_sizes() -> None:
+    image = OuterWork(64, 10, 1024, 27, 64)  # a first convolution
+    token = OuterWork(8, 10, 32, 256, 1024)  # a transformer's linear layer
+    for work, several, one in ((image, Way.ROWS, Way.ROWS), (token, Way.CARRIED, Way.ROWS)):
+        assert work.way(work, trace=False, same=True) is several
+        assert work.way(work, trace=True, same=True) is not Way.CARRIED
+        single = OuterWork(64, 1, work.positions, work.inputs, work.outputs)
+        assert single.way(single, trace=False, same=True) is one
+    last = OuterWork(32, 1, 16, 4608, 512)  # a last convolution: few positions, a large weight
+    assert last.way(last, trace=False, same=True) is Way.PAIRS
+
+
+@given(st.lists(st.integers(1, 60), min_size=6, max_size=6), st.booleans(), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_work_by_the_formulas(sizes: list[int], trace: bool, same: bool) -> None:
+    work = OuterWork(*sizes)
+    n, k, t, i, o, groups = sizes
+    heads = k if trace else k * k
+    assert work.row_size == groups * i * o
+    assert work.forming() == 2 * n * k * t * work.row_size
+    assert work.of(9) == OuterWork(9, *sizes[1:])
+    if work.single:
+        return
+
+    def products(way: Way) -> int:
+        return work.products(way, work, trace=trace, same=False)
+
+    assert products(Way.ROWS) == 2 * n * n * heads * work.row_size
+    assert products(Way.PAIRS) == 2 * n * n * groups * t * t * (i + heads * o)
+    if not trace:
+        assert products(Way.CARRIED) == 2 * n * n * groups * (t * t * (i + k * o) + heads * t * o)
+    for way in Way:
+        assert n == 1 or work.products(way, work, trace=trace, same=True) <= products(way)
+    strips = list(work.strips(work, trace=trace, same=same))
+    assert [a for a, _ in strips] == [0, *(b for _, b in strips[:-1])]
+    assert strips[-1][1] == n
