@@ -243,9 +243,7 @@ class _Job:
         routes = []
         before: OuterWork | None = None
         for part in self.found.parts:
-            shares = (
-                _is_bias(part.work) and before is not None and before.single and before.outputs == part.work.outputs
-            )
+            shares = _is_bias(part.work) and _shares(before, part.work)
             routes.append(self._shared(part) if shares else self._route(part, block, reused=reused))
             before = part.work
         return tuple(routes)
@@ -320,6 +318,11 @@ class _Job:
 
 def _is_bias(work: OuterWork | None) -> bool:
     return work is not None and work.single and work.inputs == 1
+
+
+def _shares(before: OuterWork | None, bias: OuterWork | None) -> bool:
+    """Whether the part before is the bias's weight, whose product G G^T it has in common."""
+    return before is not None and bias is not None and before.single and before.outputs == bias.outputs
 
 
 def _reason(work: OuterWork, way: Way, flops: int, row_flops: int) -> str:

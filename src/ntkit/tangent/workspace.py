@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Bytes of temporary memory that one contraction may use when nothing else is said: large enough for efficient matrix
 # products, small beside the activations of the batches it serves.
-SCRATCH = 48 * 2**20
+SCRATCH = 16 * 2**20
 
 
 class Workspace:
