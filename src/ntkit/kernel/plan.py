@@ -193,8 +193,11 @@ def make_plan(found: Sizes, rows: int, cols: int, *, symmetric: bool, trace: boo
     """
     job = _Job(found, rows, cols, symmetric, trace)
     scratch = min(SCRATCH, memory // 4)
-    chunk = max(min(FEWEST, memory // (3 * found.captured + 1)), CAPTURE // (found.captured + 1))
-    chunk = max(1, min(max(rows, cols), chunk))
+    most = max(rows, cols)
+    # what two chunks would hold is captured at once: that saves putting them together, which takes as much again
+    capture = 2 * CAPTURE if most * found.captured <= min(2 * CAPTURE, memory // 3) else CAPTURE
+    chunk = max(min(FEWEST, memory // (3 * found.captured + 1)), capture // (found.captured + 1))
+    chunk = max(1, min(most, chunk))
     space = max(memory // 4, memory - chunk * found.captured - scratch)
     reused = rows > job.edge or (not symmetric and cols > chunk)
     routes = job.routes(rows, reused=reused)
