@@ -300,6 +300,8 @@ class _Job:
         temporary = 3 * found.itemsize * edge**2 + (2 * scratch if working else 0)
         result = rows * cols * scalars**2 * found.itemsize
         capture = min(chunk, max(rows, cols)) * found.captured
+        if any(route.formed and route.forming for route in routes):
+            capture += 2 * scratch  # rows are formed beside the capture, from padded and unfolded inputs
         peak = result + LIBRARIES + int(SLACK * max(held + max(capture, temporary), 3 * found.parameters))
         reasons = [
             f"{chunk} examples are captured at once ({human_bytes(found.captured)} each)",
