@@ -148,6 +148,28 @@ def test_the_way_follows_from_the_sizes() -> None:
     assert last.way(last, trace=False, same=True) is Way.PAIRS
 
 
+def test_memory_that_is_touched_counts() -> None:
+    """By products alone pairs and carrying would win; writing and reading what lies between makes rows cheaper."""
+    for work, rival in ((OuterWork(1000, 1, 4, 34, 34), Way.PAIRS), (OuterWork(1000, 4, 4, 14, 14), Way.CARRIED)):
+        products = {way: work.products(way, work, trace=False, same=False) for way in Way}
+        assert products[rival] < products[Way.ROWS]
+        assert work.way(work, trace=False, same=False) is Way.ROWS
+
+
+def test_temporary_operands_are_not_mistaken_for_one_another() -> None:
+    """Patches of a transposed convolution on a single place are made for one product; the next may get their memory."""
+    geometry = Geometry((3,), (1,), ((1, 1),), (1,), 1, transposed=True)
+    workspace = Workspace()
+    factors = [
+        Convolution(random(4, 5, 1, seed=i), random(4, 2, 6, 1, seed=i + 50), (5, 6, 3), geometry) for i in range(10)
+    ]
+    for factor in factors:
+        assert factor.work.single
+        rows = factor.rows().flatten(2)
+        expected = torch.einsum("nki,mli->nkml", rows, rows)
+        assert torch.allclose(factor.gram(factor, workspace=workspace), expected, atol=1e-10)
+
+
 @given(st.lists(st.integers(1, 60), min_size=6, max_size=6), st.booleans(), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_work_by_the_formulas(sizes: list[int], trace: bool, same: bool) -> None:

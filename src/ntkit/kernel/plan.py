@@ -246,7 +246,7 @@ class _Job:
         routes = []
         before: OuterWork | None = None
         for part in self.found.parts:
-            shares = _is_bias(part.work) and _shares(before, part.work)
+            shares = part.work is not None and before is not None and _shares(before, part.work)
             routes.append(self._shared(part) if shares else self._route(part, block, reused=reused))
             before = part.work
         return tuple(routes)
@@ -276,7 +276,7 @@ class _Job:
                 own[n] += tile.forming()
         flops = work.products(way, work, trace=trace, same=False)
         held = row_bytes if formed else part.held
-        forming = 2 * work.row_size * work.positions * found.scalars if way is Way.ROWS else 0
+        forming = work.forming() if way is Way.ROWS else 0
         return Route(part.name, way, formed, flops, own, forming, held, _reason(work, way, flops, row_flops))
 
     def priced(self, routes: tuple[Route, ...], block: int, chunk: int, scratch: int, *, reused: bool) -> Plan:
@@ -296,7 +296,8 @@ class _Job:
         held = min(block, rows) * sum(route.held for route in routes)
         # tiles of the result and their factors, and rows or pairs in the workspace
         edge = min(self.edge, max(block, 1)) * scalars
-        working = any(not route.formed and "position" in route.reason for route in routes)
+        unformed = [part.work for part, route in zip(found.parts, routes, strict=True) if not route.formed]
+        working = any(work is not None and not work.single for work in unformed)
         temporary = 3 * found.itemsize * edge**2 + (2 * scratch if working else 0)
         result = rows * cols * scalars**2 * found.itemsize
         capture = min(chunk, max(rows, cols)) * found.captured
@@ -321,13 +322,13 @@ class _Job:
         )  # fmt: skip
 
 
-def _is_bias(work: OuterWork | None) -> bool:
-    return work is not None and work.single and work.inputs == 1
+def _is_bias(work: OuterWork) -> bool:
+    return work.single and work.inputs == 1
 
 
-def _shares(before: OuterWork | None, bias: OuterWork | None) -> bool:
-    """Whether the part before is the bias's weight, whose product G G^T it has in common."""
-    return before is not None and bias is not None and before.single and before.outputs == bias.outputs
+def _shares(before: OuterWork, work: OuterWork) -> bool:
+    """Whether this is a bias and the part before its weight, so that they have G G^T in common."""
+    return _is_bias(work) and before.single and before.outputs == work.outputs
 
 
 def _reason(work: OuterWork, way: Way, flops: int, row_flops: int) -> str:

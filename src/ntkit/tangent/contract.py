@@ -40,13 +40,13 @@ def single_gram(left: Outer, right: Outer, *, trace: bool, workspace: Workspace)
     """(A A^T) * (G G^T) for one position. G G^T is left in the workspace: a weight and its bias have it in common."""
     g, h = left.cotangents, right.cotangents
     key = (g.data_ptr(), g.shape, h.data_ptr(), h.shape, trace)
-    gg = workspace.shared.get(key)
+    gg = workspace.shared[key][0] if key in workspace.shared else None
     n, k, m, l = *g.shape[:2], *h.shape[:2]  # noqa: E741
     if gg is None:
         gg = inner_or_gram(g.reshape(n if trace else n * k, -1), h.reshape(m if trace else m * l, -1))
         gg = gg if trace else gg.view(n, k, m, l)
         workspace.shared.clear()
-        workspace.shared[key] = gg
+        workspace.shared[key] = (gg, g, h)
     a, b = left.inputs.reshape(n, -1), right.inputs.reshape(m, -1)
     aa = a * b.T if a.shape[1] == 1 else inner_or_gram(a, b)
     return gg * (aa if trace else aa[:, None, :, None])

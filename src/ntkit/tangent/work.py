@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from ntkit.tangent.products import symmetric_entries
+from ntkit.tangent.workspace import SCRATCH
 
 # Writing and reading an entry of an intermediate result costs as much time as so many FLOPs of a matrix product.
 TOUCH = 16
@@ -125,14 +126,16 @@ class OuterWork:
             return pairs * self.scalars * other.positions * self.outputs
         return 0
 
-    def strips(self, other: OuterWork, *, trace: bool, same: bool, entries: int = 2**22) -> Iterator[tuple[int, int]]:
+    def strips(
+        self, other: OuterWork, *, trace: bool, same: bool, entries: int = SCRATCH // 12
+    ) -> Iterator[tuple[int, int]]:
         """Start and stop of the examples whose pairs with all others are held at a time.
 
         Args:
             other: the other side.
             trace: whether the products are summed over equal scalars.
             same: whether the other side is this one; then strips are short, so that little is computed twice.
-            entries: how many pairs of positions and scalars may be held.
+            entries: how many pairs of positions and scalars may be held; a workspace's, in float32, three times over.
         """
         each = self.positions * other.examples * other.positions
         each *= 1 if trace else self.scalars * other.scalars

@@ -29,9 +29,9 @@ class Workspace:
             nbytes: what one contraction may use; a single column of rows may exceed it.
         """
         self.nbytes = nbytes
-        # Products that the next factor may have in common with the last one. They are found by the address of their
-        # operands, so a workspace serves one pair of batches, whose tensors live as long as it does.
-        self.shared: dict[Any, Tensor] = {}
+        # Products that the next factor may have in common with the last one, found by the addresses of their operands.
+        # These are kept with the product: memory that is alive cannot be given to other tensors.
+        self.shared: dict[Any, tuple[Tensor, ...]] = {}
         self._memory: dict[int, Tensor] = {}
 
     def take(self, side: int, shape: Sequence[int], like: Tensor) -> Tensor:
