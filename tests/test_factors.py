@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ntkit.tangent import factors
 from ntkit.tangent.derivatives import Derivatives, Part, concatenate
 from ntkit.tangent.factors import (
     Convolution,
@@ -77,9 +79,20 @@ def make_convolution(draw: Any, k: int, *, transposed: bool = False) -> Make:
         sizes = zip(space, stride, padding, dilation, window, strict=True)
         out = tuple((i + p + q - d * (w - 1) - 1) // s + 1 for i, s, (p, q), d, w in sizes)
         shape = (o, c // groups, *window)
-    return lambda n, seed: Convolution(
-        random(n, c, *space, seed=seed), random(n, k, o, *out, seed=seed + 50), shape, geometry
-    )
+    images, cotangents = draw(st.booleans()), draw(st.booleans())
+
+    def make(n: int, seed: int) -> Convolution:
+        a, g = random(n, c, *space, seed=seed), random(n, k, o, *out, seed=seed + 50)
+        return Convolution(
+            channels_innermost(a, 1) if images else a, channels_innermost(g, 2) if cotangents else g, shape, geometry
+        )
+
+    return make
+
+
+def channels_innermost(values: Tensor, axis: int) -> Tensor:
+    """The same values with the channels innermost in memory."""
+    return values.movedim(axis, -1).contiguous().movedim(-1, axis)
 
 
 def make_lookup(draw: Any, k: int) -> Make:
@@ -167,9 +180,16 @@ def test_rows_in_blocks(make: Make, n: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, factor.shape[0] - 1))
     stop = data.draw(st.integers(start + 1, factor.shape[0]))
     assert torch.allclose(factor.rows(start, stop), factor.rows()[:, :, start:stop], atol=1e-12)
+    other = make(data.draw(small), 1)
     workspace = Workspace(data.draw(st.sampled_from(SCRATCHES)))
-    seen = [left.clone() for left, _ in factor.blocks(factor, workspace)]  # the next block is in the same memory
-    assert torch.allclose(torch.cat(seen, 2), factor.rows(), atol=1e-12)
+    entries, total = 0, torch.zeros(n, factor.scalars, other.examples, other.scalars, dtype=torch.float64)
+    for left, right in factor.blocks(other, workspace):
+        assert left.shape[2:] == right.shape[2:]
+        entries += left[0, 0].numel()
+        total += torch.einsum("nkp,mlp->nkml", left.flatten(2), right.flatten(2))
+    assert entries == prod(factor.shape)  # every entry once
+    whole = torch.einsum("nkp,mlp->nkml", factor.rows().flatten(2), other.rows().flatten(2))
+    assert torch.allclose(total, whole, atol=1e-10)
 
 
 @given(make=makers(), sizes=st.lists(small, min_size=2, max_size=3), data=st.data())
@@ -217,7 +237,7 @@ def test_convolution_rows_are_the_derivative(data: st.DataObject, transposed: bo
         for k in range(factor.scalars):
             (expected,) = torch.autograd.grad(out[0], weight, factor.cotangents[n, k], retain_graph=True)
             assert torch.allclose(factor.rows()[n, k], expected, atol=1e-10)
-            assert torch.allclose(factor.outer().rows()[n, k], expected, atol=1e-10)
+            assert torch.allclose(factor.outer().rows()[n, k].movedim(-1, 1), expected, atol=1e-10)
 
 
 def test_outer_rows_by_definition() -> None:
@@ -306,9 +326,11 @@ def test_only_neighbours_on_the_same_batches_share_a_product() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2, 6])
-def test_many_examples_of_a_convolution(k: int) -> None:
+def test_many_examples_of_a_convolution(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More examples than are unfolded at a time."""
+    monkeypatch.setattr(factors, "UNFOLDED", 1000)
     geometry = Geometry((3,), (1,), ((1, 1),), (1,), 1)
     factor = Convolution(random(19, 2, 7), random(19, k, 3, 7, seed=1), (3, 2, 3), geometry)
-    assert torch.allclose(factor.rows(), factor.outer().rows())
-    assert torch.allclose(factor.rows(1, 3), factor.outer().rows()[:, :, 1:3])
+    whole = factor.outer().rows().movedim(-1, 3)  # the channels are behind the window there
+    assert torch.allclose(factor.rows(), whole)
+    assert torch.allclose(factor.rows(1, 3), whole[:, :, 1:3])

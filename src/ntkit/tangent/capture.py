@@ -163,7 +163,7 @@ class Record:
             self.cotangents[output] = split.unsqueeze(1)
             return
         if kept is None:
-            kept = self.cotangents[output] = split.new_empty(examples, scalars, *split.shape[1:])
+            kept = self.cotangents[output] = _several_like(split, scalars)
             kept[:, :scalar] = 0
         kept[:, scalar] = split
 
@@ -176,6 +176,14 @@ class Record:
         for place, version in self.versions.items():
             if self.leaves[place]._version != version:
                 raise Deviation(f"the input of {self.step.name} is overwritten in place after it was used")
+
+
+def _several_like(split: Tensor, scalars: int) -> Tensor:
+    """Memory for (n, k, *shape) like a tensor (n, *shape), with the axes of `shape` in the same order in memory."""
+    order = sorted(range(1, split.ndim), key=split.stride, reverse=True)
+    memory = split.new_empty(split.shape[0], scalars, *(split.shape[axis] for axis in order))
+    places = [2 + order.index(axis) for axis in range(1, split.ndim)]
+    return memory.permute(0, 1, *places)
 
 
 class Watch(TorchFunctionMode):
@@ -220,7 +228,7 @@ _COMPOSITES: dict[Callable, Callable] = {
 
 
 # Stand-ins that compute the same for detached parameters.
-_FASTER: dict[Callable, Callable] = {F.linear: products.linear}
+_FASTER: dict[Callable, Callable] = {F.linear: products.linear, F.conv2d: products.conv2d}
 
 
 class _Tap(torch.autograd.Function):

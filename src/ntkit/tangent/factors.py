@@ -130,6 +130,9 @@ def rows_gram(blocks: Iterator[tuple[Tensor, Tensor]], *, trace: bool) -> Tensor
     total: Tensor | None = None
     for left, right in blocks:
         n, k, m, l = left.shape[0], left.shape[1], right.shape[0], right.shape[1]  # noqa: E741
+        # the parameter's axes in the order they have in memory, so that nothing is copied
+        order = [0, 1, *sorted(range(2, left.ndim), key=left.stride, reverse=True)]
+        left, right = left.permute(order), right.permute(order)
         part = inner_or_gram(left.reshape(n if trace else n * k, -1), right.reshape(m if trace else m * l, -1))
         part = part if trace else part.view(n, k, m, l)
         total = part if total is None else total.add_(part)
@@ -296,25 +299,32 @@ class Geometry:
     transposed: bool = False
 
     def patches(self, images: Tensor, places: tuple[int, ...]) -> Tensor:
-        """Windows of (b, c, *space) images at `places` positions per axis: (b, groups, places, c/groups * window)."""
-        padding = [end for pair in reversed(self.padding) for end in pair]
-        images = F.pad(images, padding).contiguous()
-        b, c, *_ = images.shape
-        steps = images.stride()[2:]
+        """Windows of (b, c, *space) images at `places` positions per axis: (b, groups, places, window * c/groups)."""
+        images = F.pad(images, [end for pair in reversed(self.padding) for end in pair])
+        b, c = images.shape[:2]
+        example, channel, *steps = images.stride()
         view = images.as_strided(
-            (b, c, *self.window, *places),
+            (b, self.groups, *self.window, *places, c // self.groups),
             (
-                *images.stride()[:2],
+                example,
+                channel * (c // self.groups),
                 *(step * d for step, d in zip(steps, self.dilation, strict=True)),
                 *(step * s for step, s in zip(steps, self.stride, strict=True)),
+                channel,
             ),
         )
-        # copied with places innermost, where the strides are short, and handed out transposed
-        return view.reshape(b, self.groups, c // self.groups * prod(self.window), prod(places)).transpose(2, 3)
+        # copied in the order of memory: with channels innermost if the images have them so, else with places
+        axes = len(self.window)
+        window, moved = range(2, 2 + axes), range(2 + axes, 2 + 2 * axes)
+        shape = b, self.groups, prod(places), prod(self.window) * (c // self.groups)
+        if channel == 1:
+            return view.permute(0, 1, *moved, *window, 2 + 2 * axes).reshape(shape)
+        unfolded = view.permute(0, 1, *window, 2 + 2 * axes, *moved)
+        return unfolded.reshape(*shape[:2], shape[3], shape[2]).transpose(2, 3)
 
 
-# Examples unfolded at a time: eight keep the patches of a batch in cache-sized pieces (measured best on a CPU).
-UNFOLDED = 8
+# Bytes of patches unfolded at a time: few enough to be read back from a processor's cache (measured best on a CPU).
+UNFOLDED = 5 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -363,7 +373,7 @@ class Convolution(Factor):
         return OuterWork(self.examples, self.scalars, prod(places), rest, self.shape[0] // groups, groups)
 
     def outer(self) -> Outer:
-        """The same rows as sums of outer products over patches."""
+        """Sums of outer products over patches; their features are (*window, channels), so rows are (n, k, *stored)."""
         a, g, groups = self.inputs, self.cotangents, self.geometry.groups
         n, k = g.shape[:2]
         if self.geometry.transposed:
@@ -371,31 +381,61 @@ class Convolution(Factor):
             patches = self.geometry.patches(g.flatten(0, 1), places)
             patches = patches.reshape(n, k, *patches.shape[1:])
             a = a.reshape(n, groups, a.shape[1] // groups, -1).transpose(2, 3)
-            return Outer(a, patches, self.shape, inputs_first=True)
+            return Outer(a, patches, self.stored, inputs_first=True)
         patches = self.geometry.patches(a, tuple(g.shape[3:]))
         g = g.reshape(n, k, groups, g.shape[2] // groups, -1).transpose(3, 4)
-        return Outer(patches, g, self.shape)
+        return Outer(patches, g, self.stored)
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The parameter's shape with the channels behind the window, the order in which patches are cheapest."""
+        return self.shape[0], *self.shape[2:], self.shape[1]
 
     @property
     def like(self) -> Tensor:  # noqa: D102
         return self.inputs
 
     def rows(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:  # noqa: D102
-        stop = self.shape[0] if stop is None else stop
-        if out is None:
-            out = self.inputs.new_empty(self.examples, self.scalars, stop - start, *self.shape[1:])
-        for first in range(0, self.examples, UNFOLDED):
-            here = out[first : first + UNFOLDED]
-            rows = self.narrow(first, first + UNFOLDED).outer().rows(start, stop, here)
+        height, *rest = self.stored
+        shape = self.examples, self.scalars, (height if stop is None else stop) - start, *rest
+        out = self.inputs.new_empty(shape) if out is None else out.view(shape)
+        step = max(1, UNFOLDED // self._patches_nbytes)
+        for first in range(0, self.examples, step):
+            here = out[first : first + step]
+            rows = self.narrow(first, first + step).outer().rows(start, stop, here)
             if rows is not here:
                 here.copy_(rows)
-        return out
+        return out.movedim(-1, 3)
+
+    def blocks(self, other: Factor, workspace: Workspace) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows of a few channels at a time, so that every patch is unfolded once."""
+        if not isinstance(other, Convolution) or self.geometry.groups > 1:
+            yield from super().blocks(other, workspace)
+            return
+        sides = (self,) if other is self else (self, other)
+        each = (prod(self.shape) // self.shape[1]) * self.like.element_size()
+        each *= sum(side.examples * side.scalars for side in sides)
+        step = max(1, workspace.nbytes // each)
+        for start in range(0, self.shape[1], step):
+            parts = [side.channels(start, min(start + step, self.shape[1])) for side in sides]
+            rows = [
+                part.rows(out=workspace.take(i, (part.examples, part.scalars, *part.shape), part.like))
+                for i, part in enumerate(parts)
+            ]
+            yield rows[0], rows[-1]
+
+    def channels(self, start: int, stop: int) -> Convolution:
+        """The same for entries start:stop of the parameter's second axis: of the channels that are unfolded."""
+        shape = self.shape[0], stop - start, *self.shape[2:]
+        if self.geometry.transposed:
+            return replace(self, cotangents=self.cotangents[:, :, start:stop], shape=shape)
+        return replace(self, inputs=self.inputs[:, start:stop], shape=shape)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
-        return self.outer().weighted_sum(weights)
+        return self.outer().weighted_sum(weights).movedim(-1, 1)
 
     def weighted_product(self, weights: Tensor, direction: Tensor) -> Tensor:  # noqa: D102
-        return self.outer().weighted_product(weights, direction)
+        return self.outer().weighted_product(weights, direction.view(self.shape[1:]).movedim(0, -1).reshape(-1))
 
     def gram(self, other: Factor, *, trace: bool = False, workspace: Workspace | None = None) -> Tensor:  # noqa: D102
         workspace, same = workspace or Workspace(), other is self
@@ -415,11 +455,14 @@ class Convolution(Factor):
 
     def _unfoldable(self, workspace: Workspace) -> list[tuple[int, int]]:
         """Start and stop of examples whose patches, or those of another side, fit half the workspace."""
-        work = self.work
-        patch = self.scalars * work.outputs if self.geometry.transposed else work.inputs
-        each = self.like.element_size() * work.groups * work.positions * patch
-        step = max(1, workspace.nbytes // (2 * each))
+        step = max(1, workspace.nbytes // (2 * self._patches_nbytes))
         return [(a, min(a + step, self.examples)) for a in range(0, self.examples, step)]
+
+    @property
+    def _patches_nbytes(self) -> int:
+        """Memory of one example's patches."""
+        images = self.scalars if self.geometry.transposed else 1
+        return images * self.work.positions * self.geometry.groups * prod(self.shape[1:]) * self.like.element_size()
 
     def prefers_rows_among(self, examples: int, partners: int, *, trace: bool, same: bool) -> bool:  # noqa: D102
         return self.work.of(examples).way(self.work.of(partners), trace=trace, same=same) is Way.ROWS
