@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ntkit.tangent import factors
 from ntkit.tangent.derivatives import Derivatives, Part, concatenate
 from ntkit.tangent.factors import (
     Convolution,
@@ -25,6 +24,7 @@ from ntkit.tangent.factors import (
     Rows,
     Total,
     as_matrix,
+    convolution,
 )
 from ntkit.tangent.workspace import Workspace
 
@@ -328,7 +328,7 @@ def test_only_neighbours_on_the_same_batches_share_a_product() -> None:
 @pytest.mark.parametrize("k", [1, 2, 6])
 def test_many_examples_of_a_convolution(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More examples than are unfolded at a time."""
-    monkeypatch.setattr(factors, "UNFOLDED", 1000)
+    monkeypatch.setattr(convolution, "UNFOLDED", 1000)
     geometry = Geometry((3,), (1,), ((1, 1),), (1,), 1)
     factor = Convolution(random(19, 2, 7), random(19, k, 3, 7, seed=1), (3, 2, 3), geometry)
     whole = factor.outer().rows().movedim(-1, 3)  # the channels are behind the window there

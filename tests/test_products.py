@@ -143,33 +143,3 @@ def test_a_network_in_float32() -> None:
     double = ntkit.empirical_ntk(model.double(), x.double(), readout=ntkit.SumOfLogits())
     assert single.dtype == torch.float32
     assert oracles.relative_error(single.double(), double) <= 1e-5
-
-
-@onednn
-def test_images_with_channels_innermost() -> None:
-    """Small weights have their images rearranged, large ones do not; the values are the same."""
-    x, small, large = random(4, 8, 6, 6), random(5, 8, 3, 3, seed=1), random(40, 8, 3, 3, seed=2)
-    got, plain = products.conv2d(x, small, small[:, 0, 0, 0], padding=1), products.conv2d(x, large, None, 2, 1)
-    assert got.is_contiguous(memory_format=torch.channels_last)
-    assert plain.is_contiguous()
-    assert torch.allclose(got, F.conv2d(x, small, small[:, 0, 0, 0], padding=1), atol=1e-5)
-    assert torch.allclose(plain, F.conv2d(x, large, None, 2, 1), atol=1e-5)
-    assert products.conv2d(x.double(), small.double()).is_contiguous()
-    assert products.conv2d(x[0], small).shape == (5, 4, 4)
-
-
-@onednn
-@pytest.mark.parametrize("readout", [ntkit.SumOfLogits(), ntkit.Logits()])
-def test_a_convolutional_network_in_float32(readout: ntkit.Readout) -> None:
-    """Channels innermost and not, within a whole kernel: float32 against float64."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.AvgPool2d(2), torch.nn.Conv2d(8, 6, 3, stride=2),
-        torch.nn.GroupNorm(2, 6), torch.nn.Conv2d(6, 200, 2), torch.nn.ReLU(), torch.nn.Conv2d(200, 12, 1, groups=4),
-        torch.nn.Flatten(), torch.nn.LazyLinear(3),
-    ).eval()  # fmt: skip
-    x = random(9, 3, 16, 16)
-    model(x)
-    single = ntkit.empirical_ntk(model, x, readout=readout)
-    double = ntkit.empirical_ntk(model.double(), x.double(), readout=readout)
-    assert oracles.relative_error(single.double(), double) <= 1e-5

@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from ntkit.errors import NtkitError
-from ntkit.tangent import products
+from ntkit.tangent import images, products
 from ntkit.tangent.layout import ExampleAxis
 from ntkit.tangent.rules import all as _all_rules  # noqa: F401  (registers the rules)
 from ntkit.tangent.rules.local import local
@@ -228,7 +228,7 @@ _COMPOSITES: dict[Callable, Callable] = {
 
 
 # Stand-ins that compute the same for detached parameters.
-_FASTER: dict[Callable, Callable] = {F.linear: products.linear, F.conv2d: products.conv2d}
+_FASTER: dict[Callable, Callable] = {F.linear: products.linear, F.conv2d: images.conv2d}
 
 
 class _Tap(torch.autograd.Function):

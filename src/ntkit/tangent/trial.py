@@ -48,9 +48,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ntkit.tangent.examples import Batch, Examples
-    from ntkit.tangent.factors import Factor, OuterWork
+    from ntkit.tangent.factors import Factor
     from ntkit.tangent.parameters import Selection
     from ntkit.tangent.readout import Readout
+    from ntkit.tangent.work import OuterWork
 
 
 @dataclass(frozen=True)
