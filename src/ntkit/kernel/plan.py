@@ -194,10 +194,14 @@ def make_plan(found: Sizes, rows: int, cols: int, *, symmetric: bool, trace: boo
     job = _Job(found, rows, cols, symmetric, trace)
     scratch = min(SCRATCH, memory // 4)
     most = max(rows, cols)
+    # large weights are read and rearranged for every chunk: it takes many examples to be worth it
+    capture = min(max(CAPTURE, 3 * found.parameters), max(CAPTURE, memory // 3))
     # what two chunks would hold is captured at once: that saves putting them together, which takes as much again
-    capture = 2 * CAPTURE if most * found.captured <= min(2 * CAPTURE, memory // 3) else CAPTURE
+    if most * found.captured <= min(2 * capture, memory // 3):
+        capture *= 2
     chunk = max(min(FEWEST, memory // (3 * found.captured + 1)), capture // (found.captured + 1))
     chunk = max(1, min(most, chunk))
+    chunk = -(-most // -(-most // chunk))  # of even size: a small one at the end would waste the processor
     space = max(memory // 4, memory - chunk * found.captured - scratch)
     reused = rows > job.edge or (not symmetric and cols > chunk)
     routes = job.routes(rows, reused=reused)

@@ -179,11 +179,17 @@ class Record:
 
 
 def _several_like(split: Tensor, scalars: int) -> Tensor:
-    """Memory for (n, k, *shape) like a tensor (n, *shape), with the axes of `shape` in the same order in memory."""
+    """Memory for (n, k, *shape) with the axes in the order that a tensor (n, *shape) has them in memory.
+
+    Where channels are innermost the scalars come next, so that k and channels together are the columns of one matrix.
+    """
     order = sorted(range(1, split.ndim), key=split.stride, reverse=True)
-    memory = split.new_empty(split.shape[0], scalars, *(split.shape[axis] for axis in order))
-    places = [2 + order.index(axis) for axis in range(1, split.ndim)]
-    return memory.permute(0, 1, *places)
+    if order == list(range(1, split.ndim)):
+        return split.new_empty(split.shape[0], scalars, *split.shape[1:])
+    sizes = [split.shape[axis] for axis in order]
+    memory = split.new_empty(split.shape[0], *sizes[:-1], scalars, sizes[-1])
+    axes = [*order[:-1], -1, order[-1]]  # what the axes of the memory are, the scalars -1
+    return memory.permute(0, *(1 + axes.index(axis) for axis in (-1, *range(1, split.ndim))))
 
 
 class Watch(TorchFunctionMode):

@@ -89,6 +89,7 @@ def carried_gram(left: Outer, right: Outer, *, workspace: Workspace) -> Tensor:
     out = left.inputs.new_zeros(n, k, m, l)
     step = max(1, min(workspace.nbytes, CACHED) // (left.inputs.element_size() * k * s * o))
     for group in range(left.inputs.shape[1]):
+        cotangents = left.cotangents[:, :, group].flatten(0, 1)  # nk t o
         for j in range(m):
             last = j + 1 if same else n
             h = right.cotangents[j, :, group]
@@ -98,7 +99,7 @@ def carried_gram(left: Outer, right: Outer, *, workspace: Workspace) -> Tensor:
                 count = stop - start
                 aa = inner(left.inputs[start:stop, group].flatten(0, 1), right.inputs[j, group])
                 aa = aa.view(count, 1, -1, s).expand(-1, k, -1, -1).flatten(0, 1)  # nk t s
-                g = left.cotangents[start:stop, :, group].flatten(0, 1)  # nk t o
+                g = cotangents[start * k : stop * k]
                 factors = (g.transpose(1, 2), aa) if positions_last else (aa.transpose(1, 2), g)
                 carried = workspace.take(0, (count * k, o, s) if positions_last else (count * k, s, o), aa)
                 torch.bmm(*factors, out=carried)

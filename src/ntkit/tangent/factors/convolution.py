@@ -7,13 +7,12 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ntkit.tangent import images
 from ntkit.tangent.contract import contract, mirrored
-from ntkit.tangent.factors.factor import Factor
+from ntkit.tangent.factors.factor import Factor, concatenate
 from ntkit.tangent.factors.outer import Outer
 from ntkit.tangent.work import OuterWork, Way
 from ntkit.tangent.workspace import Workspace
@@ -88,8 +87,8 @@ class Convolution(Factor):
     def extend(self, others: Sequence[Factor]) -> Convolution:  # noqa: D102
         return replace(
             self,
-            inputs=torch.cat([self.inputs, *(f.inputs for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
-            cotangents=torch.cat([self.cotangents, *(f.cotangents for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
+            inputs=concatenate([self.inputs, *(f.inputs for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
+            cotangents=concatenate([self.cotangents, *(f.cotangents for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
         )
 
     @property
@@ -153,7 +152,8 @@ class Convolution(Factor):
         sides = (self,) if other is self else (self, other)
         each = (prod(self.shape) // self.shape[1]) * self.like.element_size()
         each *= sum(side.examples * side.scalars for side in sides)
-        step = max(1, workspace.nbytes // each)
+        blocks = -(-self.shape[1] // max(1, workspace.nbytes // each))
+        step = -(-self.shape[1] // blocks)  # of even size
         for start in range(0, self.shape[1], step):
             parts = [side.channels(start, min(start + step, self.shape[1])) for side in sides]
             rows = [

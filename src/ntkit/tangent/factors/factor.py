@@ -118,6 +118,14 @@ def as_matrix(values: Tensor) -> Tensor:
     return values.reshape(values.shape[0], -1) if values.ndim else values.reshape(1, 1)
 
 
+def concatenate(batches: Sequence[Tensor]) -> Tensor:
+    """Tensors one behind the other along their first axis, the other axes in memory as the first has them."""
+    first = batches[0]
+    order = [0, *sorted(range(1, first.ndim), key=first.stride, reverse=True)]
+    places = [order.index(axis) for axis in range(first.ndim)]
+    return torch.cat([batch.permute(order) for batch in batches]).permute(places)
+
+
 def rows_gram(blocks: Iterator[tuple[Tensor, Tensor]], *, trace: bool) -> Tensor:
     """The Gram matrix of rows that arrive in column blocks: (n, k, m, l), or with `trace` (n, m)."""
     total: Tensor | None = None
@@ -168,7 +176,7 @@ class Rows(Factor):
         return Rows(self.values[start:stop])
 
     def extend(self, others: Sequence[Factor]) -> Rows:  # noqa: D102
-        return Rows(torch.cat([self.values, *(f.values for f in others)]))  # pyright: ignore[reportAttributeAccessIssue]
+        return Rows(concatenate([self.values, *(f.values for f in others)]))  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def nbytes(self) -> int:  # noqa: D102

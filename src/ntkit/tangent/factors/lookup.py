@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ntkit.tangent.factors.factor import Factor, rows_gram
+from ntkit.tangent.factors.factor import Factor, concatenate, rows_gram
 from ntkit.tangent.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class Lookup(Factor):
     def extend(self, others: Sequence[Factor]) -> Lookup:  # noqa: D102
         return replace(
             self,
-            ids=torch.cat([self.ids, *(f.ids for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
-            cotangents=torch.cat([self.cotangents, *(f.cotangents for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
+            ids=concatenate([self.ids, *(f.ids for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
+            cotangents=concatenate([self.cotangents, *(f.cotangents for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
         )
 
     @property

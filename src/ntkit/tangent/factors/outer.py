@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ntkit.tangent.contract import contract
-from ntkit.tangent.factors.factor import Factor
+from ntkit.tangent.factors.factor import Factor, concatenate
 from ntkit.tangent.work import OuterWork, Way
 from ntkit.tangent.workspace import Workspace
 
@@ -49,8 +49,8 @@ class Outer(Factor):
     def extend(self, others: Sequence[Factor]) -> Outer:  # noqa: D102
         return replace(
             self,
-            inputs=torch.cat([self.inputs, *(f.inputs for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
-            cotangents=torch.cat([self.cotangents, *(f.cotangents for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
+            inputs=concatenate([self.inputs, *(f.inputs for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
+            cotangents=concatenate([self.cotangents, *(f.cotangents for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
         )
 
     @property
