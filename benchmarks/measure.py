@@ -15,14 +15,19 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
+from benchmarks.cases import OURS
 from benchmarks.machine import busy_seconds
 from benchmarks.record import Checksum, Job, Sample
 from benchmarks.workloads import WORKLOADS
+
+if TYPE_CHECKING:
+    from ntkit import Readout
 
 SLOW = 10.0  # seconds: a first run this long is timed as well, for what a warm-up saves is lost in it
 CORNER = 6  # leading rows and columns that are kept
@@ -37,8 +42,21 @@ Compute = Callable[[], Tensor]
 def ntkit(model: nn.Module, x: Tensor, job: Job) -> Compute:
     import ntkit as library
 
-    readout = library.SumOfLogits() if job.kind == "pntk" else library.Logits()
-    return partial(library.empirical_ntk, model, x, readout=readout)
+    return partial(library.empirical_ntk, model, x, readout=_readout(job))
+
+
+def planned_mb(model: nn.Module, x: Tensor, job: Job) -> float:
+    """What ntkit says, before any work, that the memory will grow by."""
+    import ntkit as library
+
+    tangent = library.linearize(model, readout=_readout(job))
+    return library.TangentKernel(tangent, x).plan().bytes / 2**20
+
+
+def _readout(job: Job) -> Readout:
+    import ntkit as library
+
+    return library.SumOfLogits() if job.kind == "pntk" else library.Logits()
 
 
 def tutorial(model: nn.Module, x: Tensor, job: Job) -> Compute:
@@ -151,6 +169,7 @@ def measure(job: Job) -> Sample:
             cpu_seconds=cpu,
             peak_mb=peak,
             growth_mb=peak - before,
+            planned_mb=planned_mb(model, x, job) if job.contender == OURS else None,
             others=others,
             checksum=checksum(kernel.detach()),
         )

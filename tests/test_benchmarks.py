@@ -202,6 +202,21 @@ def test_row_takes_ratios_within_rounds_and_checks_the_bars() -> None:
     assert json.loads(json.dumps(row.as_json())) == row.as_json()
 
 
+@pytest.mark.parametrize(
+    ("planned", "kept"), [(150.0, True), (151.0, False), (67.0, True), (66.0, False), (None, None)]
+)
+def test_memory_is_what_was_planned(planned: float | None, kept: bool | None) -> None:
+    grown = [replace(s, growth_mb=100.0, planned_mb=planned if s.job.contender == OURS else None) for s in samples()]
+    assert table.reduce(CASES[0], grown).checks().get("planned_mb") is kept
+
+
+def test_ours_says_what_it_will_take_and_peers_do_not() -> None:
+    planned = measure.measure(job(contender=OURS)).planned_mb
+    assert planned is not None
+    assert planned > 1
+    assert measure.measure(job()).planned_mb is None
+
+
 def test_row_without_ours_and_with_an_error() -> None:
     theirs = [sample for sample in samples() if sample.job.contender != OURS]
     ours = Sample(Job("W1", "pntk", OURS, 256), error="ImportError: not yet")
