@@ -101,12 +101,12 @@ class Sample:
             with several it counts their waiting for each other as well.
         peak_mb: Peak resident memory of the process (on a GPU: peak allocated), MB of 2^20 bytes.
         growth_mb: The peak less what was there just before the first run.
-        planned_mb: What the contender said beforehand that it would grow by; ours alone says so.
         checksum: Of the matrix.
         error: What went wrong, in words.
         torch: Version.
         device_name: Of a GPU.
         others: Cores that other processes kept busy meanwhile, on average; None where the system does not tell.
+        planned_mb: What the contender said beforehand that it would grow by; ours alone says so.
     """
 
     job: Job
@@ -116,12 +116,12 @@ class Sample:
     cpu_seconds: list[float] = field(default_factory=list)
     peak_mb: float | None = None
     growth_mb: float | None = None
-    planned_mb: float | None = None
     checksum: Checksum | None = None
     error: str | None = None
     torch: str | None = None
     device_name: str | None = None
     others: float | None = None
+    planned_mb: float | None = None
 
     @property
     def disturbed(self) -> bool:
