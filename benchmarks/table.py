@@ -31,7 +31,7 @@ class Result:
         runs: How many.
         peak_mb: The largest of the rounds.
         growth_mb: The largest of the rounds.
-        planned_mb: What was said beforehand that it would be; NaN for a peer.
+        planned_mb: What was said beforehand that it would be; None for a peer.
         distance: Largest relative difference from the first peer that has a matrix; None where there is none.
         others: Cores that other processes kept busy, the most of the rounds; None where the system does not tell.
         error: What went wrong, where nothing was measured.
@@ -44,7 +44,7 @@ class Result:
     runs: int = 0
     peak_mb: float = math.nan
     growth_mb: float = math.nan
-    planned_mb: float = math.nan
+    planned_mb: float | None = None
     distance: float | None = None
     others: float | None = None
     error: str | None = None
@@ -75,7 +75,7 @@ class Row:
         ours = self.results.get(OURS)
         if ours is not None and ours.runs:
             checks["peak_mb"] = ours.peak_mb <= self.case.bars.peak_mb
-            if not math.isnan(ours.planned_mb):
+            if ours.planned_mb is not None:
                 checks["planned_mb"] = 1 / PLANNED <= ours.planned_mb / ours.growth_mb <= PLANNED
         for name, result in self.results.items():
             if result.distance is not None:
@@ -142,7 +142,7 @@ def reduce(case: Case, samples: Sequence[Sample]) -> Row:
             runs=len(seconds),
             peak_mb=max((s.peak_mb for s in good if s.peak_mb is not None), default=math.nan),
             growth_mb=max((s.growth_mb for s in good if s.growth_mb is not None), default=math.nan),
-            planned_mb=max((s.planned_mb for s in good if s.planned_mb is not None), default=math.nan),
+            planned_mb=max((s.planned_mb for s in good if s.planned_mb is not None), default=None),
             distance=None if reference is None or not sums else _worst([own.distance(reference) for own in sums]),
             others=max((s.others for s in good if s.others is not None), default=None),
         )
@@ -194,7 +194,7 @@ def render(rows: Sequence[Row], device: str) -> Table:
             cells.append(_marked(peak, f"<= {row.case.bars.peak_mb:,.0f}", checks.get("peak_mb") if on_cpu else None))
         else:
             cells.append(f"peers {peaks}" if peaks else "-")
-        if ours is not None and not math.isnan(ours.planned_mb):
+        if ours is not None and ours.planned_mb is not None:
             planned = f"{ours.planned_mb / ours.growth_mb:.2f}\n{ours.planned_mb:,.0f} / {ours.growth_mb:,.0f} MB"
             cells.append(_marked(planned, f"within {PLANNED:g}x", checks.get("planned_mb") if on_cpu else None))
         else:
