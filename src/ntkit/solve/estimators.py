@@ -244,7 +244,7 @@ class NTKRegressor(MultiOutputMixin, RegressorMixin, _NTKEstimator):
     X is an array (N, features), or with more axes for images; it is cast to the network's type. Tensors likewise, but
     integer tensors stay integers (token ids). Also tuples and dicts of tensors and `torch.utils.data.Dataset`s, which
     scikit-learn's cross-validation cannot split. Cost: the kernel, then 2/3 n^3 and 16 n^2 bytes for the solve, with
-    n = N, or NC for the full kernel; a search for the ridge takes about 9 n^3 and 40 n^2 bytes.
+    n = N, or NC for the full kernel; a search for the ridge takes about 9 n^3 and 24 n^2 bytes.
     """
 
     def __init__(  # noqa: PLR0913 (scikit-learn wants every parameter by name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.linalg import eigh
 from torch import Tensor
 
 from ntkit.errors import InputError, NotPositiveDefiniteError
@@ -74,6 +75,18 @@ class SymmetricMatrix:
         the `noise` that the kernel came with. `largest` is the spectral norm of what is solved with.
         """
         return max(self.size * EPS * largest, self.noise)
+
+    def decompose(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, ascending, (n,), and orthonormal eigenvectors, (n, n), one per column.
+
+        On a CPU by LAPACK's relatively robust representations, which need 16 n^2 bytes beside the matrix where the
+        divide and conquer of `torch.linalg.eigh` needs 24.
+        """
+        if self.values.device.type != "cpu":
+            return torch.linalg.eigh(self.values)
+        scratch = self.values.numpy().copy().T  # equal to its transpose, and in the order of axes that LAPACK wants
+        values, vectors = eigh(scratch, driver="evr", overwrite_a=True, check_finite=False)
+        return torch.from_numpy(values), torch.from_numpy(vectors)
 
     def not_positive_definite(self, eigenvalues: Tensor, ridge: float) -> NotPositiveDefiniteError:
         """The error for a kernel with these `eigenvalues` (all of them, in any order) and this absolute `ridge`."""

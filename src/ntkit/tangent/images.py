@@ -19,11 +19,10 @@ if TYPE_CHECKING:
 
 _gradient = torch.ops.aten.convolution_backward
 
-# Positions from which unfolding patches costs more than rearranging images, scalars times outputs up to which it does,
-# and input channels below which oneDNN's own gradient is no faster (all measured).
+# Positions from which unfolding patches costs more than rearranging images, and scalars times outputs up to which it
+# does (both measured).
 _MANY = 400
 _FEW = 256
-_NARROW = 16
 # Bytes of images and cotangents rearranged at a time.
 _TOGETHER = 2 * 2**20
 
@@ -58,7 +57,6 @@ def has_fast_rows(images: Tensor, cotangents: Tensor, geometry: Geometry) -> boo
         and all(before == behind for before, behind in geometry.padding)
         and cotangents.shape[3:].numel() >= _MANY
         and cotangents.shape[1:3].numel() <= _FEW
-        and images.shape[1] >= _NARROW
     )
 
 
