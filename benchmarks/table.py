@@ -164,6 +164,35 @@ def _worst(values: list[float]) -> float:
     return math.nan if any(math.isnan(value) for value in values) else max(values)
 
 
+# ---------------------------------------------------------------- for the README
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of the README: what was measured, what was aimed at in brackets, and a cross where that was missed."""
+    rows = [row for row in rows if row.ratios]
+    lines: dict[str, list[str]] = {
+        "": [f"{row.case.workload} {'pNTK' if row.case.kind == 'pntk' else row.case.kind}" for row in rows],
+        "---": ["---"] * len(rows),
+        "seconds": [seconds_text(row.results[OURS].median) for row in rows],
+    }
+    for peer, name in (
+        ("tutorial", "times faster than the tutorial"),
+        ("rows", "times faster than the hand-written way"),
+    ):
+        lines[name] = [_aimed(row.ratios[peer], getattr(row.case.bars, peer), row.checks()[peer]) for row in rows]
+    lines["peak memory of the process, MB"] = [
+        _aimed(row.results[OURS].peak_mb, row.case.bars.peak_mb, row.checks()["peak_mb"]) for row in rows
+    ]
+    lines["the same of the hand-written way, MB"] = [f"{row.results['rows'].peak_mb:,.0f}" for row in rows]
+    text = [f"| {' | '.join([name, *cells])} |" for name, cells in lines.items()]
+    return "\n".join(text)
+
+
+def _aimed(value: float, bar: float, met: bool) -> str:
+    number = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{number} ({bar:g})" + ("" if met else " \N{BALLOT X}")
+
+
 # ---------------------------------------------------------------- for the terminal
 
 

@@ -313,3 +313,17 @@ def test_scheduler_is_a_small_process() -> None:
     # a child's peak memory, as Linux reports it, begins at its parent's
     check = "import sys, benchmarks.run; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=run.ROOT, check=False).returncode == 0
+
+
+def test_readme_has_the_newest_results() -> None:
+    newest = Record.read(max(run.RESULTS.glob("*-cores.json")))
+    rows = [table.reduce(case, newest.samples) for case in CASES]
+    assert table.markdown(rows) in (run.ROOT / "README.md").read_text()
+
+
+def test_table_for_people_marks_what_was_missed() -> None:
+    lines = table.markdown([table.reduce(CASES[0], samples())]).splitlines()
+    assert lines[0] == "|  | W1 pNTK |"
+    assert lines[3] == "| times faster than the tutorial | 400 (240) |"
+    assert lines[4] == "| times faster than the hand-written way | 100 (150) \N{BALLOT X} |"
+    assert lines[5].endswith("| 302 (400) |")

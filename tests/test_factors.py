@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ntkit.tangent.derivatives import Derivatives, Part, concatenate
+from ntkit.tangent.derivatives import Derivatives, Gathering, Part
 from ntkit.tangent.factors import (
     Convolution,
     Factor,
@@ -194,9 +194,16 @@ def test_rows_in_blocks(make: Make, n: int, data: st.DataObject) -> None:
 
 @given(make=makers(), sizes=st.lists(small, min_size=2, max_size=3), data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_narrow_and_extend(make: Make, sizes: list[int], data: st.DataObject) -> None:
+def test_gathered_and_narrowed(make: Make, sizes: list[int], data: st.DataObject) -> None:
     parts = [make(n, 10 * i) for i, n in enumerate(sizes)]
-    together = parts[0].extend(parts[1:])
+    name = Part("w", (0,), True)
+    gathering = Gathering(sum(sizes))
+    for part in parts:
+        batch = Derivatives(random(part.examples, part.scalars), {name: part})
+        assert gathering.fits(batch)
+        gathering.add(batch)
+    assert not gathering.fits(Derivatives(batch.outputs, {Part("v", (0,), True): parts[0]}))
+    together = gathering.result().factors[name]
     assert together.examples == sum(sizes)
     assert torch.allclose(together.rows(), torch.cat([part.rows() for part in parts]), atol=1e-12)
     start = data.draw(st.integers(0, sum(sizes) - 1))
@@ -302,10 +309,16 @@ def test_derivatives_of_several_parts(data: st.DataObject, n: int, m: int, trace
     settled = left.settled(n, m, trace=trace, same=False, reused=reused)
     assert torch.allclose(settled.gram(right, trace=trace), expected, atol=1e-10)
     assert torch.allclose(left.squared_norms(), a.square().sum(2), atol=1e-10)
-    both = concatenate([left, right])
+    gathering = Gathering(n + m)
+    gathering.add(left)
+    gathering.add(right)
+    both = gathering.result()
+    assert torch.equal(both.outputs, torch.cat([left.outputs, right.outputs]))
     assert (both.examples, both.scalars) == (n + m, k)
     assert torch.allclose(both.narrow(n, n + m).gram(left, trace=trace), expected_transposed(full, trace), atol=1e-10)
-    assert concatenate([left]) is left
+    alone = Gathering(n)
+    alone.add(left)
+    assert alone.result() is left
 
 
 def expected_transposed(full: Tensor, trace: bool) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ntkit.errors import InputError, ModelError
 from ntkit.kernel.base import Kernel, bounds
 from ntkit.kernel.plan import Plan, Sizes, make_plan, sizes, span, tile_edge
-from ntkit.tangent.derivatives import Derivatives, concatenate
+from ntkit.tangent.derivatives import Derivatives, Gathering
 from ntkit.tangent.linearize import Tangent, linearize
 
 if TYPE_CHECKING:
@@ -186,6 +186,7 @@ class TangentKernel(Kernel):
                         yield (i, j), (c, d), self._gram(held.narrow(i - a, j - a), right, (i, j), (c, d))
                     done += (b - a) * (d - c) * (2 if same else 1)
                     self._report(done, total)
+            held = left = right = None  # the next block is captured when this one's memory is free
 
     def _report(self, done: int, total: int) -> None:
         if self.progress is not None:
@@ -203,15 +204,16 @@ class TangentKernel(Kernel):
         reused: bool | None = None,
     ) -> Derivatives:
         """Examples start:stop captured chunk by chunk, each chunk settled into its smaller form before the next."""
-        parts = []
+        gathering = Gathering(stop - start)
         reused = plan.reused if reused is None else reused
         for a, b in plan.chunks(start, stop):
             part = self.tangent.derivatives(examples, slice(a, b))
-            parts.append(part.settled(stop - start, partners, trace=self.trace, same=same, reused=reused))
+            part = part.settled(stop - start, partners, trace=self.trace, same=same, reused=reused)
+            if not gathering.fits(part):
+                return self.tangent.derivatives(examples, slice(start, stop), generic=True)
+            gathering.add(part)
             del part  # the loop's name would keep the last chunk alive beside the whole
-        if any(part.factors.keys() != parts[0].factors.keys() for part in parts[1:]):
-            return self.tangent.derivatives(examples, slice(start, stop), generic=True)
-        return concatenate(parts)
+        return gathering.result()
 
     def _gram(self, left: Derivatives, right: Derivatives, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
         if left.factors.keys() != right.factors.keys():  # two batches took two paths through the model

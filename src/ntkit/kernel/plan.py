@@ -18,6 +18,8 @@ from ntkit.tangent.workspace import SCRATCH
 CAPTURE = 64 * 2**20
 # Never fewer examples at a time than this, if the budget allows: small batches waste the processor.
 FEWEST = 4
+# Of more examples than a tile has no more than this is held at once, where capturing the others again costs little.
+ROOMY = 256 * 2**20
 # Entries of the widest tile that is contracted in one go.
 TILE = 2048
 # Buffers and code that PyTorch's matrix libraries load when they are first used.
@@ -25,7 +27,7 @@ LIBRARIES = 64 * 2**20
 # What an allocator takes beyond what is asked of it (measured on the benchmark workloads).
 SLACK = 1.3
 # Recomputing columns for every held block may cost this share of the contraction itself.
-OVERHEAD = 0.2
+OVERHEAD = 0.5
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def make_plan(found: Sizes, rows: int, cols: int, *, symmetric: bool, trace: boo
     reused = rows > job.edge or (not symmetric and cols > chunk)
     routes = job.routes(rows, reused=reused)
     block = rows
-    if rows * sum(route.held for route in routes) > space:
+    if rows * sum(route.held for route in routes) > (min(space, ROOMY) if rows > TILE else space):
         reused = True
         for _ in range(2):  # the routes depend a little on the block's size, and the size on what the routes hold
             routes = job.routes(block, reused=True)
@@ -216,6 +218,7 @@ def make_plan(found: Sizes, rows: int, cols: int, *, symmetric: bool, trace: boo
             enough = int(repeated / (OVERHEAD * pair)) + 1
             block = max(1, min(rows, max(enough, TILE), space // max(1, held)))
         routes = job.routes(block, reused=True)
+        chunk = min(chunk, max(FEWEST, CAPTURE // (2 * found.captured + 1)))  # beside what is held
     return job.priced(routes, block, min(chunk, max(1, block)), scratch, reused=reused)
 
 

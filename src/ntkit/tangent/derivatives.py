@@ -106,19 +106,57 @@ class Derivatives:
         return total
 
 
-def concatenate(batches: list[Derivatives]) -> Derivatives:
-    """One batch of several. The list is emptied and its factors are freed one by one, so that nothing is held twice."""
-    if len(batches) == 1:
-        return batches.pop()
-    outputs = torch.cat([batch.outputs for batch in batches])
-    parts = list(batches[0].factors)
-    columns = [dict(batch.factors) for batch in batches]
-    batches.clear()
-    factors = {}
-    for part in parts:
-        first, *others = (column.pop(part) for column in columns)
-        factors[part] = first.extend(others)
-    return Derivatives(outputs, factors)
+class Gathering:
+    """Batches put one behind the other as they come, in memory that is taken once.
+
+    Were they kept and put together at the end, the allocator would hold the memory of all of them beside the whole.
+    """
+
+    def __init__(self, examples: int) -> None:
+        """Nothing is there yet.
+
+        Args:
+            examples: of all batches together.
+        """
+        self.examples = examples
+        self._whole: Derivatives | None = None
+        self._filled = 0
+
+    def fits(self, batch: Derivatives) -> bool:
+        """Whether a batch has the parts that those before it have; another one took another path through the model."""
+        return self._whole is None or self._whole.factors.keys() == batch.factors.keys()
+
+    def add(self, batch: Derivatives) -> None:
+        """The next examples. A batch that is all of them is kept as it is."""
+        if self._whole is None:
+            self._whole = batch if batch.examples == self.examples else self._room(batch)
+        if self._whole is not batch:
+            here = slice(self._filled, self._filled + batch.examples)
+            self._whole.outputs[here] = batch.outputs
+            for part, factor in batch.factors.items():
+                for whole, array in zip(self._whole.factors[part].arrays, factor.arrays, strict=True):
+                    whole[here] = array
+        self._filled += batch.examples
+
+    def result(self) -> Derivatives:
+        """All examples."""
+        assert self._whole is not None
+        assert self._filled == self.examples
+        return self._whole
+
+    def _room(self, batch: Derivatives) -> Derivatives:
+        factors = {
+            part: factor.of(*(_room(array, self.examples) for array in factor.arrays))
+            for part, factor in batch.factors.items()
+        }
+        return Derivatives(_room(batch.outputs, self.examples), factors)
+
+
+def _room(array: Tensor, examples: int) -> Tensor:
+    """Memory for more examples, with the other axes in the order that the array has them in memory."""
+    order = [0, *sorted(range(1, array.ndim), key=array.stride, reverse=True)]
+    memory = array.new_empty(examples, *(array.shape[axis] for axis in order[1:]))
+    return memory.permute([order.index(axis) for axis in range(array.ndim)])
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ from ntkit.tangent.factors.factor import Factor
 from ntkit.tangent.workspace import Workspace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,12 @@ class Total(Factor):
         return self.terms[0].scalars
 
     @property
-    def nbytes(self) -> int:  # noqa: D102
-        return sum(term.nbytes for term in self.terms)
+    def arrays(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return tuple(array for term in self.terms for array in term.arrays)
+
+    def of(self, *arrays: Tensor) -> Total:  # noqa: D102
+        remaining = iter(arrays)
+        return Total(tuple(term.of(*(next(remaining) for _ in term.arrays)) for term in self.terms))
 
     @property
     def like(self) -> Tensor:  # noqa: D102
@@ -46,13 +50,6 @@ class Total(Factor):
         for term in self.terms[1:]:
             total = torch.add(total, term.rows(start, stop), out=out)
         return total
-
-    def narrow(self, start: int, stop: int) -> Total:  # noqa: D102
-        return Total(tuple(term.narrow(start, stop) for term in self.terms))
-
-    def extend(self, others: Sequence[Factor]) -> Total:  # noqa: D102
-        columns = zip(*(other.terms for other in others), strict=True)  # pyright: ignore[reportAttributeAccessIssue]
-        return Total(tuple(mine.extend(theirs) for mine, theirs in zip(self.terms, columns, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +76,11 @@ class PulledBack(Factor):
         return self.inner.scalars
 
     @property
-    def nbytes(self) -> int:  # noqa: D102
-        return self.inner.nbytes
+    def arrays(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return self.inner.arrays
+
+    def of(self, *arrays: Tensor) -> PulledBack:  # noqa: D102
+        return replace(self, inner=self.inner.of(*arrays))
 
     @property
     def like(self) -> Tensor:  # noqa: D102
@@ -108,9 +108,3 @@ class PulledBack(Factor):
     def blocks(self, other: Factor, workspace: Workspace) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: D102
         left = self.rows()  # in one piece: pulling back is all or nothing
         yield left, left if other is self else other.rows()
-
-    def narrow(self, start: int, stop: int) -> PulledBack:  # noqa: D102
-        return replace(self, inner=self.inner.narrow(start, stop))
-
-    def extend(self, others: Sequence[Factor]) -> PulledBack:  # noqa: D102
-        return replace(self, inner=self.inner.extend([f.inner for f in others]))  # pyright: ignore[reportAttributeAccessIssue]

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ntkit.tangent import images
 from ntkit.tangent.contract import contract, mirrored
-from ntkit.tangent.factors.factor import Factor, concatenate
+from ntkit.tangent.factors.factor import Factor
 from ntkit.tangent.factors.outer import Outer
 from ntkit.tangent.work import OuterWork, Way
 from ntkit.tangent.workspace import Workspace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,12 @@ class Convolution(Factor):
     def scalars(self) -> int:  # noqa: D102
         return self.cotangents.shape[1]
 
-    def narrow(self, start: int, stop: int) -> Convolution:  # noqa: D102
-        return replace(self, inputs=self.inputs[start:stop], cotangents=self.cotangents[start:stop])
-
-    def extend(self, others: Sequence[Factor]) -> Convolution:  # noqa: D102
-        return replace(
-            self,
-            inputs=concatenate([self.inputs, *(f.inputs for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
-            cotangents=concatenate([self.cotangents, *(f.cotangents for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
-        )
-
     @property
-    def nbytes(self) -> int:  # noqa: D102
-        return self.inputs.nbytes + self.cotangents.nbytes
+    def arrays(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return self.inputs, self.cotangents
+
+    def of(self, *arrays: Tensor) -> Convolution:  # noqa: D102
+        return replace(self, inputs=arrays[0], cotangents=arrays[1])
 
     @property
     def scalar_nbytes(self) -> int:  # noqa: D102

@@ -14,13 +14,15 @@ from ntkit.tangent.contract import inner_or_gram
 from ntkit.tangent.workspace import Workspace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
+
+    from typing_extensions import Self
 
 
 class Factor(ABC):
     """Rows of per-example gradients with respect to one array of shape `shape`.
 
-    Required: `shape`, `examples`, `scalars`, `like`, `rows`, `narrow`, `extend`, `nbytes`. `gram` and `squared_norms`
+    Required: `shape`, `examples`, `scalars`, `like`, `rows`, `arrays`, `of`. `gram` and `squared_norms`
     have derived forms that go through blocks of rows; factors with structure do better.
     """
 
@@ -51,18 +53,23 @@ class Factor(ABC):
             out: memory of the result's shape, which may be used for it or not.
         """
 
-    @abstractmethod
-    def narrow(self, start: int, stop: int) -> Factor:
-        """The same for examples start:stop."""
-
-    @abstractmethod
-    def extend(self, others: Sequence[Factor]) -> Factor:
-        """The same for more examples: those of self, then those of others of the same kind."""
-
     @property
     @abstractmethod
+    def arrays(self) -> tuple[Tensor, ...]:
+        """What is held, with the examples along the first axis of each."""
+
+    @abstractmethod
+    def of(self, *arrays: Tensor) -> Factor:
+        """The same kind of factor of other examples, given what `arrays` are for them."""
+
+    def narrow(self, start: int, stop: int) -> Self:
+        """The same for examples start:stop, without a copy."""
+        return self.of(*(array[start:stop] for array in self.arrays))  # pyright: ignore[reportReturnType]
+
+    @property
     def nbytes(self) -> int:
         """Memory held."""
+        return sum(array.nbytes for array in self.arrays)
 
     @property
     def scalar_nbytes(self) -> int:
@@ -118,14 +125,6 @@ def as_matrix(values: Tensor) -> Tensor:
     return values.reshape(values.shape[0], -1) if values.ndim else values.reshape(1, 1)
 
 
-def concatenate(batches: Sequence[Tensor]) -> Tensor:
-    """Tensors one behind the other along their first axis, the other axes in memory as the first has them."""
-    first = batches[0]
-    order = [0, *sorted(range(1, first.ndim), key=first.stride, reverse=True)]
-    places = [order.index(axis) for axis in range(first.ndim)]
-    return torch.cat([batch.permute(order) for batch in batches]).permute(places)
-
-
 def rows_gram(blocks: Iterator[tuple[Tensor, Tensor]], *, trace: bool) -> Tensor:
     """The Gram matrix of rows that arrive in column blocks: (n, k, m, l), or with `trace` (n, m)."""
     total: Tensor | None = None
@@ -172,12 +171,9 @@ class Rows(Factor):
         else:
             yield from super().blocks(other, workspace)
 
-    def narrow(self, start: int, stop: int) -> Rows:  # noqa: D102
-        return Rows(self.values[start:stop])
-
-    def extend(self, others: Sequence[Factor]) -> Rows:  # noqa: D102
-        return Rows(concatenate([self.values, *(f.values for f in others)]))  # pyright: ignore[reportAttributeAccessIssue]
-
     @property
-    def nbytes(self) -> int:  # noqa: D102
-        return self.values.nbytes
+    def arrays(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return (self.values,)
+
+    def of(self, *arrays: Tensor) -> Rows:  # noqa: D102
+        return Rows(*arrays)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ntkit.tangent.factors.factor import Factor, concatenate, rows_gram
+from ntkit.tangent.factors.factor import Factor, rows_gram
 from ntkit.tangent.workspace import Workspace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,19 +31,12 @@ class Lookup(Factor):
     def scalars(self) -> int:  # noqa: D102
         return self.cotangents.shape[1]
 
-    def narrow(self, start: int, stop: int) -> Lookup:  # noqa: D102
-        return replace(self, ids=self.ids[start:stop], cotangents=self.cotangents[start:stop])
-
-    def extend(self, others: Sequence[Factor]) -> Lookup:  # noqa: D102
-        return replace(
-            self,
-            ids=concatenate([self.ids, *(f.ids for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
-            cotangents=concatenate([self.cotangents, *(f.cotangents for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
-        )
-
     @property
-    def nbytes(self) -> int:  # noqa: D102
-        return self.ids.nbytes + self.cotangents.nbytes
+    def arrays(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return self.ids, self.cotangents
+
+    def of(self, *arrays: Tensor) -> Lookup:  # noqa: D102
+        return replace(self, ids=arrays[0], cotangents=arrays[1])
 
     @property
     def scalar_nbytes(self) -> int:  # noqa: D102

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ntkit.tangent.contract import contract
-from ntkit.tangent.factors.factor import Factor, concatenate
+from ntkit.tangent.factors.factor import Factor
 from ntkit.tangent.work import OuterWork, Way
 from ntkit.tangent.workspace import Workspace
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,19 +43,12 @@ class Outer(Factor):
         """Number of positions t that are summed over."""
         return self.inputs.shape[2]
 
-    def narrow(self, start: int, stop: int) -> Outer:  # noqa: D102
-        return replace(self, inputs=self.inputs[start:stop], cotangents=self.cotangents[start:stop])
-
-    def extend(self, others: Sequence[Factor]) -> Outer:  # noqa: D102
-        return replace(
-            self,
-            inputs=concatenate([self.inputs, *(f.inputs for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
-            cotangents=concatenate([self.cotangents, *(f.cotangents for f in others)]),  # pyright: ignore[reportAttributeAccessIssue]
-        )
-
     @property
-    def nbytes(self) -> int:  # noqa: D102
-        return self.inputs.nbytes + self.cotangents.nbytes
+    def arrays(self) -> tuple[Tensor, ...]:  # noqa: D102
+        return self.inputs, self.cotangents
+
+    def of(self, *arrays: Tensor) -> Outer:  # noqa: D102
+        return replace(self, inputs=arrays[0], cotangents=arrays[1])
 
     @property
     def scalar_nbytes(self) -> int:  # noqa: D102
