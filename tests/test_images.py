@@ -88,8 +88,10 @@ def test_rows_as_one_gradient_in_groups(
     assert calls == [2, 2, 1]  # groups
     expected = Convolution(x.double(), g.double(), tuple(weight.shape), geometry).rows()
     assert oracles.relative_error(rows.double(), expected) <= 1e-5
-    blocks = torch.cat([left for left, _ in factor.blocks(factor, Workspace(rows.nbytes))], 3)
-    assert oracles.relative_error(blocks.double(), expected) <= 1e-5
+    # the next block is in the same memory
+    blocks = [left.clone() for left, _ in factor.blocks(factor, Workspace(rows.nbytes // 3))]
+    assert len(blocks) >= 3
+    assert oracles.relative_error(torch.cat(blocks, 3).double(), expected) <= 1e-5
 
 
 @pytest.mark.parametrize(
