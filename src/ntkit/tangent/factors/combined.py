@@ -26,14 +26,6 @@ class Total(Factor):
         return self.terms[0].shape
 
     @property
-    def examples(self) -> int:  # noqa: D102
-        return self.terms[0].examples
-
-    @property
-    def scalars(self) -> int:  # noqa: D102
-        return self.terms[0].scalars
-
-    @property
     def arrays(self) -> tuple[Tensor, ...]:  # noqa: D102
         return tuple(array for term in self.terms for array in term.arrays)
 
@@ -66,14 +58,6 @@ class PulledBack(Factor):
     @property
     def shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]  # noqa: D102
         return tuple(self.leaf.shape)
-
-    @property
-    def examples(self) -> int:  # noqa: D102
-        return self.inner.examples
-
-    @property
-    def scalars(self) -> int:  # noqa: D102
-        return self.inner.scalars
 
     @property
     def arrays(self) -> tuple[Tensor, ...]:  # noqa: D102

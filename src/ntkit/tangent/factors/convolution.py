@@ -74,14 +74,6 @@ class Convolution(Factor):
     geometry: Geometry
 
     @property
-    def examples(self) -> int:  # noqa: D102
-        return self.inputs.shape[0]
-
-    @property
-    def scalars(self) -> int:  # noqa: D102
-        return self.cotangents.shape[1]
-
-    @property
     def arrays(self) -> tuple[Tensor, ...]:  # noqa: D102
         return self.inputs, self.cotangents
 

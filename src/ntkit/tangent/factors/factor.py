@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 class Factor(ABC):
     """Rows of per-example gradients with respect to one array of shape `shape`.
 
-    Required: `shape`, `examples`, `scalars`, `like`, `rows`, `arrays`, `of`. `gram` and `squared_norms`
+    Required: `shape`, `like`, `rows`, `arrays`, `of`. `gram` and `squared_norms`
     have derived forms that go through blocks of rows; factors with structure do better.
     """
 
     shape: tuple[int, ...]
 
     @property
-    @abstractmethod
     def examples(self) -> int:
         """Number of examples n."""
+        return self.arrays[0].shape[0]
 
     @property
-    @abstractmethod
     def scalars(self) -> int:
         """Number of read-out scalars k per example."""
+        return self.arrays[-1].shape[1]
 
     @property
     @abstractmethod
@@ -56,7 +56,7 @@ class Factor(ABC):
     @property
     @abstractmethod
     def arrays(self) -> tuple[Tensor, ...]:
-        """What is held, with the examples along the first axis of each."""
+        """What is held, with the examples along the first axis of each, and the scalars along the last one's second."""
 
     @abstractmethod
     def of(self, *arrays: Tensor) -> Factor:
@@ -149,14 +149,6 @@ class Rows(Factor):
     @property
     def shape(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]  # noqa: D102
         return tuple(self.values.shape[2:])
-
-    @property
-    def examples(self) -> int:  # noqa: D102
-        return self.values.shape[0]
-
-    @property
-    def scalars(self) -> int:  # noqa: D102
-        return self.values.shape[1]
 
     @property
     def like(self) -> Tensor:  # noqa: D102

@@ -24,14 +24,6 @@ class Lookup(Factor):
     shape: tuple[int, ...]  # (vocabulary, o)
 
     @property
-    def examples(self) -> int:  # noqa: D102
-        return self.ids.shape[0]
-
-    @property
-    def scalars(self) -> int:  # noqa: D102
-        return self.cotangents.shape[1]
-
-    @property
     def arrays(self) -> tuple[Tensor, ...]:  # noqa: D102
         return self.ids, self.cotangents
 

@@ -31,14 +31,6 @@ class Outer(Factor):
     inputs_first: bool = False  # the parameter is stored (i, o)
 
     @property
-    def examples(self) -> int:  # noqa: D102
-        return self.inputs.shape[0]
-
-    @property
-    def scalars(self) -> int:  # noqa: D102
-        return self.cotangents.shape[1]
-
-    @property
     def positions(self) -> int:
         """Number of positions t that are summed over."""
         return self.inputs.shape[2]
