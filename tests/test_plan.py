@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -220,3 +222,36 @@ def test_bytes_in_words(number: float, text: str) -> None:
 )
 def test_flops_in_words(number: float, text: str) -> None:
     assert human_flops(number) == text
+
+
+@given(st.integers(1, 3000), st.integers(1, 500))
+@settings(deadline=None)
+def test_chunks_are_of_even_size(n: int, kilobytes: int) -> None:
+    """A small chunk at the end would waste the processor."""
+    found = Sizes(1, 4, 1000, 1000 * kilobytes, 0, sizes(OuterWork(1, 1, 1, 10, 10)).parts, 1, 1)
+    plan = plan_of(found, n, n, memory=2**32)
+    lengths = [b - a for a, b in plan.chunks(0, n)]
+    assert sum(lengths) == n
+    assert max(lengths) - min(lengths) < len(lengths) or len(lengths) == 1
+
+
+def test_large_weights_are_captured_with_many_examples() -> None:
+    part = sizes(OuterWork(1, 1, 1, 10, 10)).parts
+    small, large = (Sizes(1, 4, parameters, 10**7, 0, part, 1, 1) for parameters in (10**6, 10**8))
+    assert 3 * plan_of(small, 500, 500, memory=2**32).chunk < plan_of(large, 500, 500, memory=2**32).chunk
+    assert plan_of(large, 500, 500, memory=10**8).chunk * 10**7 < 10**8  # within the budget
+
+
+def test_many_examples_are_not_all_held_where_capturing_them_again_is_cheap() -> None:
+    """The MLP of the benchmarks: 0.7 GB of inputs and cotangents for 20,000 examples, beside a matrix of 1.6 GB."""
+    parts = tuple(
+        PartSize(str(i), a * b, 4 * (a + b), OuterWork(1, 1, 1, a, b))
+        for i, (a, b) in enumerate([(784, 2048), (2048, 2048), (2048, 10)])
+    )
+    found = Sizes(1, 4, 23_000_000, 40_000, 16_000, parts, 11_600_000, 11_600_000)
+    plan, few = (make_plan(found, n, n, symmetric=True, trace=False, memory=3 * 2**30) for n in (20_000, 2_000))
+    held = sum(route.held for route in plan.routes)
+    assert 20_000 * held > 2**29
+    assert plan.block * held < 2**28
+    assert plan.captures * found.capture_flops < 0.6 * plan.flops
+    assert few.block == few.captures == 2_000

@@ -105,9 +105,7 @@ def part_sizes(factors: Sequence[tuple[Source, Factor]], scalars: int) -> list[P
     for source, factor in factors:
         fixed = factor.nbytes - factor.scalar_nbytes
         held = (fixed + scalars * factor.scalar_nbytes) // factor.examples
-        work = getattr(factor, "work", None)
-        if work is not None:
-            work = replace(work, examples=1, scalars=scalars)
+        work = None if factor.work is None else replace(factor.work, examples=1, scalars=scalars)
         found.append(PartSize(next(iter(source.leaves)), prod(factor.shape), held, work))
     return found
 

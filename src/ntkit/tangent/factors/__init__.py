@@ -1,6 +1,6 @@
 """Per-example gradients of one use of one parameter, kept in factored form and contracted without being formed.
 
-Index letters in this file: n, m examples; k, l read-out scalars; t, s positions (tokens, pixels, calls); i input
+Index letters in these files: n, m examples; k, l read-out scalars; t, s positions (tokens, pixels, calls); i input
 features; o output features. A factor stands for the rows R[n, k] = d f_k(x_n) / d W, one array of W's shape each.
 """
 

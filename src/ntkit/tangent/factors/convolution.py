@@ -85,8 +85,7 @@ class Convolution(Factor):
         return self.cotangents.nbytes
 
     @cached_property
-    def work(self) -> OuterWork:
-        """The sizes that decide between pairs and rows."""
+    def work(self) -> OuterWork:  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
         groups, rest = self.geometry.groups, prod(self.shape[1:])
         places = self.inputs.shape[2:] if self.geometry.transposed else self.cotangents.shape[3:]
         return OuterWork(self.examples, self.scalars, prod(places), rest, self.shape[0] // groups, groups)
@@ -184,8 +183,5 @@ class Convolution(Factor):
     @property
     def _patches_nbytes(self) -> int:
         """Memory of one example's patches."""
-        images = self.scalars if self.geometry.transposed else 1
-        return images * self.work.positions * self.geometry.groups * prod(self.shape[1:]) * self.like.element_size()
-
-    def prefers_rows_among(self, examples: int, partners: int, *, trace: bool, same: bool) -> bool:  # noqa: D102
-        return self.work.of(examples).way(self.work.of(partners), trace=trace, same=same) is Way.ROWS
+        unfolded = self.scalars if self.geometry.transposed else 1
+        return unfolded * self.work.positions * self.geometry.groups * prod(self.shape[1:]) * self.like.element_size()

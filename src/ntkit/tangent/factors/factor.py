@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ntkit.tangent.contract import inner_or_gram
+from ntkit.tangent.work import OuterWork, Way
 from ntkit.tangent.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -22,11 +23,16 @@ if TYPE_CHECKING:
 class Factor(ABC):
     """Rows of per-example gradients with respect to one array of shape `shape`.
 
-    Required: `shape`, `like`, `rows`, `arrays`, `of`. `gram` and `squared_norms`
-    have derived forms that go through blocks of rows; factors with structure do better.
+    Required: `shape`, `like`, `rows`, `arrays`, `of`. `gram` and `squared_norms` have derived forms that go through
+    blocks of rows; factors with structure do better.
     """
 
     shape: tuple[int, ...]
+
+    @property
+    def work(self) -> OuterWork | None:
+        """The sizes that decide between rows and other ways, of a sum of outer products; None for anything else."""
+        return None
 
     @property
     def examples(self) -> int:
@@ -78,7 +84,9 @@ class Factor(ABC):
 
     def prefers_rows_among(self, examples: int, partners: int, *, trace: bool, same: bool) -> bool:
         """Whether products of so many examples with so many others, or the same, go through rows worth keeping."""
-        return False
+        if self.work is None:
+            return False
+        return self.work.of(examples).way(self.work.of(partners), trace=trace, same=same) is Way.ROWS
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """sum_nk weights[n, k] R[n, k]: one gradient of the parameter's shape."""

@@ -87,12 +87,8 @@ class Outer(Factor):
             return super().gram(other, trace=trace, workspace=workspace)
         return contract(self, other, way, trace=trace, workspace=workspace)
 
-    def prefers_rows_among(self, examples: int, partners: int, *, trace: bool, same: bool) -> bool:  # noqa: D102
-        return self.work.of(examples).way(self.work.of(partners), trace=trace, same=same) is Way.ROWS
-
     @cached_property
-    def work(self) -> OuterWork:
-        """The sizes that decide between the two routes."""
+    def work(self) -> OuterWork:  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
         _, groups, t, i = self.inputs.shape
         return OuterWork(self.examples, self.scalars, t, i, self.cotangents.shape[4], groups)
 
