@@ -15,11 +15,15 @@ from ntkit.errors import (
     NotPositiveDefiniteError,
     NtkitError,
     SlowRouteWarning,
+    StoreError,
+    StoreWarning,
+    WorkerError,
 )
 
 if TYPE_CHECKING:
     from ntkit.kernel.base import DenseKernel, Kernel
     from ntkit.kernel.empirical import TangentKernel, empirical_ntk
+    from ntkit.kernel.saved import SavedKernel, open_kernel
     from ntkit.solve.estimators import NTKClassifier, NTKRegressor
     from ntkit.tangent.linearize import Tangent, linearize
     from ntkit.tangent.readout import Logits, Loss, RandomLogits, SingleLogit, SumOfLogits
@@ -39,14 +43,19 @@ __all__ = [
     "NotPositiveDefiniteError",
     "NtkitError",
     "RandomLogits",
+    "SavedKernel",
     "SingleLogit",
     "SlowRouteWarning",
+    "StoreError",
+    "StoreWarning",
     "SumOfLogits",
     "Tangent",
     "TangentKernel",
+    "WorkerError",
     "__version__",
     "empirical_ntk",
     "linearize",
+    "open_kernel",
 ]
 
 _HOME = {
@@ -57,12 +66,14 @@ _HOME = {
     "NTKClassifier": "ntkit.solve.estimators",
     "NTKRegressor": "ntkit.solve.estimators",
     "RandomLogits": "ntkit.tangent.readout",
+    "SavedKernel": "ntkit.kernel.saved",
     "SingleLogit": "ntkit.tangent.readout",
     "SumOfLogits": "ntkit.tangent.readout",
     "Tangent": "ntkit.tangent.linearize",
     "TangentKernel": "ntkit.kernel.empirical",
     "empirical_ntk": "ntkit.kernel.empirical",
     "linearize": "ntkit.tangent.linearize",
+    "open_kernel": "ntkit.kernel.saved",
 }
 
 

@@ -45,9 +45,25 @@ class NotPositiveDefiniteError(NtkitError, LinAlgError):
         return type(self), (str(self), self.smallest_eigenvalue, self.suggested_ridge)
 
 
+class StoreError(NtkitError):
+    """Raised when a matrix on disk cannot be read or written as it stands.
+
+    It is damaged, unfinished, of another model or other data, in use by another run, or the disk is full. What is on
+    disk is left as it is.
+    """
+
+
+class WorkerError(NtkitError):
+    """Raised when worker processes die again and again; what they had finished is kept."""
+
+
 class SlowRouteWarning(UserWarning):
     """Issued once when some parameter has no rule and goes through the generic route: exact, but slower."""
 
 
 class FidelityWarning(UserWarning):
     """Issued when a reduced kernel is measurably a poor stand-in for the exact one, saying by how much."""
+
+
+class StoreWarning(UserWarning):
+    """Issued when a part of a matrix on disk is damaged and will be computed again, naming the file."""

@@ -6,22 +6,30 @@ derived from them here, and may be overridden where a kernel knows a faster way.
 
 from __future__ import annotations
 
+import math
+import os
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ntkit.errors import InputError
+from ntkit.tangent.identity import digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from scipy.sparse.linalg import LinearOperator
+
+    from ntkit.kernel.saved import SavedKernel
+    from ntkit.kernel.tasks import Workers
 
 # Rows read at once by the derived methods. Large enough for a matrix product to be efficient, small enough that a
 # strip of a tall matrix stays far from the size of the whole.
 STRIP = 1024
+# Most rows and columns of a tile on disk: 128 MB in float64.
+EDGE = 4096
 
 
 class Kernel(ABC):
@@ -29,7 +37,12 @@ class Kernel(ABC):
 
     Required: `shape`, `dtype`, `device` and `tile(rows, cols)`. Derived from those: `dense`, `diagonal`, `@`,
     `to_scipy`, sums, scaling and centring.
+
+    Attributes:
+        scalars: rows per example, K.
     """
+
+    scalars: int = 1
 
     @property
     @abstractmethod
@@ -112,6 +125,65 @@ class Kernel(ABC):
         """H K H with H = I - 11^T/n: the kernel of features whose mean over the examples has been removed."""
         return Centred(self)
 
+    def stripe(self, rows: slice, columns: Sequence[slice], *, memory: int | None = None) -> Iterator[Tensor]:
+        """Tiles of the same rows one after another, for kernels that can share work between them.
+
+        Args:
+            rows: of all the tiles.
+            columns: of each tile.
+            memory: bytes of working space; a kernel that needs none ignores it.
+        """
+        return (self.tile(rows, columns) for columns in columns)
+
+    def tile_rows(self, memory: int) -> int:
+        """Rows and columns of a tile on disk such that computing and writing one stays within `memory` bytes."""
+        return max(1, min(EDGE, math.isqrt(memory // 64)))  # four copies at once in float64 take half of it
+
+    def identity(self) -> dict[str, str]:
+        """What the entries depend on, in named parts: a matrix on disk is continued only if all are as they were.
+
+        Raises:
+            InputError: if the kernel does not say.
+        """
+        raise InputError(
+            f"a {type(self).__name__} does not say what its entries depend on, so that a matrix on disk could be told "
+            "from another: define identity() -> dict[str, str], with digests of its parameters and data"
+        )
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        memory: int | None = None,
+        workers: int | Workers | Any | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> SavedKernel:
+        """Compute the matrix tile by tile into a Zarr array on disk, or go on where a killed run has stopped.
+
+        Of a symmetric kernel one half is computed and stored. A tile is written whole, with a checksum; tiles that are
+        there are kept, damaged ones are announced and computed again.
+
+        Args:
+            path: the folder, for example "k.zarr".
+            dtype: of the entries on disk (float16, float32, float64); the kernel's own by default.
+            memory: bytes of working space, of all workers together; an eighth of the machine's memory by default.
+            workers: None computes here; a number starts that many processes; a `concurrent.futures.Executor` or a
+                `distributed.Client` is used as it is, and has to see the same disk.
+            progress: called with (tiles done, tiles in all).
+
+        Returns:
+            The finished matrix, read from disk.
+
+        Raises:
+            InputError: if the arguments cannot be used, or `path` is something else.
+            StoreError: if `path` holds a matrix of another model or other data, the disk is full, or another run is
+                writing there.
+        """
+        from ntkit.kernel.saved import save_kernel
+
+        return save_kernel(self, path, dtype=dtype, memory=memory, workers=workers, progress=progress)
+
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=self.dtype, device=self.device)
 
@@ -165,12 +237,17 @@ class DenseKernel(Kernel):
     def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
         return self._matrix[rows, cols]
 
+    def identity(self) -> dict[str, str]:
+        """The entries themselves. Cost: reads them once."""
+        return {"kernel": "dense", "entries": digest([self._matrix])}
+
 
 class _Wrapped(Kernel):
     """A kernel made from one other kernel of the same type and place."""
 
     def __init__(self, inner: Kernel) -> None:
         self._inner = inner
+        self.scalars = inner.scalars
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -187,6 +264,14 @@ class _Wrapped(Kernel):
     @property
     def symmetric(self) -> bool:
         return self._inner.symmetric
+
+    def identity(self) -> dict[str, str]:
+        """What the inner kernel depends on, and what is done to it."""
+        return {**self._inner.identity(), "then": f"{self._inner.identity().get('then', '')} {self._described()}"}
+
+    def _described(self) -> str:
+        """What this makes of the inner kernel, in a word."""
+        return type(self).__name__.lower()
 
 
 class Transposed(_Wrapped):
@@ -209,6 +294,15 @@ class Scaled(_Wrapped):
         super().__init__(inner)
         self._factor = factor
 
+    def _described(self) -> str:
+        return f"times {self._factor!r}"
+
+    def stripe(self, rows: slice, columns: Sequence[slice], *, memory: int | None = None) -> Iterator[Tensor]:  # noqa: D102
+        return (self._factor * tile for tile in self._inner.stripe(rows, columns, memory=memory))
+
+    def tile_rows(self, memory: int) -> int:  # noqa: D102
+        return self._inner.tile_rows(memory)
+
     def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
         return self._factor * self._inner.tile(rows, cols)
 
@@ -225,6 +319,21 @@ class Sum(_Wrapped):
             raise InputError(f"cannot add kernels of different shapes: {left.shape} and {right.shape}")
         super().__init__(left)
         self._right = right
+
+    def identity(self) -> dict[str, str]:
+        """What both depend on."""
+        left, right = self._inner.identity(), self._right.identity()
+        return {f"left {k}": v for k, v in left.items()} | {f"right {k}": v for k, v in right.items()}
+
+    def stripe(self, rows: slice, columns: Sequence[slice], *, memory: int | None = None) -> Iterator[Tensor]:  # noqa: D102
+        half = None if memory is None else memory // 2  # both hold their rows
+        pairs = zip(
+            self._inner.stripe(rows, columns, memory=half), self._right.stripe(rows, columns, memory=half), strict=True
+        )
+        return (left + right for left, right in pairs)
+
+    def tile_rows(self, memory: int) -> int:  # noqa: D102
+        return min(self._inner.tile_rows(memory // 2), self._right.tile_rows(memory // 2))
 
     @property
     def dtype(self) -> torch.dtype:  # noqa: D102
@@ -253,4 +362,5 @@ class Centred(_Wrapped):
         self._means = (inner @ ones) / inner.shape[1]
 
     def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
-        return self._inner.tile(rows, cols) - self._means[rows, None] - self._means[None, cols] + self._means.mean()
+        # the two means are added first: that order rounds alike on both sides of the diagonal
+        return self._inner.tile(rows, cols) - (self._means[rows, None] + self._means[None, cols]) + self._means.mean()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ntkit.errors import InputError, ModelError
+from ntkit.errors import ModelError
 from ntkit.kernel.base import Kernel, bounds
-from ntkit.kernel.plan import Plan, Sizes, make_plan, sizes, span, tile_edge
+from ntkit.kernel.memory import checked_memory
+from ntkit.kernel.plan import TILE, Plan, Sizes, make_plan, sizes, span, tile_edge
 from ntkit.tangent.derivatives import Derivatives, Gathering
+from ntkit.tangent.identity import content
 from ntkit.tangent.linearize import Tangent, linearize
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from ntkit.tangent.readout import Readout
 
 Progress = Callable[[int, int], None]
+# Where a block of the matrix belongs, by examples, and the block.
+_Piece = tuple[tuple[int, int], tuple[int, int], Tensor]
 
 
 def empirical_ntk(
@@ -86,11 +89,9 @@ class TangentKernel(Kernel):
             InputError: if the examples are wrong or the budget is not positive.
             ModelError: if the model has no tangent kernel on them.
         """
-        if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0):
-            raise InputError(f"a memory budget is a positive number of bytes: got {memory!r}")
         self.tangent = tangent
         self.trace = trace
-        self.memory = memory if memory is not None else default_memory()
+        self.memory = checked_memory(memory)
         self.progress = progress
         self._rows = tangent.examples(x1)
         self._cols = self._rows if x2 is None else tangent.examples(x2)
@@ -151,42 +152,92 @@ class TangentKernel(Kernel):
         out = self._empty((n1 - n0) * k, (m1 - m0) * k)
         with torch.no_grad():
             for (a, b), (c, d), block in self._tiles(plan, n0, n1, m0, m1, same):
-                part = out[(a - n0) * k : (b - n0) * k, (c - m0) * k : (d - m0) * k]
-                if same and (a, b) == (c, d):
-                    part.copy_((block + block.T) / 2)  # rounding differs above and below the diagonal
-                else:
-                    part.copy_(block)
-                    if same:
-                        out[(c - m0) * k : (d - m0) * k, (a - n0) * k : (b - n0) * k] = block.T
+                _place(out, block, ((a - n0) * k, (b - n0) * k), ((c - m0) * k, (d - m0) * k), mirrored=same)
         _check_finite(out)
         return out[r0 - n0 * k : r1 - n0 * k, c0 - m0 * k : c1 - m0 * k]
 
-    def _tiles(
-        self, plan: Plan, n0: int, n1: int, m0: int, m1: int, same: bool
-    ) -> Iterator[tuple[tuple[int, int], tuple[int, int], Tensor]]:
+    def _tiles(self, plan: Plan, n0: int, n1: int, m0: int, m1: int, same: bool) -> Iterator[_Piece]:
         """Tiles of examples in range, each once; of a symmetric range those on and above the diagonal."""
         edge = tile_edge(self.scalars)
         total, done = (n1 - n0) * (m1 - m0), 0
         for start, stop in plan.blocks():
             a, b = start + n0, stop + n0
             held = self._held(self._rows, a, b, plan, partners=m1 - m0, same=same and not plan.reused)
-            passing = [(b, m1)] if same else [(m0, m1)]
             if same:
-                for i, j in span(a, b, edge):
-                    left = held.narrow(i - a, j - a)
-                    for c, d in span(i, b, edge):
-                        right = left if c == i else held.narrow(c - a, d - a)
-                        yield (i, j), (c, d), self._gram(left, right, (i, j), (c, d))
+                yield from self._among(held, a, b, edge)
                 done += (b - a) ** 2
                 self._report(done, total)
-            for first, last in passing:
-                for c, d in plan.chunks(first, last):
-                    right = self._held(self._cols, c, d, plan, partners=b - a, reused=b - a > edge)
-                    for i, j in span(a, b, edge):
-                        yield (i, j), (c, d), self._gram(held.narrow(i - a, j - a), right, (i, j), (c, d))
-                    done += (b - a) * (d - c) * (2 if same else 1)
-                    self._report(done, total)
-            held = left = right = None  # the next block is captured when this one's memory is free
+            for c, d in plan.chunks(*((b, m1) if same else (m0, m1))):
+                yield from self._against(held, a, b, c, d, plan, edge)
+                done += (b - a) * (d - c) * (2 if same else 1)
+                self._report(done, total)
+            held = None  # the next block is captured when this one's memory is free
+
+    def _among(self, held: Derivatives, a: int, b: int, edge: int) -> Iterator[_Piece]:
+        """Tiles on and above the diagonal of held examples a:b."""
+        for i, j in span(a, b, edge):
+            left = held.narrow(i - a, j - a)
+            for c, d in span(i, b, edge):
+                right = left if c == i else held.narrow(c - a, d - a)
+                yield (i, j), (c, d), self._gram(left, right, (i, j), (c, d))
+
+    def _against(self, held: Derivatives, a: int, b: int, c: int, d: int, plan: Plan, edge: int) -> Iterator[_Piece]:
+        """Tiles of held examples a:b with a chunk c:d of the columns that is captured for them."""
+        right = self._held(self._cols, c, d, plan, partners=b - a, reused=b - a > edge)
+        for i, j in span(a, b, edge):
+            yield (i, j), (c, d), self._gram(held.narrow(i - a, j - a), right, (i, j), (c, d))
+
+    def stripe(self, rows: slice, columns: Sequence[slice], *, memory: int | None = None) -> Iterator[Tensor]:
+        """Tiles of the same rows, whose examples are captured once for all of them and held.
+
+        A tile's entries are the same to the last bit whichever others are asked for with it. All slices are cut at
+        multiples of K.
+        """
+        k = self.scalars
+        a, b = (edge // k for edge in bounds(rows, self.shape[0]))
+        ranges = [tuple(edge // k for edge in bounds(column, self.shape[1])) for column in columns]
+        # whatever is asked for, the plan is that of a full pass of all columns: it decides how sums are rounded
+        found, budget = self._sizes(), memory or self.memory
+        plan = make_plan(found, b - a, max(len(self._cols), 2 * TILE), symmetric=False, trace=self.trace, memory=budget)
+        edge = tile_edge(k)
+        with torch.no_grad():
+            held = self._held(self._rows, a, b, plan, partners=len(self._cols), reused=True)
+            for c, d in ranges:
+                out = self._empty((b - a) * k, (d - c) * k)
+                own = self._symmetric and (c, d) == (a, b)
+                chunks = plan.chunks(c, d)
+                pieces = (
+                    self._among(held, a, b, edge)
+                    if own
+                    else (piece for e, f in chunks for piece in self._against(held, a, b, e, f, plan, edge))
+                )
+                for (i, j), (e, f), block in pieces:
+                    _place(out, block, ((i - a) * k, (j - a) * k), ((e - c) * k, (f - c) * k), mirrored=own)
+                _check_finite(out)
+                yield out
+
+    def tile_rows(self, memory: int) -> int:
+        """Rows of a tile on disk: as many as can be held within half of a memory budget, in whole examples."""
+        found, k = self._sizes(), self.scalars
+        plan = make_plan(found, 2 * TILE, 2 * TILE, symmetric=False, trace=self.trace, memory=memory)
+        held = max(1, sum(route.held for route in plan.routes))
+        return max(1, min(memory // (2 * held) * k, super().tile_rows(memory)) // k) * k
+
+    def identity(self) -> dict[str, str]:
+        """The network, the read-out and the examples. Cost: reads the parameters and all examples once."""
+        columns = "the rows" if self._symmetric else content(self._cols)
+        kind = "trace" if self.trace else "tangent"
+        return {"kernel": kind, **self.tangent.identity(), "rows": content(self._rows), "columns": columns}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process gets the network and the examples, not what reports progress here."""
+        cols = None if self._symmetric else self._cols.data
+        return _rebuild, (type(self), self.tangent, self._rows.data, cols, self.trace, self.memory)
+
+    def to(self, device: torch.device | str) -> TangentKernel:
+        """The same kernel of a copy of the network on another device; tiles appear there."""
+        kind, _, *rest = self.__reduce__()[1]
+        return _rebuild(kind, self.tangent.to(device), *rest)
 
     def _report(self, done: int, total: int) -> None:
         if self.progress is not None:
@@ -309,6 +360,23 @@ class TangentKernel(Kernel):
             return left.gram(right, trace=self.trace and tangent is self.tangent)
 
 
+def _rebuild(
+    kind: type[TangentKernel], tangent: Tangent, rows: Any, cols: Any, trace: bool, memory: int
+) -> TangentKernel:
+    return kind(tangent, rows, cols, trace=trace, memory=memory)
+
+
+def _place(out: Tensor, block: Tensor, rows: tuple[int, int], cols: tuple[int, int], *, mirrored: bool) -> None:
+    """A block into its place, and where the matrix is symmetric into its mirror image's."""
+    part = out[slice(*rows), slice(*cols)]
+    if mirrored and rows == cols:
+        part.copy_((block + block.T) / 2)  # rounding differs above and below the diagonal
+    else:
+        part.copy_(block)
+        if mirrored:
+            out[slice(*cols), slice(*rows)] = block.T
+
+
 def by_module(name: str) -> str:
     """The module that owns a parameter: everything before the last dot of its name."""
     return name.rpartition(".")[0]
@@ -320,12 +388,3 @@ def _check_finite(values: Tensor) -> None:
             "the tangent kernel has NaN or infinite entries: a gradient overflows or is not defined at these "
             "parameters. Check the weights, use float64, or look for sqrt(0) and log(0) in the model"
         )
-
-
-def default_memory() -> int:
-    """An eighth of the machine's memory, at least 256 MB."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        total = 8 * 2**30
-    return max(256 * 2**20, total // 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from ntkit.tangent.capture import Capture, Deviation, Source, plain_module, run_
 from ntkit.tangent.derivatives import Derivatives, Part, Term, assemble, leaf_rows, partition
 from ntkit.tangent.examples import Batch, Examples
 from ntkit.tangent.generic import generic_rows
+from ntkit.tangent.identity import architecture, describe
 from ntkit.tangent.readout import Logits, Readout
 from ntkit.tangent.trial import Anatomy, check_scalars, disagreements, examine, run_model, true_products
 from ntkit.tangent.untouched import check_evaluation, untouched
@@ -49,6 +51,10 @@ def linearize(model: nn.Module, *, readout: Readout | None = None, parameters: C
     model = plain_module(model)
     check_evaluation(model)
     return Tangent(model, readout, selecting.select(model, parameters))
+
+
+def _rebuild(model: nn.Module, readout: Readout, names: tuple[str, ...]) -> Tangent:
+    return linearize(model, readout=readout, parameters=lambda name, _: name in names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +97,27 @@ class Tangent:
 
     def fingerprint(self) -> str:
         """SHA-256 of the content of parameters and buffers, their selection and the read-out. Cost: reads P numbers."""
-        return selecting.fingerprint(self.model, self.selection) + f"-{self.readout!r}"
+        return "-".join([selecting.fingerprint(self.model, self.selection), describe(self.readout)])
+
+    def identity(self) -> dict[str, str]:
+        """What the derivatives depend on beside the examples, in named parts that another process finds equal.
+
+        Cost: reads P numbers.
+        """
+        return {
+            "architecture": architecture(self.model),
+            "parameters": selecting.fingerprint(self.model, self.selection),
+            "readout": describe(self.readout),
+            "precision": str(self.dtype).removeprefix("torch."),
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process makes its own trial runs."""
+        return _rebuild, (self.model, self.readout, self.selection.names)
+
+    def to(self, device: torch.device | str) -> Tangent:
+        """The same of a copy of the network on another device."""
+        return _rebuild(copy.deepcopy(self.model).to(device), self.readout, self.selection.names)
 
     def examples(self, x: Any) -> Examples:
         """The data as examples that this tangent can read.

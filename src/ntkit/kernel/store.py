@@ -1,0 +1,424 @@
+"""A matrix on disk in tiles that are written whole, each with a checksum: what a killed run resumes from.
+
+A store is one Zarr v3 array that any Zarr library reads. Each tile is one shard, and a shard is written by one owner in
+one go (several writers to a shard lose data silently). Beside the shards lie completion records, one small file for
+each finished tile, written after its shard is safely on disk. A tile without a valid record does not exist.
+
+    K.zarr/zarr.json            the array: shape, type, tiles, and what the matrix is of
+    K.zarr/c/3/5                the shard of tile (3, 5); of a symmetric matrix only tiles (i, j) with i <= j
+    K.zarr/records/3-5.json     its size and SHA-256
+    K.zarr/lock                 held by the run that writes
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ntkit.errors import InputError, StoreError
+
+if TYPE_CHECKING:
+    import zarr
+
+Tile = tuple[int, int]
+
+FORMAT = 1
+# Rows of an inner chunk of a shard: what another program reads at least when it reads anything.
+CHUNK = 256
+DTYPES = ("float16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a matrix is cut.
+
+    Attributes:
+        shape: rows and columns of the matrix.
+        edge: rows and columns of a tile; those at the end are smaller.
+        dtype: of the entries on disk: float16, float32 or float64.
+        symmetric: whether only tiles on and above the diagonal are stored.
+    """
+
+    shape: tuple[int, int]
+    edge: tuple[int, int]
+    dtype: str
+    symmetric: bool
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Number of tiles along each axis."""
+        return -(-self.shape[0] // self.edge[0]), -(-self.shape[1] // self.edge[1])
+
+    def tiles(self) -> list[Tile]:
+        """Every tile that is stored, row by row."""
+        rows, cols = self.grid
+        return [(i, j) for i in range(rows) for j in range(i if self.symmetric else 0, cols)]
+
+    def slices(self, tile: Tile) -> tuple[slice, slice]:
+        """The rows and columns of the matrix that a tile covers."""
+        (i, j), (r, c) = tile, self.edge
+        return slice(i * r, min((i + 1) * r, self.shape[0])), slice(j * c, min((j + 1) * c, self.shape[1]))
+
+    @property
+    def chunk(self) -> tuple[int, int]:
+        """The inner chunks of a shard: strips of its full width, so that their rows follow each other in the file."""
+        rows = math.gcd(self.edge[0], CHUNK)
+        return rows if rows >= CHUNK // 8 else self.edge[0], self.edge[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tiles on disk, but for a few hundred of each for its index and record."""
+        total = 0
+        for rows, cols in map(self.slices, self.tiles()):
+            height = -(-(rows.stop - rows.start) // self.chunk[0]) * self.chunk[0]
+            total += height * self.edge[1] * np.dtype(self.dtype).itemsize if cols.stop > cols.start else 0
+        return total
+
+
+@dataclass(frozen=True)
+class Record:
+    """That a tile is finished.
+
+    Attributes:
+        tile: which one.
+        identity: SHA-256 of what the matrix is of.
+        bytes: size of the shard.
+        sha256: of the shard.
+    """
+
+    tile: Tile
+    identity: str
+    bytes: int
+    sha256: str
+
+
+class Store:
+    """A matrix on disk; made by `Store.create` or `Store.open`, which read no tile."""
+
+    def __init__(self, path: Path, layout: Layout, identity: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+        """Describe a store that is there.
+
+        Args:
+            path: its folder.
+            layout: how it is cut.
+            identity: what the matrix is of, in named parts, each a digest or a few words.
+            facts: whatever a reader wants to know besides.
+        """
+        self.path = path
+        self.layout = layout
+        self.identity = dict(identity)
+        self.facts = dict(facts)
+        self._verified: set[Tile] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process opens the array for itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_array"} | {"_verified": set()}
+
+    # ------------------------------------------------------------ making and finding
+
+    @classmethod
+    def create(
+        cls, path: Path, layout: Layout, identity: Mapping[str, str], facts: Mapping[str, Any] | None = None
+    ) -> Store:
+        """A new store without tiles.
+
+        Raises:
+            InputError: if something is there already, or the parent folder is not.
+            StoreError: if the disk has no room for it all.
+        """
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"the folder {path.absolute().parent} does not exist: make it, or choose another place")
+        if path.exists() and not (path.is_dir() and set(os.listdir(path)) <= {"lock"}):
+            raise InputError(f"{path} exists: choose another place, or remove it")
+        free = shutil.disk_usage(path.absolute().parent).free
+        if layout.nbytes > free:
+            raise StoreError(
+                f"{path} needs {layout.nbytes:,} bytes of disk and {free:,} are free: make room, choose another disk, "
+                "or store a smaller type (float16 or float32)"
+            )
+        found = cls(path, layout, identity, facts or {})
+        described = {"format": FORMAT, "symmetric": layout.symmetric, "identity": found.identity, "facts": found.facts}
+        with _full_disk(path):
+            _zarr().create_array(
+                path, shape=layout.shape, shards=layout.edge, chunks=layout.chunk, dtype=layout.dtype,
+                compressors=None, fill_value=float("nan"), config=_WHOLE, attributes={"ntkit": described},
+            )  # fmt: skip
+            (path / "records").mkdir(exist_ok=True)
+        return found
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """A store that is there, finished or not.
+
+        Raises:
+            InputError: if there is none.
+            StoreError: if it was written by a newer version.
+        """
+        if not path.exists():
+            raise InputError(f"there is no matrix at {path}")
+        try:
+            array = _zarr().open_array(path, mode="r")
+            described: Any = dict(array.attrs).get("ntkit")
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path} is not a matrix written by ntkit ({type(error).__name__}: {error})") from error
+        if not isinstance(described, dict):
+            raise InputError(f"{path} is a Zarr array, but not one written by ntkit")
+        if described["format"] != FORMAT:
+            raise StoreError(
+                f"{path} has format {described['format']}, and this version of ntkit reads format {FORMAT}"
+            )
+        shape, shards = array.shape, array.shards
+        assert shards is not None
+        layout = Layout(
+            (shape[0], shape[1]), (shards[0], shards[1]), np.dtype(array.dtype).name, described["symmetric"]
+        )
+        return cls(path, layout, described["identity"], described["facts"])
+
+    @staticmethod
+    def exists(path: Path) -> bool:
+        """Whether an array has been begun at a place."""
+        return (path / "zarr.json").is_file()
+
+    def require(self, layout: Layout, identity: Mapping[str, str]) -> None:
+        """Refuse to go on with a store of another matrix.
+
+        Raises:
+            StoreError: naming what differs.
+        """
+        other = [name for name in {**self.identity, **identity} if self.identity.get(name) != identity.get(name)]
+        if other:
+            differing = "; ".join(
+                f"{name}: {_short(self.identity.get(name))} on disk, {_short(identity.get(name))} now" for name in other
+            )
+            raise StoreError(
+                f"{self.path} is of something else and is left as it is ({differing}). Choose another place, remove "
+                "it, or go back to what it was made of"
+            )
+        here = self.layout
+        if (here.shape, here.dtype, here.symmetric) != (layout.shape, layout.dtype, layout.symmetric):
+            raise StoreError(
+                f"{self.path} holds {here.shape} entries of {here.dtype}, and {layout.shape} of {layout.dtype} were "
+                "asked for: choose another place, or remove it"
+            )
+
+    # ------------------------------------------------------------ writing
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The one run that may write, for as long as it lives; the system gives the lock back if it is killed.
+
+        Raises:
+            StoreError: if another run has it.
+        """
+        with _full_disk(self.path), (self.path / "lock").open("a+") as file:
+            if not _lock(file):
+                raise StoreError(f"another run is writing to {self.path}: wait for it, or stop it")
+            yield
+
+    def write(self, tile: Tile, values: np.ndarray) -> None:
+        """Put a tile on disk, then its record. Values are converted to the type of the store.
+
+        Raises:
+            StoreError: if they do not fit into that type, are not finite, or the disk is full; nothing is damaged then.
+        """
+        rows, cols = self.layout.slices(tile)
+        assert values.shape == (rows.stop - rows.start, cols.stop - cols.start)
+        with np.errstate(over="ignore"):  # said in words below
+            converted = values.astype(self.layout.dtype, copy=False)
+        if not np.isfinite(converted).all():
+            if np.isfinite(values).all():
+                raise StoreError(
+                    f"entries up to {np.abs(values).max():.3g} do not fit into {self.layout.dtype} (largest "
+                    f"{np.finfo(self.layout.dtype).max:.3g}): store float32, or scale the kernel, (1e-3 * kernel).save"
+                )
+            raise StoreError(f"tile {tile} has entries that are not finite")
+        record, shard = self._record_path(tile), self._shard(tile)
+        with _full_disk(self.path):
+            self.discard(tile)
+            self._array[rows, cols] = converted
+            with shard.open("rb") as file:
+                os.fsync(file.fileno())
+            content = Record(tile, self.digest, shard.stat().st_size, _sha256(shard))
+            _write_whole(record, json.dumps(asdict(content)))
+        self._verified.add(tile)
+
+    def discard(self, tile: Tile) -> None:
+        """Remove a tile, its record first."""
+        self._record_path(tile).unlink(missing_ok=True)
+        self._shard(tile).unlink(missing_ok=True)  # Zarr would read it to keep what is not overwritten
+
+    def sweep(self) -> None:
+        """Remove what a killed run has left half-written. Only for the run that holds the lock."""
+        for folder in (self.path / "c", self.path / "records"):
+            for left in folder.rglob("*.partial"):
+                left.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------ reading
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the identity and the layout."""
+        described = json.dumps([self.identity, asdict(self.layout)], sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()
+
+    def finished(self) -> list[Tile]:
+        """Tiles with a record and a shard of the recorded size; contents are not read."""
+        return [tile for tile in self.layout.tiles() if self._trouble(tile) is None]
+
+    def count_records(self) -> int:
+        """How many tiles have a record, valid or not: cheap, for a progress bar."""
+        folder = self.path / "records"
+        return sum(name.endswith(".json") for name in os.listdir(folder)) if folder.is_dir() else 0
+
+    def damaged(self, tile: Tile) -> str | None:
+        """What is wrong with a tile that has a record, by reading all of it; None if nothing is, or it has none."""
+        if not self._record_path(tile).exists():
+            return None
+        trouble = self._trouble(tile)
+        if trouble is None and tile not in self._verified:
+            record, shard = self._record(tile), self._shard(tile)
+            assert record is not None
+            if _sha256(shard) != record.sha256:
+                return f"{shard} does not have the checksum of its record: bytes have changed on disk"
+            self._verified.add(tile)
+        return trouble
+
+    def read(self, tile: Tile) -> np.ndarray:
+        """A tile's entries as a read-only view of its file, verified once by each process.
+
+        Raises:
+            StoreError: if the tile is missing or damaged, naming its file.
+        """
+        if not self._record_path(tile).exists():
+            raise StoreError(f"tile {tile} of {self.path} has not been computed: run the same command again")
+        trouble = self.damaged(tile)
+        if trouble is not None:
+            raise StoreError(f"{trouble}. Run the command that wrote {self.path} again: only this tile is computed")
+        rows, cols = self.layout.slices(tile)
+        strip, width = self.layout.chunk
+        height = -(-(rows.stop - rows.start) // strip) * strip
+        shape = (height, width)
+        # the strips of a shard lie one behind the other from its first byte on, as its index says
+        whole = np.memmap(self._shard(tile), dtype=f"<f{np.dtype(self.layout.dtype).itemsize}", mode="r", shape=shape)
+        self._check_index(tile, height // strip)
+        return whole[: rows.stop - rows.start, : cols.stop - cols.start]
+
+    def _check_index(self, tile: Tile, strips: int) -> None:
+        """The file's own table of where each strip begins must be what the view of it takes for granted."""
+        strip, width = self.layout.chunk
+        size = strip * width * np.dtype(self.layout.dtype).itemsize
+        entries = self.layout.edge[0] // strip
+        with self._shard(tile).open("rb") as file:
+            file.seek(-(16 * entries + 4), os.SEEK_END)
+            index = np.frombuffer(file.read(16 * entries), "<u8").reshape(entries, 2)
+        expected = np.stack([np.arange(strips) * size, np.full(strips, size)], 1)
+        if not np.array_equal(index[:strips], expected):
+            raise StoreError(f"{self._shard(tile)} keeps its rows in another order than ntkit writes them")
+
+    def _trouble(self, tile: Tile) -> str | None:
+        """What is wrong with a tile as far as can be told without reading it."""
+        record, shard = self._record(tile), self._shard(tile)
+        if record is None:
+            return f"{self._record_path(tile)} is missing or cannot be read"
+        if record.identity != self.digest or record.tile != tile:
+            return f"{self._record_path(tile)} belongs to another matrix"
+        if not shard.is_file():
+            return f"{shard} is missing"
+        if shard.stat().st_size != record.bytes:
+            return f"{shard} has {shard.stat().st_size:,} bytes where its record says {record.bytes:,}"
+        return None
+
+    def _record(self, tile: Tile) -> Record | None:
+        try:
+            found = json.loads(self._record_path(tile).read_text())
+            i, j = found["tile"]
+            return Record((i, j), found["identity"], found["bytes"], found["sha256"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _record_path(self, tile: Tile) -> Path:
+        return self.path / "records" / f"{tile[0]}-{tile[1]}.json"
+
+    def _shard(self, tile: Tile) -> Path:
+        return self.path / "c" / str(tile[0]) / str(tile[1])
+
+    @cached_property
+    def _array(self) -> zarr.Array:
+        return _zarr().open_array(self.path, mode="r+", config=_WHOLE)
+
+
+# A strip that happens to equal the fill value is written too: the length of a file must not depend on its content.
+_WHOLE: Any = {"write_empty_chunks": True}
+
+
+def _zarr() -> Any:
+    try:
+        import zarr
+    except ModuleNotFoundError as error:
+        raise InputError("matrices on disk need zarr >= 3 (Python >= 3.11): pip install 'ntkit[scale]'") from error
+    if int(zarr.__version__.partition(".")[0]) < 3:
+        raise InputError(f"matrices on disk need zarr >= 3: got {zarr.__version__}; pip install 'ntkit[scale]'")
+    return zarr
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A small file that is either whole and on disk, or not there."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _lock(file: Any) -> bool:
+    """Take a file's lock without waiting; False if another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: files that are open cannot be replaced there, which keeps two runs apart
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def _full_disk(path: Path) -> Iterator[None]:
+    """Errors of the file system in words."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise StoreError(
+            f"no room left for {path} ({error.strerror}): what is finished is kept, nothing is damaged; make room and "
+            "run the same command again"
+        ) from error
+
+
+def _short(text: str | None) -> str:
+    if text is None:
+        return "nothing"
+    return text if len(text) <= 60 else text[:12] + "..."

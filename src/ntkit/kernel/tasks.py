@@ -1,0 +1,286 @@
+"""Independent tasks on one process or many: here, on a pool of processes, on any executor, or on a Dask cluster.
+
+A task is a plain function of something large that all tasks share (a kernel: the network and the data) and of something
+small that says which part is meant. The large thing is sent once to every process that works, never once for a task
+where that can be helped. Workers may die: their tasks are given to others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from ntkit.errors import InputError, WorkerError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+T = TypeVar("T")
+# A function of what is shared and of one task, that stops for breath after each piece of it.
+Function = Callable[[Any, T], Iterator[None]]
+Tick = Callable[[], None]
+
+# Seconds between two looks at what the workers have done.
+POLL = 0.5
+# Rounds in a row in which workers die and no task is finished, after which it is taken for a fault of the tasks.
+ROUNDS = 5
+
+
+class Workers(ABC):
+    """Where tasks run.
+
+    Attributes:
+        count: how many run at the same time.
+    """
+
+    count: int
+
+    @abstractmethod
+    def run(self, function: Function[T], shared: Any, tasks: Sequence[T], tick: Tick) -> None:
+        """Do all tasks, in any order; `tick` is called now and then.
+
+        Raises:
+            WorkerError: if workers die again and again.
+        """
+
+
+class Here(Workers):
+    """This process, one task after the other."""
+
+    count = 1
+
+    def run(self, function: Function[T], shared: Any, tasks: Sequence[T], tick: Tick) -> None:
+        """Do all tasks."""
+        for task in tasks:
+            for _ in function(shared, task):
+                tick()
+
+
+class _Elsewhere(Workers):
+    """Tasks through an executor, which is asked for again when its workers have died."""
+
+    @abstractmethod
+    def _start(self, parcel: Parcel) -> tuple[Executor, Any]:
+        """An executor, and what tasks are given in place of the parcel."""
+
+    @abstractmethod
+    def _stop(self, executor: Executor, *, now: bool) -> None:
+        """Be done with an executor; `now`: whatever it is doing."""
+
+    def run(self, function: Function[T], shared: Any, tasks: Sequence[T], tick: Tick) -> None:
+        """Do all tasks, those of dead workers again."""
+        parcel, left, idle = Parcel.of(shared), list(tasks), 0
+        while left:
+            lost, cause = self._round(function, parcel, left, tick)
+            idle = idle + 1 if len(lost) == len(left) else 0
+            left = lost
+            if idle == ROUNDS:
+                raise WorkerError(
+                    f"workers died {idle} times without finishing a task, the last time with "
+                    f"{type(cause).__name__}: {cause}. Most often they are out of memory: give them less (memory=..., "
+                    "--memory) or start fewer. What is finished is kept"
+                ) from cause
+
+    def _round(
+        self, function: Function[T], parcel: Parcel, tasks: Sequence[T], tick: Tick
+    ) -> tuple[list[T], BaseException | None]:
+        """Every task once; those whose worker died, and of what."""
+        executor, handed = self._start(parcel)
+        lost, cause, finished = [], None, False
+        try:
+            futures = {executor.submit(_work, handed, function, task): task for task in tasks}
+            waiting = set(futures)
+            while waiting:
+                done, waiting = wait(waiting, timeout=POLL, return_when=FIRST_COMPLETED)
+                tick()
+                for future in done:
+                    try:
+                        future.result()
+                    except Exception as error:
+                        if not _is_death(error):
+                            raise
+                        lost.append(futures[future])
+                        cause = error
+            finished = True
+        finally:
+            self._stop(executor, now=not finished)
+        return lost, cause
+
+
+class Processes(_Elsewhere):
+    """A pool of processes on this machine, each with its share of the cores, or one on each GPU."""
+
+    def __init__(self, count: int) -> None:
+        """Start nothing yet.
+
+        Raises:
+            InputError: if `count` is not a positive number.
+        """
+        if isinstance(count, bool) or count < 1:
+            raise InputError(f"the number of workers is a positive one: got {count!r}")
+        self.count = count
+
+    def _start(self, parcel: Parcel) -> tuple[Executor, Any]:
+        context = get_context("spawn")  # a forked child would inherit torch's threads in the middle of what they do
+        numbers = context.SimpleQueue()
+        for number in range(self.count):
+            numbers.put(number)
+        threads = max(1, (os.cpu_count() or 1) // self.count)
+        pool = ProcessPoolExecutor(self.count, context, _settle, (parcel, threads, os.getpid(), numbers))
+        return pool, None
+
+    def _stop(self, executor: Executor, *, now: bool) -> None:
+        if now:
+            for process in list((getattr(executor, "_processes", None) or {}).values()):
+                process.terminate()
+        executor.shutdown(cancel_futures=True)
+
+
+class Through(_Elsewhere):
+    """Any `concurrent.futures.Executor`; what is shared travels with every task, since there is no other way."""
+
+    def __init__(self, executor: Executor) -> None:
+        """Use an executor, which is not shut down."""
+        self.executor = executor
+        self.count = int(getattr(executor, "_max_workers", 1))
+
+    def _start(self, parcel: Parcel) -> tuple[Executor, Any]:
+        return self.executor, parcel
+
+    def _stop(self, executor: Executor, *, now: bool) -> None:
+        pass
+
+
+class OnDask(_Elsewhere):
+    """The workers of a Dask cluster, which have to see the same disk."""
+
+    def __init__(self, client: Client) -> None:
+        """Use a client, which is not closed.
+
+        Raises:
+            InputError: if its cluster has no workers.
+        """
+        self.client = client
+        self.count = len(client.scheduler_info(n_workers=-1)["workers"])
+        if not self.count:
+            raise InputError("the Dask cluster has no workers yet: start some, or client.wait_for_workers(1)")
+
+    def _start(self, parcel: Parcel) -> tuple[Executor, Any]:
+        # sent once to every worker; and again in the next round, since what all its holders lose with them is lost
+        handed = self.client.scatter(parcel, broadcast=True, hash=False)
+        return self.client.get_executor(pure=False), handed
+
+    def _stop(self, executor: Executor, *, now: bool) -> None:
+        executor.shutdown(wait=not now)
+
+
+def as_workers(workers: int | Executor | Workers | Client | None) -> Workers:
+    """What a user may name as workers, as workers.
+
+    Raises:
+        InputError: if it is none of them.
+    """
+    if workers is None:
+        return Here()
+    if isinstance(workers, Workers):
+        return workers
+    if isinstance(workers, int):
+        return Processes(workers)
+    if isinstance(workers, Executor):
+        return Through(workers)
+    if hasattr(workers, "scatter") and hasattr(workers, "get_executor"):
+        return OnDask(workers)
+    raise InputError(
+        "workers are None (here), a number of processes, a concurrent.futures.Executor or a distributed.Client: got "
+        f"{type(workers).__name__}"
+    )
+
+
+# ---------------------------------------------------------------- on the other side
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Something large, packed once."""
+
+    content: bytes
+    name: str
+
+    @classmethod
+    def of(cls, shared: Any) -> Parcel:
+        """Pack.
+
+        Raises:
+            InputError: if it cannot be packed.
+        """
+        try:
+            import cloudpickle as packer  # which takes lambdas and what is defined in a script or notebook as well
+        except ModuleNotFoundError:
+            packer = pickle
+        try:
+            content = packer.dumps(shared)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"the model or the data cannot be sent to other processes ({type(error).__name__}: {error}): compute "
+                "in this one, or define their classes at the top of a module"
+            ) from error
+        return cls(content, hashlib.sha256(content).hexdigest())
+
+
+class _Unpacked:
+    """What this process has unpacked last: the tasks that come here share it."""
+
+    name: str = ""
+    value: Any = None
+    device: str | None = None
+    # A model is put into another state while it is captured, so that a process does one task at a time.
+    lock = threading.Lock()
+
+
+def _work(parcel: Parcel | None, function: Function[T], task: T) -> None:
+    """One task in this process."""
+    with _Unpacked.lock:
+        if parcel is not None and _Unpacked.name != parcel.name:
+            _Unpacked.name, _Unpacked.value = "", None  # two of them might not fit
+            _Unpacked.value = pickle.loads(parcel.content)
+            _Unpacked.name = parcel.name
+        for _ in function(_Unpacked.value, task):
+            pass
+
+
+def _settle(parcel: Parcel, threads: int, parent: int, numbers: Any) -> None:
+    """Make a new process of a pool ready."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends its children
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(threads)
+    value, number = pickle.loads(parcel.content), numbers.get()
+    if torch.cuda.is_available() and hasattr(value, "to"):
+        value = value.to(f"cuda:{number % torch.cuda.device_count()}")
+    _Unpacked.name, _Unpacked.value = parcel.name, value
+
+
+def _die_with(parent: int) -> None:
+    """A pool's process would wait for ever for the tasks of a parent that was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _is_death(error: BaseException) -> bool:
+    """Whether an exception says that a worker has died, or what it was given has been lost with one."""
+    if isinstance(error, (BrokenExecutor, CancelledError)):
+        return True
+    kind = type(error)
+    return kind.__module__.startswith("distributed") and kind.__name__ in {"KilledWorker", "FutureCancelledError"}

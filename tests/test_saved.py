@@ -1,0 +1,523 @@
+"""Matrices on disk: what is written is what is read, whatever happens in between."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import ntkit
+from ntkit.errors import InputError, StoreError, StoreWarning
+from ntkit.kernel.saved import layout_of, pieces
+from ntkit.kernel.store import Layout, Store
+from tests.cases import normal
+
+zarr = pytest.importorskip("zarr", minversion="3", reason="zarr 3 needs Python 3.11")
+N, C = 23, 3
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, C)).double()
+
+
+def examples(n: int = N, seed: int = 1) -> Tensor:
+    return normal(5, seed=seed)(n).double()
+
+
+def tangent_kernel(**options: Any) -> ntkit.TangentKernel:
+    return ntkit.TangentKernel(ntkit.linearize(network(), readout=options.pop("readout", None)), examples(), **options)
+
+
+class InTiles(ntkit.TangentKernel):
+    """Cut into several tiles however small it is."""
+
+    def tile_rows(self, memory: int) -> int:
+        return 5 * self.scalars
+
+
+def in_tiles(x2: Tensor | None = None, **options: Any) -> InTiles:
+    return InTiles(ntkit.linearize(network(), readout=options.pop("readout", None)), examples(), x2, **options)
+
+
+KERNELS: dict[str, Callable[[], ntkit.Kernel]] = {
+    "full": in_tiles,
+    "pntk": lambda: in_tiles(readout=ntkit.SumOfLogits()),
+    "trace": lambda: in_tiles(trace=True),
+    "two sets": lambda: in_tiles(examples(9, 2)),
+    "whole": tangent_kernel,
+    "dense": lambda: ntkit.DenseKernel(truth("full")),
+    "scaled": lambda: 0.5 * in_tiles(),
+    "sum": lambda: in_tiles() + 2.0 * in_tiles(),
+    "centred": lambda: in_tiles(readout=ntkit.SumOfLogits()).centred(),
+}
+
+
+@cache
+def truth(name: str) -> Tensor:
+    return KERNELS[name]().dense()
+
+
+# ---------------------------------------------------------------- written and read
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_is_read_is_what_was_computed(name: str, tmp_path: Path) -> None:
+    kernel, expected = KERNELS[name](), truth(name)
+    saved = kernel.save(tmp_path / "k.zarr")
+    assert saved.shape == kernel.shape
+    assert saved.symmetric == kernel.symmetric
+    assert saved.dtype == torch.float64
+    torch.testing.assert_close(saved.dense(), expected, rtol=1e-12, atol=1e-12)
+    if saved.symmetric:
+        assert torch.equal(saved.dense(), saved.dense().T)
+    torch.testing.assert_close(saved.diagonal(), expected.diagonal(), rtol=1e-12, atol=1e-12)
+    vectors = normal(2, seed=3)(kernel.shape[1]).double()
+    torch.testing.assert_close(saved @ vectors, expected @ vectors, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(saved @ vectors[:, 0], expected @ vectors[:, 0], rtol=1e-10, atol=1e-10)
+    again = ntkit.open_kernel(tmp_path / "k.zarr")
+    assert torch.equal(again.dense(), saved.dense())
+    again.verify()
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=30)
+def test_any_tile_is_that_part_of_the_matrix(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    for name in ("full", "two sets"):
+        path = tmp_path_factory.getbasetemp() / f"{name}.zarr"
+        saved = KERNELS[name]().save(path) if not path.exists() else ntkit.open_kernel(path)
+        rows, cols = (slice(*sorted(data.draw(st.tuples(*2 * [st.integers(0, size)])))) for size in saved.shape)
+        torch.testing.assert_close(saved.tile(rows, cols), truth(name)[rows, cols], rtol=1e-12, atol=1e-12)
+
+
+def test_another_program_reads_the_upper_half(tmp_path: Path) -> None:
+    in_tiles().save(tmp_path / "k.zarr")
+    array = np.asarray(zarr.open_array(tmp_path / "k.zarr", mode="r"))
+    upper = np.triu(np.ones_like(array, dtype=bool))
+    np.testing.assert_allclose(array[upper], truth("full").numpy()[upper], rtol=1e-12)
+    assert np.isnan(array[-1, 0])  # nothing is stored below the diagonal's tiles
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-7), (torch.float16, 1e-3)])
+def test_smaller_types_on_disk(dtype: torch.dtype, error: float, tmp_path: Path) -> None:
+    saved = in_tiles().save(tmp_path / "k.zarr", dtype=dtype)
+    assert saved.dtype == torch.float32
+    assert saved.store.layout.dtype == str(dtype).removeprefix("torch.")
+    torch.testing.assert_close(saved.dense().double(), truth("full"), rtol=error, atol=error)
+
+
+def test_a_solve_from_disk(tmp_path: Path) -> None:
+    from ntkit.solve.direct import Cholesky
+
+    y = normal(2, seed=5)(N).double()
+    solve = [
+        Cholesky().factor(k, 1e-3).solve(y).value for k in (in_tiles(trace=True).save(tmp_path / "k"), truth("trace"))
+    ]
+    torch.testing.assert_close(*solve, rtol=1e-8, atol=1e-8)
+
+
+def test_progress_counts_tiles(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    in_tiles().save(tmp_path / "k.zarr", progress=lambda *numbers: seen.append(numbers))
+    assert seen == [(i, 15) for i in range(16)]  # 5 x 5 tiles, one half
+
+
+def test_the_rows_of_a_tile_are_captured_once_for_all_its_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured: list[int] = []
+    original = ntkit.Tangent.derivatives
+
+    def counting(self: ntkit.Tangent, x: Any, index: Any = slice(None), **options: Any) -> Any:
+        captured.append(len(range(*index.indices(N))))
+        return original(self, x, index, **options)
+
+    monkeypatch.setattr(ntkit.Tangent, "derivatives", counting)
+    in_tiles().save(tmp_path / "k.zarr")
+    assert sum(captured) == N + (18 + 13 + 8 + 3)  # each row once, and the columns right of it
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 12), st.booleans(), st.integers(2**16, 2**32))
+@settings(deadline=None)
+def test_tiles_cover_the_matrix_once(n: int, m: int, k: int, symmetric: bool, memory: int) -> None:
+    class Shape:
+        shape, scalars = (n * k, (n if symmetric else m) * k), k
+
+        def tile_rows(self, memory: int) -> int:
+            return ntkit.Kernel.tile_rows(self, memory) // k * k or k  # type: ignore[arg-type]
+
+    kernel: Any = Shape()
+    kernel.symmetric = symmetric
+    layout = layout_of(kernel, "float32", memory)
+    assert all(edge % k == 0 for edge in layout.edge)
+    covered = 0
+    for tile in layout.tiles():
+        rows, cols = layout.slices(tile)
+        area = (rows.stop - rows.start) * (cols.stop - cols.start)
+        assert area > 0
+        covered += area * (2 if symmetric and tile[0] != tile[1] else 1)
+    assert covered == n * k * kernel.shape[1]
+    assert layout.edge[0] * layout.edge[1] * 32 <= memory or layout.edge[0] == k
+
+
+def test_pieces_are_all_tiles_of_one_row_each() -> None:
+    tiles = Layout((100, 100), (10, 10), "float32", True).tiles()
+    for workers in (1, 2, 5, 100):
+        cut = pieces(tiles, workers)
+        assert sorted(tile for piece in cut for tile in piece) == tiles
+        assert all(len({i for i, _ in piece}) == 1 for piece in cut)
+        assert len(cut) >= min(10, workers)
+
+
+# ---------------------------------------------------------------- killed, damaged, mixed up
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {root!r})
+from tests.test_saved import in_tiles
+from ntkit.kernel.store import Store
+write = Store.write
+def slowly(self, tile, values):
+    write(self, tile, values)
+    print(tile, flush=True)
+    time.sleep({pause})
+Store.write = slowly
+print("begun", flush=True)
+in_tiles().save(sys.argv[1])
+"""
+
+
+def run(path: Path, pause: float) -> subprocess.Popen[str]:
+    script = SCRIPT.format(root=str(Path(__file__).parents[1]), pause=pause)
+    return subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
+
+
+def finish(path: Path) -> None:
+    with run(path, 0) as process:
+        process.communicate()
+        assert process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+    path = tmp_path_factory.mktemp("undisturbed") / "k.zarr"
+    finish(path)
+    return ntkit.open_kernel(path).dense()
+
+
+@pytest.mark.parametrize("tiles", [0, 1, 6, 14])
+def test_a_killed_run_goes_on_and_ends_the_same_to_the_last_bit(
+    tiles: int, tmp_path: Path, undisturbed: Tensor
+) -> None:
+    path = tmp_path / "k.zarr"
+    with run(path, 0.05) as process:
+        assert process.stdout is not None
+        for _ in range(tiles + 1):
+            process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    if tiles:
+        done = Store.open(path).finished()
+        assert tiles <= len(done) < 15
+        with pytest.raises(StoreError, match=r"is not finished: .* of 15 tiles are missing"):
+            ntkit.open_kernel(path)
+        times = {tile: (path / "c" / f"{tile[0]}" / f"{tile[1]}").stat().st_mtime_ns for tile in done}
+    finish(path)
+    assert torch.equal(ntkit.open_kernel(path).dense(), undisturbed)
+    if tiles:
+        assert times == {t: (path / "c" / f"{t[0]}" / f"{t[1]}").stat().st_mtime_ns for t in done}
+    assert not list(path.rglob("*.partial"))
+
+
+def test_half_written_files_are_swept_away(tmp_path: Path) -> None:
+    path = tmp_path / "k.zarr"
+    in_tiles().save(path)
+    left = [path / "c" / "0" / "1.123.partial", path / "records" / "0-1.9.partial"]
+    for file in left:
+        file.write_text("half")
+    in_tiles().save(path)
+    assert not any(file.exists() for file in left)
+
+
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(bytes(content))
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "a flipped bit": (r"c/1/3 does not have the checksum", lambda p: flip(p / "c" / "1" / "3", 77)),
+    "a flipped bit in the index": (r"c/1/3 does not have the checksum", lambda p: flip(p / "c" / "1" / "3", -9)),
+    "cut short": (r"c/1/3 has .* bytes where", lambda p: os.truncate(p / "c" / "1" / "3", 100)),
+    "no shard": (r"c/1/3 is missing", lambda p: (p / "c" / "1" / "3").unlink()),
+    "another tile": (
+        r"c/1/3 does not have the checksum", lambda p: shutil.copy(p / "c" / "0" / "1", p / "c" / "1" / "3"),
+    ),
+    "another tile's record": (
+        r"records/1-3.json belongs to another matrix",
+        lambda p: shutil.copy(p / "records" / "0-1.json", p / "records" / "1-3.json"),
+    ),
+    "an empty record": (
+        r"records/1-3.json is missing or cannot be read", lambda p: (p / "records" / "1-3.json").write_text(""),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_and_mended(damage: str, tmp_path: Path, undisturbed: Tensor) -> None:
+    message, do = DAMAGES[damage]
+    path = tmp_path / "k.zarr"
+    in_tiles().save(path)
+    do(path)
+    with pytest.raises(StoreError, match=f"{message}|is not finished: 1 of 15"):
+        ntkit.open_kernel(path).dense()
+    if "checksum" in message:
+        opened = ntkit.open_kernel(path)
+        opened.tile(slice(0, 15), slice(0, 15))  # another tile is not concerned
+        with pytest.raises(StoreError, match=message):
+            opened.verify()
+    kept = (path / "c" / "2" / "2").stat().st_mtime_ns
+    with pytest.warns(StoreWarning, match=message):
+        mended = in_tiles().save(path)
+    assert torch.equal(mended.dense(), truth("full")) or torch.allclose(mended.dense(), undisturbed, rtol=1e-14)
+    assert (path / "c" / "2" / "2").stat().st_mtime_ns == kept
+
+
+def test_a_missing_record_is_a_missing_tile(tmp_path: Path) -> None:
+    path = tmp_path / "k.zarr"
+    in_tiles().save(path)
+    (path / "records" / "0-2.json").unlink()
+    with pytest.raises(StoreError, match="1 of 15 tiles are missing"):
+        ntkit.open_kernel(path)
+    torch.testing.assert_close(in_tiles().save(path).dense(), truth("full"), rtol=1e-12, atol=1e-12)
+
+
+class Other(nn.Sequential):
+    """The same modules, another function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def changed(change: Callable[[nn.Module], Any]) -> ntkit.TangentKernel:
+    model = network()
+    model = change(model) or model
+    return InTiles(ntkit.linearize(model), examples())
+
+
+def moved(position: int) -> Tensor:
+    x = examples().clone()
+    x.view(-1)[position] += 1e-9
+    return x
+
+
+OTHERS: dict[str, tuple[str, Callable[[], ntkit.Kernel]]] = {
+    "weights": ("parameters", lambda: changed(lambda m: nn.init.constant_(m[2].bias, 0.1) is None)),
+    "function": ("architecture", lambda: changed(lambda m: m.__setitem__(1, nn.ReLU()))),
+    "forward": ("architecture", lambda: changed(lambda m: Other(*m))),
+    "readout": ("readout", lambda: in_tiles(readout=ntkit.SumOfLogits())),
+    "select": ("readout", lambda: in_tiles(readout=ntkit.Logits(select=lambda out: out + 1))),
+    "trace": ("kernel", lambda: in_tiles(trace=True)),
+    "data": ("rows", lambda: InTiles(ntkit.linearize(network()), moved(100))),
+    "columns": ("columns", lambda: in_tiles(examples())),
+    "more data": ("rows", lambda: InTiles(ntkit.linearize(network()), examples(24))),
+    "precision": (
+        "precision",
+        lambda: InTiles(ntkit.linearize(network().float()), examples().float()),
+    ),
+    "parameters": ("parameters", lambda: InTiles(ntkit.linearize(network(), parameters="0.*"), examples())),
+    "scaled": ("then", lambda: 2.0 * in_tiles()),
+    "dense": ("kernel", lambda: ntkit.DenseKernel(truth("full"))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_matrix_of_something_else_is_refused_and_left_alone(other: str, tmp_path: Path) -> None:
+    path = tmp_path / "k.zarr"
+    in_tiles().save(path)
+    (path / "records" / "0-2.json").unlink()
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    name, make = OTHERS[other]
+    with pytest.raises(StoreError, match=f"is of something else.*[(; ]{name}: .* on disk"):
+        make().save(path)
+    assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("same", ["a copy", "a dataset", "less memory"])
+def test_the_same_by_another_way_goes_on(same: str, tmp_path: Path) -> None:
+    path = tmp_path / "k.zarr"
+    in_tiles().save(path)
+    (path / "records" / "0-2.json").unlink()
+    model, x = copy.deepcopy(network()), examples()
+    data = TensorDataset(x, torch.zeros(N)) if same == "a dataset" else x.clone()
+    if same == "a dataset":
+        kernel = InTiles(ntkit.linearize(model), TensorDataset(x))
+        assert kernel.identity() == in_tiles().identity()
+        assert InTiles(ntkit.linearize(model), data).identity() != kernel.identity()  # a target is content too
+    else:
+        kernel = InTiles(ntkit.linearize(model), data)
+    saved = kernel.save(path, memory=2**22 if same == "less memory" else None)
+    torch.testing.assert_close(saved.dense(), truth("full"), rtol=1e-12, atol=1e-12)
+
+
+def test_a_tile_of_another_matrix_is_not_taken_for_one(tmp_path: Path) -> None:
+    here, there = tmp_path / "k.zarr", tmp_path / "other.zarr"
+    in_tiles().save(here)
+    InTiles(ntkit.linearize(network(1)), examples()).save(there)
+    for part in ("records/1-3.json", "c/1/3"):
+        shutil.copy(there / part, here / part)
+    with pytest.warns(StoreWarning, match=r"1-3.json belongs to another matrix"):
+        saved = in_tiles().save(here)
+    torch.testing.assert_close(saved.dense(), truth("full"), rtol=1e-12, atol=1e-12)
+
+
+def test_two_runs_do_not_write_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "k.zarr"
+    with run(path, 0.3) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.readline()
+        with pytest.raises(StoreError, match="another run is writing"):
+            in_tiles().save(path)
+        process.kill()
+    in_tiles().save(path)
+
+
+# ---------------------------------------------------------------- what cannot be done
+
+
+def in_a_full_disk(script: str, size: str) -> subprocess.CompletedProcess[str]:
+    """A script in a file system of its own that holds `size`, mounted where it finds itself."""
+    inside = f"mount -t tmpfs -o size={size} none /mnt && cd /mnt && exec {sys.executable} - "
+    return subprocess.run(
+        ["unshare", "-rm", "sh", "-c", inside], input=textwrap.dedent(script), text=True, capture_output=True
+    )
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or in_a_full_disk("print(1)", "1m").returncode != 0,
+    reason="needs a file system of its own to fill",
+)
+def test_a_full_disk_is_said_and_nothing_is_damaged() -> None:
+    root = Path(__file__).parents[1]
+    found = in_a_full_disk(
+        f"""
+        import os, pathlib, sys
+        sys.path.insert(0, {str(root)!r})
+        import torch, ntkit
+        from tests.test_saved import in_tiles, truth
+        kernel = in_tiles()
+        try:
+            ntkit.DenseKernel(torch.ones(1000, 1000, dtype=torch.float64), symmetric=False).save("large")
+        except ntkit.StoreError as error:
+            assert "bytes of disk" in str(error), error
+        assert not pathlib.Path("large").exists()
+        # something else fills the disk meanwhile
+        import ntkit.kernel.store as store
+        write, count = store.Store.write, 0
+        def filling(self, tile, values):
+            global count
+            count += 1
+            if count == 4:
+                with open("filler", "wb", buffering=0) as file:
+                    try:
+                        while file.write(bytes(512)): pass
+                    except OSError:
+                        pass
+            write(self, tile, values)
+        store.Store.write = filling
+        try:
+            kernel.save("k.zarr")
+        except ntkit.StoreError as error:
+            assert "no room left for" in str(error), error
+        else:
+            raise AssertionError("nothing was said")
+        assert len(store.Store.open(pathlib.Path("k.zarr")).finished()) == 3
+        os.unlink("filler")
+        torch.testing.assert_close(kernel.save("k.zarr").dense(), truth("full"), rtol=1e-12, atol=1e-12)
+        print("fine")
+        """,
+        "1m",
+    )
+    assert found.stdout == "fine\n", found.stderr
+
+
+def test_entries_that_do_not_fit_the_type_are_said(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"do not fit into float16 .* scale the kernel"):
+        (1e6 * in_tiles()).save(tmp_path / "k.zarr", dtype=torch.float16)
+
+
+def occupied(path: Path) -> None:
+    path.mkdir()
+    (path / "thesis.tex").write_text("all of it")
+
+
+def another_array(path: Path) -> None:
+    zarr.create_array(path, shape=(3, 3), dtype="f4")
+
+
+REFUSALS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
+    ("a folder of something else", lambda p: (occupied(p), in_tiles().save(p)), InputError, "exists"),
+    ("a file", lambda p: (p.write_text("x"), in_tiles().save(p)), InputError, "exists"),
+    ("another program's array", lambda p: (another_array(p), in_tiles().save(p)), InputError, "not one written by"),
+    ("no such folder", lambda p: in_tiles().save(p / "a" / "b"), InputError, "does not exist: make it"),
+    ("a type for no disk", lambda p: in_tiles().save(p, dtype=torch.bfloat16), InputError, "one of the types"),
+    ("another type than before", lambda p: (in_tiles().save(p), in_tiles().save(p, dtype=torch.float32)), StoreError,
+     "float64, and .* of float32 were asked for"),
+    ("no memory", lambda p: in_tiles().save(p, memory=0), InputError, "positive number of bytes"),
+    ("no workers", lambda p: in_tiles().save(p, workers=0), InputError, "number of workers is a positive one"),
+    ("workers of no kind", lambda p: in_tiles().save(p, workers="dask"), InputError, "workers are None"),
+    ("nothing there", lambda p: ntkit.open_kernel(p), InputError, "there is no matrix at"),
+    ("nothing of ours there", lambda p: (occupied(p), ntkit.open_kernel(p)), InputError, "is not a matrix written by"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS, ids=lambda case: case[0])
+def test_refusals(case: tuple[str, Callable[[Path], Any], type[Exception], str], tmp_path: Path) -> None:
+    _, do, kind, message = case
+    with pytest.raises(kind, match=message):
+        do(tmp_path / "k")
+    thesis = tmp_path / "k" / "thesis.tex"
+    assert not thesis.parent.is_dir() or not (thesis.exists()) or thesis.read_text() == "all of it"
+
+
+def test_a_kernel_that_does_not_say_what_it_is_of(tmp_path: Path) -> None:
+    class Mine(ntkit.DenseKernel):
+        identity = ntkit.Kernel.identity
+
+    with pytest.raises(InputError, match=r"define identity\(\)"):
+        Mine(torch.eye(3)).save(tmp_path / "k")
+    assert not (tmp_path / "k").exists()
+
+
+def test_a_store_of_a_newer_version(tmp_path: Path) -> None:
+    in_tiles().save(tmp_path / "k")
+    file = tmp_path / "k" / "zarr.json"
+    described = json.loads(file.read_text())
+    described["attributes"]["ntkit"]["format"] = 99
+    file.write_text(json.dumps(described))
+    with pytest.raises(StoreError, match="has format 99"):
+        ntkit.open_kernel(tmp_path / "k")
+
+
+def test_a_matrix_that_is_finished_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_tiles().save(tmp_path / "k")
+    monkeypatch.setattr(InTiles, "stripe", None)
+    torch.testing.assert_close(in_tiles().save(tmp_path / "k").dense(), truth("full"), rtol=1e-12, atol=1e-12)
