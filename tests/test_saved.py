@@ -139,6 +139,12 @@ def test_progress_counts_tiles(tmp_path: Path) -> None:
     assert seen == [(i, 15) for i in range(16)]  # 5 x 5 tiles, one half
 
 
+def test_a_caller_keeps_his_gradients_between_tiles() -> None:
+    tiles = in_tiles().stripe(slice(0, 15), [slice(0, 15), slice(15, 30)])
+    next(tiles)
+    assert torch.is_grad_enabled()
+
+
 def test_the_rows_of_a_tile_are_captured_once_for_all_its_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,7 +170,15 @@ def report(
 def kernel(
     factory: FactoryArgument,
     data: ArrayDataArgument,
-    out: Annotated[Path, typer.Option(metavar="K.npy", help="The matrix, for numpy.load.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="K.npy|K.zarr",
+            help="K.npy: computed in memory, for numpy.load. K.zarr: computed tile by tile on disk, past memory; the "
+            "same command goes on where a killed run has stopped.",
+            show_default=False,
+        ),
+    ],
     weights: WeightsOption = None,
     readout: Annotated[str, typer.Option(metavar="READOUT", help=READOUT_HELP)] = "logits",
     trace: TraceOption = False,
@@ -180,23 +188,54 @@ def kernel(
     seed: SeedOption = 0,
     dtype: TypeOption = "float32",
     memory: MemoryOption = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="K.zarr: so many processes, with --memory for all together.", show_default=False, min=1),
+    ] = None,
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="K.zarr: on the workers of this Dask scheduler (tcp://host:8786), or on a cluster started here "
+            "(local, with --workers).",
+            show_default=False,
+        ),
+    ] = None,
+    disk_type: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="K.zarr: float16, float32 or float64. Default: --dtype.", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and compute nothing.")] = False,
 ) -> None:
     """Compute a kernel matrix and save it; rows are example-major (row n*K + k is scalar k of example n)."""
     with _in_plain_words():
-        from ntkit.report.files import check_file, replacing
+        from ntkit.report.disk import Disk
 
-        check_file(out, ".npy", force=force)
+        disk = Disk.parse(out, workers=workers, dask=dask, dtype=disk_type, force=force, dry_run=dry_run)
         terminal = Terminal()
         found = _kernel(factory, data, weights, readout, trace, rows, cols, seed, dtype, memory, terminal)
-        import numpy as np
-
         start = time.perf_counter()
+        if dry_run:
+            typer.echo(str(found.plan() if disk is None else disk.forecast(found)))
+            return
         with terminal:
             terminal.step("computing the kernel")
-            matrix = found.dense().numpy()
-            with replacing(out) as file:
-                np.save(file, matrix)
-        _say(f"{out}: {matrix.shape[0]:,} x {matrix.shape[1]:,} {matrix.dtype}, {time.perf_counter() - start:.1f} s")
+            if disk is None:
+                _save_array(out, found)
+            else:
+                disk.save(found, terminal.part)
+        stored = dtype if disk_type is None else disk_type
+        _say(f"{out}: {found.shape[0]:,} x {found.shape[1]:,} {stored}, {time.perf_counter() - start:.1f} s")
+
+
+def _save_array(out: Path, found: TangentKernel) -> None:
+    import numpy as np
+
+    from ntkit.report.files import replacing
+
+    matrix = found.dense().numpy()
+    with replacing(out) as file:
+        np.save(file, matrix)
 
 
 @app.command()

@@ -199,22 +199,25 @@ class TangentKernel(Kernel):
         # whatever is asked for, the plan is that of a full pass of all columns: it decides how sums are rounded
         found, budget = self._sizes(), memory or self.memory
         plan = make_plan(found, b - a, max(len(self._cols), 2 * TILE), symmetric=False, trace=self.trace, memory=budget)
-        edge = tile_edge(k)
         with torch.no_grad():
             held = self._held(self._rows, a, b, plan, partners=len(self._cols), reused=True)
-            for c, d in ranges:
-                out = self._empty((b - a) * k, (d - c) * k)
-                own = self._symmetric and (c, d) == (a, b)
-                chunks = plan.chunks(c, d)
-                pieces = (
-                    self._among(held, a, b, edge)
-                    if own
-                    else (piece for e, f in chunks for piece in self._against(held, a, b, e, f, plan, edge))
-                )
-                for (i, j), (e, f), block in pieces:
-                    _place(out, block, ((i - a) * k, (j - a) * k), ((e - c) * k, (f - c) * k), mirrored=own)
-                _check_finite(out)
-                yield out
+        for c, d in ranges:
+            yield self._stripe_tile(held, a, b, c, d, plan)
+
+    @torch.no_grad()  # and not around the `yield`, where it would change what the caller does in between
+    def _stripe_tile(self, held: Derivatives, a: int, b: int, c: int, d: int, plan: Plan) -> Tensor:
+        k, edge = self.scalars, tile_edge(self.scalars)
+        out = self._empty((b - a) * k, (d - c) * k)
+        own = self._symmetric and (c, d) == (a, b)
+        pieces = (
+            self._among(held, a, b, edge)
+            if own
+            else (piece for e, f in plan.chunks(c, d) for piece in self._against(held, a, b, e, f, plan, edge))
+        )
+        for (i, j), (e, f), block in pieces:
+            _place(out, block, ((i - a) * k, (j - a) * k), ((e - c) * k, (f - c) * k), mirrored=own)
+        _check_finite(out)
+        return out
 
     def tile_rows(self, memory: int) -> int:
         """Rows of a tile on disk: as many as can be held within half of a memory budget, in whole examples."""
@@ -233,6 +236,10 @@ class TangentKernel(Kernel):
         """Another process gets the network and the examples, not what reports progress here."""
         cols = None if self._symmetric else self._cols.data
         return _rebuild, (type(self), self.tangent, self._rows.data, cols, self.trace, self.memory)
+
+    def apart(self) -> TangentKernel:
+        """The same entries, with rows and columns taken for different examples."""
+        return type(self)(self.tangent, self._rows.data, self._cols.data, trace=self.trace, memory=self.memory)
 
     def to(self, device: torch.device | str) -> TangentKernel:
         """The same kernel of a copy of the network on another device; tiles appear there."""

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,14 +164,23 @@ def begin(kernel: Kernel, place: Path, *, dtype: torch.dtype | None, memory: int
         InputError: if the place cannot be used.
         StoreError: if what is there is of something else, or the disk has no room.
     """
-    name = str(kernel.dtype if dtype is None else dtype).removeprefix("torch.")
-    layout = layout_of(kernel, name, memory)
+    layout = layout_of(kernel, str(dtype or kernel.dtype).removeprefix("torch."), memory)
     if Store.exists(place):
         store = Store.open(place)
         store.require(layout, kernel.identity())
         return store
     # the same budget again when it goes on: the size of chunks decides how sums are rounded
     return Store.create(place, layout, kernel.identity(), {"scalars": kernel.scalars, "memory": memory})
+
+
+def begun(kernel: Kernel, place: Path, dtype: str) -> bool:
+    """Whether the store at a place is of this kernel, as far as it goes."""
+    store = Store.open(place)
+    try:
+        store.require(replace(store.layout, shape=kernel.shape, dtype=dtype), kernel.identity())
+    except StoreError:
+        return False
+    return True
 
 
 def layout_of(kernel: Kernel, dtype: str, memory: int) -> Layout:
@@ -191,6 +201,12 @@ def layout_of(kernel: Kernel, dtype: str, memory: int) -> Layout:
     return Layout(
         (rows, cols), (height, height if kernel.symmetric else _even(cols, most, unit)), dtype, kernel.symmetric
     )
+
+
+def unfinished(store: Store) -> list[Tile]:
+    """The tiles that are missing, contents of the others not read."""
+    finished = set(store.finished())
+    return [tile for tile in store.layout.tiles() if tile not in finished]
 
 
 def remaining(store: Store) -> list[Tile]:

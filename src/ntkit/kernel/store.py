@@ -138,10 +138,7 @@ class Store:
             InputError: if something is there already, or the parent folder is not.
             StoreError: if the disk has no room for it all.
         """
-        if not path.absolute().parent.is_dir():
-            raise InputError(f"the folder {path.absolute().parent} does not exist: make it, or choose another place")
-        if path.exists() and not (path.is_dir() and set(os.listdir(path)) <= {"lock"}):
-            raise InputError(f"{path} exists: choose another place, or remove it")
+        check_place(path)
         free = shutil.disk_usage(path.absolute().parent).free
         if layout.nbytes > free:
             raise StoreError(
@@ -357,6 +354,21 @@ class Store:
     @cached_property
     def _array(self) -> zarr.Array:
         return _zarr().open_array(self.path, mode="r+", config=_WHOLE)
+
+
+def check_place(path: Path) -> None:
+    """Refuse a place where a matrix can be neither begun nor continued.
+
+    Raises:
+        InputError: if the parent folder does not exist or cannot be written, or something else is there.
+    """
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"the folder {parent} does not exist: make it, or choose another place")
+    if not os.access(path if path.is_dir() else parent, os.W_OK):
+        raise InputError(f"cannot write to {path if path.is_dir() else parent}: choose another place")
+    if path.exists() and not Store.exists(path) and not (path.is_dir() and set(os.listdir(path)) <= {"lock"}):
+        raise InputError(f"{path} exists and is not a matrix written by ntkit: choose another place, or remove it")
 
 
 # A strip that happens to equal the fill value is written too: the length of a file must not depend on its content.

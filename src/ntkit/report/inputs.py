@@ -153,6 +153,11 @@ def _from_file(path: Path) -> Any:
     except Exception as error:
         del sys.modules[name]
         raise InputError(f"importing {path} failed: {_told(error)}") from error
+    try:
+        import cloudpickle
+    except ModuleNotFoundError:
+        return module
+    cloudpickle.register_pickle_by_value(module)  # other processes, which are sent models of it, cannot import it
     return module
 
 
