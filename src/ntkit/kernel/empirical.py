@@ -167,7 +167,7 @@ class TangentKernel(Kernel):
                 yield from self._among(held, a, b, edge)
                 done += (b - a) ** 2
                 self._report(done, total)
-            for c, d in plan.chunks(*((b, m1) if same else (m0, m1))):
+            for c, d in plan.passings(*((b, m1) if same else (m0, m1))):
                 yield from self._against(held, a, b, c, d, plan, edge)
                 done += (b - a) * (d - c) * (2 if same else 1)
                 self._report(done, total)
@@ -182,8 +182,8 @@ class TangentKernel(Kernel):
                 yield (i, j), (c, d), self._gram(left, right, (i, j), (c, d))
 
     def _against(self, held: Derivatives, a: int, b: int, c: int, d: int, plan: Plan, edge: int) -> Iterator[_Piece]:
-        """Tiles of held examples a:b with a chunk c:d of the columns that is captured for them."""
-        right = self._held(self._cols, c, d, plan, partners=b - a, reused=b - a > edge)
+        """Tiles of held examples a:b with columns c:d that are captured for them."""
+        right = self._held(self._cols, c, d, plan, partners=b - a)
         for i, j in span(a, b, edge):
             yield (i, j), (c, d), self._gram(held.narrow(i - a, j - a), right, (i, j), (c, d))
 
@@ -200,7 +200,7 @@ class TangentKernel(Kernel):
         found, budget = self._sizes(), memory or self.memory
         plan = make_plan(found, b - a, max(len(self._cols), 2 * TILE), symmetric=False, trace=self.trace, memory=budget)
         with torch.no_grad():
-            held = self._held(self._rows, a, b, plan, partners=len(self._cols), reused=True)
+            held = self._held(self._rows, a, b, plan, partners=len(self._cols))
         for c, d in ranges:
             yield self._stripe_tile(held, a, b, c, d, plan)
 
@@ -212,7 +212,7 @@ class TangentKernel(Kernel):
         pieces = (
             self._among(held, a, b, edge)
             if own
-            else (piece for e, f in plan.chunks(c, d) for piece in self._against(held, a, b, e, f, plan, edge))
+            else (piece for e, f in plan.passings(c, d) for piece in self._against(held, a, b, e, f, plan, edge))
         )
         for (i, j), (e, f), block in pieces:
             _place(out, block, ((i - a) * k, (j - a) * k), ((e - c) * k, (f - c) * k), mirrored=own)
@@ -259,14 +259,12 @@ class TangentKernel(Kernel):
         *,
         partners: int,
         same: bool = False,
-        reused: bool | None = None,
     ) -> Derivatives:
         """Examples start:stop captured chunk by chunk, each chunk settled into its smaller form before the next."""
         gathering = Gathering(stop - start)
-        reused = plan.reused if reused is None else reused
         for a, b in plan.chunks(start, stop):
             part = self.tangent.derivatives(examples, slice(a, b))
-            part = part.settled(stop - start, partners, trace=self.trace, same=same, reused=reused)
+            part = part.settled(stop - start, partners, trace=self.trace, same=same, reused=plan.reused)
             if not gathering.fits(part):
                 return self.tangent.derivatives(examples, slice(start, stop), generic=True)
             gathering.add(part)

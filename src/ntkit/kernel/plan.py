@@ -22,6 +22,8 @@ FEWEST = 4
 ROOMY = 256 * 2**20
 # Entries of the widest tile that is contracted in one go.
 TILE = 2048
+# Rows of a product below which it wastes the processor.
+NARROW = 64
 # Buffers and code that PyTorch's matrix libraries load when they are first used.
 LIBRARIES = 64 * 2**20
 # What an allocator takes beyond what is asked of it (measured on the benchmark workloads).
@@ -102,6 +104,7 @@ class Plan:
         reused: whether held examples take part in more than one contraction.
         block: examples held at once, against which all columns pass.
         chunk: examples captured at once.
+        passing: columns contracted at once with what is held: one chunk, or some where chunks are small.
         routes: one per parameter part.
         captures: examples captured in total, repetitions included.
         flops: total FLOPs.
@@ -117,6 +120,7 @@ class Plan:
     reused: bool
     block: int
     chunk: int
+    passing: int
     routes: tuple[Route, ...]
     captures: int
     flops: int
@@ -131,6 +135,10 @@ class Plan:
     def chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Start and stop of each captured chunk of examples start:stop."""
         return span(start, stop, self.chunk)
+
+    def passings(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Start and stop of the columns that are contracted at once, among examples start:stop."""
+        return span(start, stop, self.passing)
 
     def __str__(self) -> str:
         """The plan as a few lines for people."""
@@ -203,7 +211,6 @@ def make_plan(found: Sizes, rows: int, cols: int, *, symmetric: bool, trace: boo
         capture *= 2
     chunk = max(min(FEWEST, memory // (3 * found.captured + 1)), capture // (found.captured + 1))
     chunk = max(1, min(most, chunk))
-    chunk = -(-most // -(-most // chunk))  # of even size: a small one at the end would waste the processor
     space = max(memory // 4, memory - chunk * found.captured - scratch)
     reused = rows > job.edge or (not symmetric and cols > chunk)
     routes = job.routes(rows, reused=reused)
@@ -219,7 +226,14 @@ def make_plan(found: Sizes, rows: int, cols: int, *, symmetric: bool, trace: boo
             block = max(1, min(rows, max(enough, TILE), space // max(1, held)))
         routes = job.routes(block, reused=True)
         chunk = min(chunk, max(FEWEST, CAPTURE // (2 * found.captured + 1)))  # beside what is held
-    return job.priced(routes, block, min(chunk, max(1, block)), scratch, reused=reused)
+    each = sum(route.held for route in routes) + 1
+    if reused:  # with rows of its own
+        chunk = min(chunk, max(FEWEST, capture // each))
+    chunk = -(-most // -(-most // chunk))  # of even size: a small one at the end would waste the processor
+    chunk = min(chunk, max(1, block))
+    chunks = -(-NARROW // (chunk * job.scalars)) if reused else 1
+    passing = chunk * max(1, min(chunks, memory // (3 * each * chunk)))
+    return job.priced(routes, block, chunk, passing, scratch, reused=reused)
 
 
 @dataclass(frozen=True)
@@ -286,15 +300,17 @@ class _Job:
         forming = work.forming() if way is Way.ROWS else 0
         return Route(part.name, way, formed, flops, own, forming, held, _reason(work, way, flops, row_flops))
 
-    def priced(self, routes: tuple[Route, ...], block: int, chunk: int, scratch: int, *, reused: bool) -> Plan:
+    def priced(
+        self, routes: tuple[Route, ...], block: int, chunk: int, passing: int, scratch: int, *, reused: bool
+    ) -> Plan:
         """The plan with all its costs."""
         found, rows, cols, scalars = self.found, self.rows, self.cols, self.scalars
         blocks = list(span(0, rows, block))
         captures, pairs = rows, 0
         for start, stop in blocks:
-            passing = cols - stop if self.symmetric else cols
-            captures += passing
-            pairs += (stop - start) * passing
+            others = cols - stop if self.symmetric else cols
+            captures += others
+            pairs += (stop - start) * others
             if self.symmetric:  # a block on the diagonal is contracted in tiles, the upper half of them
                 pairs += sum((b - a) * (stop - b) for a, b in span(start, stop, self.edge))
         forming = sum(route.forming for route in routes)
@@ -310,6 +326,8 @@ class _Job:
         capture = min(chunk, max(rows, cols)) * found.captured
         if any(route.formed and route.forming for route in routes):
             capture += 2 * scratch  # rows are formed beside the capture, from padded and unfolded inputs
+        if reused:  # the rows of what passes are formed as well
+            capture += min(passing, max(rows, cols)) * sum(route.held for route in routes)
         peak = result + LIBRARIES + int(SLACK * max(held + max(capture, temporary), 3 * found.parameters))
         reasons = [
             f"{chunk} examples are captured at once ({human_bytes(found.captured)} each)",
@@ -324,7 +342,7 @@ class _Job:
             by_reason.setdefault(route.reason, []).append(route.name)
         reasons += [f"{listed(names)}: {reason}" for reason, names in by_reason.items()]
         return Plan(
-            rows, cols, scalars, self.symmetric, reused, block, chunk, routes, captures, flops, peak, result,
+            rows, cols, scalars, self.symmetric, reused, block, chunk, passing, routes, captures, flops, peak, result,
             tuple(reasons),
         )  # fmt: skip
 
