@@ -23,6 +23,7 @@ from ntkit.errors import (
 if TYPE_CHECKING:
     from ntkit.kernel.base import DenseKernel, Kernel
     from ntkit.kernel.empirical import TangentKernel, empirical_ntk
+    from ntkit.kernel.features import FeatureKernel, FeatureMap, features, size_for
     from ntkit.kernel.saved import SavedKernel, open_kernel
     from ntkit.solve.estimators import NTKClassifier, NTKRegressor
     from ntkit.tangent.linearize import Tangent, linearize
@@ -32,6 +33,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DenseKernel",
+    "FeatureKernel",
+    "FeatureMap",
     "FidelityWarning",
     "InputError",
     "Kernel",
@@ -54,12 +57,16 @@ __all__ = [
     "WorkerError",
     "__version__",
     "empirical_ntk",
+    "features",
     "linearize",
     "open_kernel",
+    "size_for",
 ]
 
 _HOME = {
     "DenseKernel": "ntkit.kernel.base",
+    "FeatureKernel": "ntkit.kernel.features",
+    "FeatureMap": "ntkit.kernel.features",
     "Kernel": "ntkit.kernel.base",
     "Logits": "ntkit.tangent.readout",
     "Loss": "ntkit.tangent.readout",
@@ -72,8 +79,10 @@ _HOME = {
     "Tangent": "ntkit.tangent.linearize",
     "TangentKernel": "ntkit.kernel.empirical",
     "empirical_ntk": "ntkit.kernel.empirical",
+    "features": "ntkit.kernel.features",
     "linearize": "ntkit.tangent.linearize",
     "open_kernel": "ntkit.kernel.saved",
+    "size_for": "ntkit.kernel.features",
 }
 
 

@@ -96,18 +96,25 @@ def measure_fidelity(kernel: TangentKernel, *, examples: int, generator: torch.G
     trace = torch.einsum("ncmc->nm", blocks) / outputs
     whole = blocks.square().sum((1, 3))
     # ||Theta_ij - k I||^2 = ||Theta_ij||^2 - 2 k tr Theta_ij + C k^2
-    error, error_se = _relative(whole - 2 * outputs * reduced * trace + outputs * reduced.square(), whole, kernel)
-    floor, floor_se = _relative(whole - outputs * trace.square(), whole, kernel)
+    difference = whole - 2 * outputs * reduced * trace + outputs * reduced.square()
+    error, error_se = relative_error(difference, whole, rows, symmetric=kernel.symmetric)
+    floor, floor_se = relative_error(whole - outputs * trace.square(), whole, rows, symmetric=kernel.symmetric)
     top, condition = _extremes(exact, kernel.symmetric)
     top_reduced, condition_reduced = _extremes(reduced, kernel.symmetric)
     return Fidelity(error, error_se, floor, floor_se, top, top_reduced, condition, condition_reduced, examples, outputs)
 
 
-def _relative(squares: Tensor, whole: Tensor, kernel: TangentKernel) -> tuple[float, float]:
-    """sqrt(sum squares / sum whole) over the whole kernel, from a sample of blocks, and its jackknife error."""
+def relative_error(squares: Tensor, whole: Tensor, population: int, *, symmetric: bool) -> tuple[float, float]:
+    """sqrt(sum squares / sum whole) over the whole kernel, from a sample of blocks, and its jackknife error.
+
+    Args:
+        squares: squared differences, (s, s), one entry per pair of examples.
+        whole: squared entries of the truth, (s, s).
+        population: number of examples of the whole kernel.
+        symmetric: whether rows and columns are the same examples, so that the few entries of the diagonal count apart.
+    """
     size = len(squares)
-    population = kernel.shape[0]
-    diagonal = torch.eye(size, dtype=torch.bool, device=squares.device) if kernel.symmetric else None
+    diagonal = torch.eye(size, dtype=torch.bool, device=squares.device) if symmetric else None
 
     def ratio(keep: Tensor) -> float:
         a, b = squares[keep][:, keep], whole[keep][:, keep]

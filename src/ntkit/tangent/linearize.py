@@ -74,6 +74,7 @@ class Tangent:
     selection: Selection
     # What trials have found out, by the signature of their examples. A memo, not state: it only saves time.
     _anatomies: dict[tuple, Anatomy] = field(default_factory=dict, init=False, repr=False)
+    _generic_parts: dict[tuple, tuple[Part, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -152,6 +153,18 @@ class Tangent:
             announce(anatomy)
             self._anatomies[key] = anatomy
         return self._anatomies[key]
+
+    def parts(self, x: Any) -> tuple[Part, ...]:
+        """The parts of the derivatives of examples that take the path of the first one."""
+        examples = self.examples(x)
+        some = examples.batch([0], self.device)
+        anatomy = self._anatomy(examples, some)
+        if not anatomy.generic:
+            return tuple(anatomy.parts)
+        key = some.signature
+        if key not in self._generic_parts:  # those of the generic route are not among the trial's
+            self._generic_parts[key] = tuple(self.derivatives(examples, [0]).factors)
+        return self._generic_parts[key]
 
     def count_flops(self, x: Any) -> tuple[int, int]:
         """FLOPs of one example's forward pass and of one scalar's backward pass, counted by torch on two examples."""

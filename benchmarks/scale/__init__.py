@@ -1,0 +1,1 @@
+"""Runs of full size on real data: each one command, with progress, resumable, recorded in `results`."""

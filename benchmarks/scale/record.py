@@ -1,0 +1,28 @@
+"""One JSON file for each large run; a run that is repeated replaces its own file."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(name: str, found: dict[str, Any]) -> Path:
+    """Write what was found, with the machine it was found on."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    described = {"run": name, "environment": environment(torch.get_num_threads(), "cpu"), **found}
+    path.write_text(json.dumps(described, indent=1) + "\n")
+    return path
+
+
+def peak_mb(who: int = resource.RUSAGE_SELF) -> float:
+    """Largest resident memory so far, in MB of 2^20 bytes, torch included."""
+    return round(resource.getrusage(who).ru_maxrss / 1024, 1)

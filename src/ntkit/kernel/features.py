@@ -1,0 +1,380 @@
+"""Sketched features: D numbers per row whose inner products are, on average, the tangent kernel's entries.
+
+Past some 50,000 examples a matrix is too large and features are not: N*D numbers, from which every use of a kernel
+follows in N*D^2.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkit.errors import InputError, ModelError
+from ntkit.kernel.base import Kernel, bounds, strips
+from ntkit.kernel.fidelity import relative_error
+from ntkit.kernel.plan import FEWEST, sizes
+from ntkit.kernel.saved import remaining
+from ntkit.kernel.store import Layout, Store, Tile
+from ntkit.kernel.tasks import Workers, as_workers
+from ntkit.tangent.identity import content
+from ntkit.tangent.sketch import Sketch
+
+if TYPE_CHECKING:
+    from ntkit.tangent.linearize import Tangent
+
+# Bytes of activations and cotangents captured at once, and the most examples that makes.
+CAPTURED, MOST = 128 * 2**20, 256
+# Rows of a tile of features on disk.
+EDGE = 2048
+# Sizes chosen for a wanted error are multiples of this.
+ROUND = 256
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """A network's sketched features: the same random map for all examples that it is given.
+
+    Attributes:
+        tangent: the network.
+        sketch: the random map of gradients to D numbers.
+    """
+
+    tangent: Tangent
+    sketch: Sketch
+
+    def __call__(self, x: Any, *, progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """Features (N*K, D) of the kernel's rows, example-major, or with `trace` (N, D).
+
+        Cost: one forward and K backward passes, and about two passes over the entries of every example's gradient.
+
+        Args:
+            x: N examples.
+            progress: called with (examples done, examples in all).
+
+        Raises:
+            InputError: if the examples are wrong.
+            ModelError: if some of them take another path through the model than the first.
+        """
+        examples = self.tangent.examples(x)
+        found = []
+        for start, stop in self.batches(examples):
+            found.append(self.block(examples, start, stop))
+            if progress is not None:
+                progress(stop, len(examples))
+        return torch.cat(found)
+
+    def rows_per_example(self, x: Any) -> int:
+        """K, or 1 with `trace`."""
+        return 1 if self.sketch.trace else self.tangent.anatomy(x).scalars
+
+    def batches(self, examples: Any, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """Examples that are captured together."""
+        itemsize = torch.empty(0, dtype=self.tangent.dtype).element_size()
+        captured = sizes(self.tangent.anatomy(examples), itemsize, self.tangent.count * itemsize).captured
+        step = max(FEWEST, min(MOST, CAPTURED // (captured + 1)))
+        stop = len(examples) if stop is None else stop
+        return ((a, min(a + step, stop)) for a in range(start, stop, step))
+
+    @torch.no_grad()
+    def block(self, examples: Any, start: int, stop: int) -> Tensor:
+        """Features of examples start:stop, which are captured at once.
+
+        Raises:
+            ModelError: if they take another path through the model than the first, or a gradient is not finite.
+        """
+        derivatives = self.tangent.derivatives(examples, slice(start, stop))
+        if tuple(derivatives.factors) != self.tangent.parts(examples):
+            raise ModelError(
+                f"examples {start} to {stop - 1} take another path through the model than the first ones, so that "
+                "their features would not belong together. Sketch them apart, or use the exact kernel"
+            )
+        values = self.sketch.of(derivatives).flatten(0, 1)
+        if not bool(torch.isfinite(values.sum())):
+            raise ModelError("sketched features are NaN or infinite: a gradient overflows at these parameters")
+        return values
+
+    def identity(self, x: Any) -> dict[str, str]:
+        """What the features of some examples depend on. Cost: reads the parameters and all examples once."""
+        sketch = f"D={self.sketch.size} seed={self.sketch.seed}"
+        kind = "trace features" if self.sketch.trace else "features"
+        return {
+            "kernel": kind, **self.tangent.identity(), "sketch": sketch, "rows": content(self.tangent.examples(x))
+        }  # fmt: skip
+
+    def save(
+        self,
+        x: Any,
+        path: str | os.PathLike[str],
+        *,
+        workers: int | Workers | Any | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> FeatureKernel:
+        """Stream the features to disk, or go on where a killed run has stopped, as `Kernel.save` does.
+
+        Args:
+            x: N examples.
+            path: the folder.
+            workers: as in `Kernel.save`.
+            progress: called with (tiles done, tiles in all).
+
+        Raises:
+            InputError: if the arguments cannot be used.
+            StoreError: if `path` holds features of something else, the disk is full, or another run is writing there.
+        """
+        examples, place, crew = self.tangent.examples(x), Path(path), as_workers(workers)
+        k = self.rows_per_example(examples)
+        name = str(self.tangent.dtype).removeprefix("torch.")
+        edge = max(1, EDGE // k) * k
+        layout = Layout((len(examples) * k, self.sketch.size), (edge, self.sketch.size), name, False)
+        identity = self.identity(x)
+        if Store.exists(place):
+            store = Store.open(place)
+            store.require(layout, identity)
+        else:
+            facts = {"scalars": k, "seed": self.sketch.seed, "trace": self.sketch.trace}
+            store = Store.create(place, layout, identity, facts)
+        with store.locked():
+            store.sweep()
+            todo, total = remaining(store), len(layout.tiles())
+
+            def tick() -> None:
+                if progress is not None:
+                    progress(store.count_records(), total)
+
+            tick()
+            crew.run(_compute, (self, x), [(store, tile) for tile in todo], tick)
+        return FeatureKernel(store, self)
+
+
+def _compute(shared: tuple[FeatureMap, Any], task: tuple[Store, Tile]) -> Iterator[None]:
+    """The features of one tile."""
+    (features, x), (store, tile) = shared, task
+    if tile in set(store.finished()):
+        return
+    examples, k = features.tangent.examples(x), store.facts["scalars"]
+    rows = store.layout.slices(tile)[0]
+    blocks = [features.block(examples, a, b) for a, b in features.batches(examples, rows.start // k, rows.stop // k)]
+    store.write(tile, torch.cat(blocks).cpu().numpy())
+    yield
+
+
+@dataclass(frozen=True)
+class SketchError:
+    """How far a sketched kernel is from the exact one, measured on a sample of examples.
+
+    Attributes:
+        error: relative Frobenius error ||K_sketched - K||_F / ||K||_F of the whole kernel, estimated.
+        standard_error: of that estimate, by the jackknife over examples.
+        expected: the error that a sketch of this size has on average, from the exact entries of the sample.
+        size: D.
+        examples: number of examples sampled.
+    """
+
+    error: float
+    standard_error: float
+    expected: float
+    size: int
+    examples: int
+
+    def __str__(self) -> str:
+        """One sentence."""
+        return (
+            f"relative Frobenius error {self.error:.3f} +- {self.standard_error:.3f} of {self.size} sketched features, "
+            f"on the exact kernel of {self.examples} examples (expected for this size: {self.expected:.3f})"
+        )
+
+
+class FeatureKernel(Kernel):
+    """The kernel Phi Phi^T of features (rows, D), in memory or on disk, which are read in blocks."""
+
+    def __init__(self, source: Tensor | Store, map: FeatureMap | None = None, x: Any = None) -> None:
+        """Wrap features.
+
+        Args:
+            source: (N*K, D), or a finished store of them.
+            map: what made them, for features of other examples.
+            x: the examples, where they are at hand: `error` draws from them.
+        """
+        self.source = source
+        self.map = map
+        self.x = x
+        self.scalars = int(source.facts["scalars"]) if isinstance(source, Store) else 1
+        if map is not None and x is not None:
+            self.scalars = map.rows_per_example(x)
+
+    @property
+    def size(self) -> int:
+        """D."""
+        return (self.source.layout.shape if isinstance(self.source, Store) else self.source.shape)[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:  # noqa: D102
+        rows = (self.source.layout.shape if isinstance(self.source, Store) else self.source.shape)[0]
+        return rows, rows
+
+    @property
+    def dtype(self) -> torch.dtype:  # noqa: D102
+        if isinstance(self.source, Tensor):
+            return self.source.dtype
+        return torch.float64 if self.source.layout.dtype == "float64" else torch.float32
+
+    @property
+    def device(self) -> torch.device:  # noqa: D102
+        return self.source.device if isinstance(self.source, Tensor) else torch.device("cpu")
+
+    @property
+    def symmetric(self) -> bool:  # noqa: D102
+        return True
+
+    def features(self, rows: slice = slice(None)) -> Tensor:
+        """The features of some rows, (rows, D)."""
+        a, b = bounds(rows, self.shape[0])
+        if isinstance(self.source, Tensor):
+            return self.source[a:b]
+        edge = self.source.layout.edge[0]
+        out = self._empty(b - a, self.size)
+        for i in range(a // edge, -(-b // edge)):
+            first, last = max(a, i * edge), min(b, (i + 1) * edge)
+            block = np.array(self.source.read((i, 0))[first - i * edge : last - i * edge])
+            out[first - a : last - a] = torch.from_numpy(block)
+        return out
+
+    def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
+        return self.features(rows) @ self.features(cols).T
+
+    def diagonal(self) -> Tensor:
+        """Squared lengths of the features."""
+        return torch.cat([self.features(strip).square().sum(1) for strip in strips(self.shape[0])])
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """Phi (Phi^T other). Cost: N*D numbers read twice, 4 N D R FLOPs."""
+        if other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
+            return super().__matmul__(other)  # which says what is wrong
+        other = other.to(self.device, torch.promote_types(self.dtype, other.dtype))
+        inner = other.new_zeros(self.size, *other.shape[1:])
+        for strip in strips(self.shape[0]):
+            inner += self.features(strip).to(other.dtype).T @ other[strip]
+        return torch.cat([self.features(strip).to(other.dtype) @ inner for strip in strips(self.shape[0])])
+
+    def error(self, *, examples: int = 32, generator: torch.Generator, x: Any = None) -> SketchError:
+        """Compare with exact entries between some examples.
+
+        Args:
+            examples: how many are drawn; their exact kernel is computed.
+            generator: draws them.
+            x: the examples of the features, where they were opened from disk.
+
+        Raises:
+            InputError: if the examples or the network are not at hand, or fewer than 2 are asked for.
+        """
+        x = self.x if x is None else x
+        if self.map is None or x is None:
+            raise InputError(
+                "the error is measured on examples of these features: give x=..., and open them with a map"
+            )
+        drawn = self.map.tangent.examples(x)
+        count = min(examples, len(drawn))
+        if count < 2:
+            raise InputError(f"the error of a sketch needs at least 2 examples: got {count}")
+        k, trace = self.scalars, self.map.sketch.trace
+        numbers = torch.randperm(len(drawn), generator=generator)[:count].tolist()
+        exact = _exact(self.map.tangent, drawn, numbers, trace=trace)
+        rows = torch.cat([self.features(slice(i * k, (i + 1) * k)) for i in numbers]).double()
+        error, standard_error = relative_error(
+            _by_example((rows @ rows.T - exact).square(), k), _by_example(exact.square(), k), len(drawn), symmetric=True
+        )
+        expected = math.sqrt(_coefficient(exact, k, len(drawn)) / self.size)
+        return SketchError(error, standard_error, expected, self.size, count)
+
+    def identity(self) -> dict[str, str]:  # noqa: D102
+        if isinstance(self.source, Store):
+            return dict(self.source.identity)
+        if self.map is None or self.x is None:
+            return super().identity()
+        return self.map.identity(self.x)
+
+
+def features(
+    tangent: Tangent,
+    x: Any,
+    *,
+    size: int | None = None,
+    error: float | None = None,
+    trace: bool = False,
+    generator: torch.Generator,
+    progress: Callable[[int, int], None] | None = None,
+) -> FeatureKernel:
+    """Sketched features of a network's tangent kernel, D per row: Phi Phi^T is unbiased for the kernel.
+
+    Args:
+        tangent: the network, made by `linearize`.
+        x: N examples.
+        size: D. The relative error falls as 1/sqrt(D).
+        error: instead of `size`: a wanted relative Frobenius error, for which D is chosen from the exact kernel of 32
+            examples.
+        trace: features of the trace kernel, one row per example; the read-out's K scalars have sketches of their own.
+        generator: of the random map (one seed is taken) and of the examples that are looked at for `error`.
+        progress: called with (examples done, examples in all).
+
+    Raises:
+        InputError: if the arguments cannot be used.
+        ModelError: if the model has no tangent kernel on them.
+    """
+    if (size is None) == (error is None):
+        raise InputError(f"give either size= or error=: got size={size!r}, error={error!r}")
+    if size is None:
+        assert error is not None
+        size = size_for(tangent, x, error, trace=trace, generator=generator)
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device).item())
+    made = FeatureMap(tangent, Sketch(size, seed, trace))
+    return FeatureKernel(made(x, progress=progress), made, x)
+
+
+def size_for(
+    tangent: Tangent, x: Any, error: float, *, trace: bool = False, examples: int = 32, generator: torch.Generator
+) -> int:
+    """The number of features D for a wanted relative Frobenius error, from the exact kernel of some examples.
+
+    The variance of a sketched entry is at most (K_ii K_jj + K_ij^2) / D, so that D is what makes its mean over pairs
+    the squared error times the mean of K_ij^2.
+
+    Raises:
+        InputError: if the error is not a positive number, or there are fewer than 2 examples.
+    """
+    if not error > 0:
+        raise InputError(f"a wanted relative error is a positive number: got {error!r}")
+    drawn = tangent.examples(x)
+    count = min(examples, len(drawn))
+    if count < 2:
+        raise InputError(f"the size of a sketch is chosen on at least 2 examples: got {count}")
+    numbers = torch.randperm(len(drawn), generator=generator)[:count].tolist()
+    exact = _exact(tangent, drawn, numbers, trace=trace)
+    k = len(exact) // count
+    return -(-int(_coefficient(exact, k, len(drawn)) / error**2 + 1) // ROUND) * ROUND
+
+
+def _exact(tangent: Tangent, examples: Any, numbers: Sequence[int], *, trace: bool) -> Tensor:
+    with torch.no_grad():
+        found = tangent.derivatives(examples, numbers)
+        return found.gram(found, trace=trace).double()
+
+
+def _coefficient(exact: Tensor, k: int, population: int) -> float:
+    """D times the squared relative error that a sketch of D features has on average."""
+    diagonal = exact.diagonal()
+    variance = torch.outer(diagonal, diagonal) + exact.square()
+    return relative_error(_by_example(variance, k), _by_example(exact.square(), k), population, symmetric=True)[0] ** 2
+
+
+def _by_example(entries: Tensor, k: int) -> Tensor:
+    """Sums over the K x K entries of each pair of examples."""
+    n = len(entries) // k
+    return entries.view(n, k, n, k).sum((1, 3))

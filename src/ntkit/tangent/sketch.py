@@ -1,0 +1,246 @@
+"""Random linear maps from parameter space to D numbers that keep inner products on average.
+
+A sketch S has independent parts for the parameters; that of one parameter with entries (line, place) adds the entry,
+with a random sign, to one of D buckets:
+
+    bucket(line, place) = start(line) + place  (mod D),      sign = sign(line) * sign(place)
+
+so that a line of the gradient goes to D neighbouring buckets without meeting itself (one longer than D is cut first),
+and two lines meet shifted by a random distance. <S x, S y> is unbiased for <x, y>, with the variance of a dense
+Gaussian sketch, (|x|^2 |y|^2 + <x, y>^2) / D, or less: entries of one line never meet, the signs of different pairs
+that do are uncorrelated, and starts are drawn without replacement, so that two lines never meet unshifted (they would
+meet in all places at once, with one sign). Parameters of at most D entries are put one behind the other: each is kept
+as it is, and a network of at most D parameters is sketched without any error.
+
+Why not the product of two small projections, U R V^T with d1 d2 = D: its variance is about 2/d1 + 2/d2 instead of 2/D
+where gradients are close to rank one, and those of convolutions are (see `docs/scale.md`).
+
+For a linear layer with one position, R = g (outer) a, the sum over lines is a circular convolution of the sketches of
+g and a, by three Fourier transforms of D numbers (as TensorSketch: Pham & Pagh, 2013), and R is not formed. For sums
+over positions the rows are formed for a few examples at a time, in memory that is used again, whichever is cheaper.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ntkit.errors import InputError
+from ntkit.tangent.derivatives import Derivatives, Part
+from ntkit.tangent.factors import Factor, Lookup, Outer, Rows
+from ntkit.tangent.workspace import Workspace
+
+# Rows formed at a time.
+FORMED = 32 * 2**20
+# Measured on a CPU, in nanoseconds: of a Fourier transform of D numbers, over D log2 D; of forming a row, for each
+# product of an entry; of adding an entry to its bucket.
+TRANSFORM, PRODUCT, BUCKET = 0.35, 0.012, 0.6
+
+
+@dataclass(frozen=True, eq=False)
+class Hash:
+    """Where the entries of one parameter go, and with which signs.
+
+    Attributes:
+        shape: of the parameter.
+        across: whether lines run along the first axis instead of the others; they run along the longer one.
+        start: first bucket of each line, (k, lines, blocks); k is 1 if all scalars share one sketch.
+        sign: of each line, the same shape, +-1.
+        place: sign of each place of a line, (length,).
+        size: D.
+    """
+
+    shape: tuple[int, ...]
+    across: bool
+    start: Tensor
+    sign: Tensor
+    place: Tensor
+    size: int
+
+    @classmethod
+    def draw(
+        cls, shape: tuple[int, ...], size: int, scalars: int, like: Tensor, generator: torch.Generator, first: int = 0
+    ) -> Hash:
+        """Random starts and signs for a parameter, on the device of `like`; one that fits begins at bucket `first`."""
+        height = shape[0] if len(shape) > 1 else 1
+        rest = math.prod(shape) // max(1, height)
+        across = height > rest
+        lines, length = (rest, height) if across else (height, rest)
+        blocks = -(-length // size)
+        count = scalars * lines * blocks
+        if count * length <= size:  # all fit one behind the other
+            start = first + torch.arange(count) * length
+        else:
+            rounds = [torch.randperm(size, generator=generator) for _ in range(-(-count // size))]
+            start = torch.cat(rounds)[:count]
+        table = (scalars, lines, blocks)
+        return cls(
+            shape, across, (start % size).view(table).to(like.device), _signs(count, generator).view(table).to(like),
+            _signs(length, generator).to(like), size,
+        )  # fmt: skip
+
+    def matrix(self, rows: Tensor) -> Tensor:
+        """Rows (n, k, *shape) as (n, k, lines, length); those of convolutions with the channels behind the window."""
+        n, k = rows.shape[:2]
+        if rows.ndim > 4:
+            rows = rows.movedim(3, -1)  # the order in which they are formed
+        matrix = rows.reshape(n, k, *((self.shape[0], -1) if len(self.shape) > 1 else (1, -1)))
+        return matrix.transpose(2, 3) if self.across else matrix
+
+    def add(self, rows: Tensor, out: Tensor) -> None:
+        """Add rows (n, k, *shape) to buckets, (n, 1 or k, 2 D): those past D belong to the beginning."""
+        matrix = self.matrix(rows)
+        for k, lines in enumerate(self.start.tolist()):
+            mine = matrix[:, k : k + 1] if len(self.start) > 1 else matrix
+            signs = self.sign[k].tolist()
+            for line, blocks in enumerate(lines):
+                for block, start in enumerate(blocks):
+                    here = slice(block * self.size, (block + 1) * self.size)
+                    part = mine[:, :, line, here]
+                    room = out[:, :, start : start + part.shape[2]]
+                    room.addcmul_(part, self.place[here], value=signs[line][block])
+
+    def buckets(self, first: Tensor, rest: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Bucket and sign of entries, by their indices along the first axis and along the others, for scalar k."""
+        line, place = (rest, first) if self.across else (first, rest)
+        block = place // self.size
+        bucket = (self.start[k, line, block] + place % self.size) % self.size
+        return bucket, self.sign[k, line, block] * self.place[place]
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A random linear map of gradients to D numbers, the same for every batch.
+
+    Attributes:
+        size: D.
+        seed: of all random choices.
+        trace: whether the scalars of an example are summed into one row, each through a sketch of its own: the inner
+            products are then unbiased for the sum over equal scalars.
+    """
+
+    size: int
+    seed: int
+    trace: bool = False
+    _drawn: dict[Part, Hash] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the size.
+
+        Raises:
+            InputError: if it is not a positive number.
+        """
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
+            raise InputError(f"the size of a sketch is a positive number of features: got {self.size!r}")
+
+    def __reduce__(self) -> tuple[type[Sketch], tuple[int, int, bool]]:
+        """Another process draws the same."""
+        return Sketch, (self.size, self.seed, self.trace)
+
+    @torch.no_grad()
+    def of(self, derivatives: Derivatives) -> Tensor:
+        """The sketch of every row, (n, k, D), or with `trace` of every example, (n, 1, D), over sqrt(k).
+
+        Cost: forming rows where there are several positions, and an addition for each of their entries; no memory of
+        the size of all rows.
+        """
+        n, k = derivatives.examples, derivatives.scalars
+        like = derivatives.outputs
+        out = like.new_zeros(n, 1 if self.trace else k, 2 * self.size)
+        waves = like.new_zeros(n, out.shape[1], self.size // 2 + 1, dtype=_complex(like.dtype))
+        workspace, transformed = Workspace(FORMED), False
+        self._draw(derivatives)
+        for part, factor in derivatives.factors.items():
+            found = self._drawn[part]
+            if isinstance(factor, Lookup):
+                _add_lookup(found, factor, out)
+            elif isinstance(factor, Outer) and _transforms(factor, found):
+                _add_transformed(found, factor, waves)
+                transformed = True
+            else:
+                _add_rows(found, factor, out, workspace)
+        total = out[:, :, : self.size] + out[:, :, self.size :]
+        if transformed:
+            total += torch.fft.irfft(waves, n=self.size)
+        return total / math.sqrt(k) if self.trace else total
+
+    def _draw(self, derivatives: Derivatives) -> None:
+        """Starts and signs of all parameters, when they are first met."""
+        if derivatives.factors.keys() <= self._drawn.keys():
+            return
+        first, scalars = 0, derivatives.scalars if self.trace else 1
+        for part, factor in derivatives.factors.items():
+            # each with a generator of its own: what one draws does not change the others
+            name = f"{self.seed} {part.name} {part.terms}".encode()
+            generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "big"))
+            found = Hash.draw(factor.shape, self.size, scalars, factor.like, generator, first)
+            self._drawn[part] = found
+            if scalars * math.prod(factor.shape) <= self.size:  # the small ones do not meet, as long as there is room
+                first = (first + scalars * math.prod(factor.shape)) % self.size
+
+
+def _add_rows(found: Hash, factor: Factor, out: Tensor, workspace: Workspace) -> None:
+    """Form the rows of a few examples at a time."""
+    if isinstance(factor, Rows):
+        found.add(factor.values, out)
+        return
+    each = factor.scalars * math.prod(factor.shape) * factor.like.element_size()
+    step = max(1, min(factor.examples, workspace.nbytes // max(1, each)))
+    for a in range(0, factor.examples, step):
+        some = factor.narrow(a, a + step) if step < factor.examples else factor
+        memory = workspace.take(0, (some.examples, some.scalars, *some.shape), some.like)
+        found.add(some.rows(out=memory), out[a : a + step])
+
+
+def _add_lookup(found: Hash, factor: Lookup, out: Tensor) -> None:
+    """The lines of an embedding that occur."""
+    n, k, t, o = factor.cotangents.shape
+    features = torch.arange(o, device=factor.ids.device)
+    ids = factor.ids.clamp(0, factor.shape[0] - 1)  # elsewhere the cotangents are zero
+    for scalar in range(k):
+        own = scalar if len(found.start) > 1 else 0
+        bucket, sign = found.buckets(ids[:, :, None].expand(n, t, o), features.expand(n, t, o), own)
+        room = out[:, 0 if out.shape[1] == 1 else scalar]
+        room.scatter_add_(1, bucket.reshape(n, -1), (sign * factor.cotangents[:, scalar]).reshape(n, -1))
+
+
+def _transforms(factor: Outer, found: Hash) -> bool:
+    """Whether Fourier transforms are cheaper than forming rows."""
+    work = factor.work
+    if work.groups > 1 or len(factor.shape) != 2 or work.row_size <= found.size:
+        return False
+    blocks = found.start.shape[2]
+    transforms = work.positions * (work.scalars + 1) * blocks * found.size * math.log2(max(2, found.size)) * TRANSFORM
+    return transforms < work.scalars * work.row_size * (work.positions * PRODUCT + BUCKET)
+
+
+def _add_transformed(found: Hash, factor: Outer, waves: Tensor) -> None:
+    """sum_t sum_line sign g[line] roll(a, start(line)): products of Fourier transforms."""
+    a, g = factor.inputs[:, 0], factor.cotangents[:, :, 0]  # n t i; n k t o
+    first_is_cotangent = not factor.inputs_first
+    along_cotangent = found.across == first_is_cotangent  # whether lines run along the cotangent's features
+    for block in range(found.start.shape[2]):
+        here = slice(block * found.size, (block + 1) * found.size)
+        if along_cotangent:
+            long, short = (g[..., here] * found.place[here]), a[:, None]
+        else:
+            long, short = (a[:, None, :, here] * found.place[here]), g
+        for k in range(g.shape[1]):
+            own = k if len(found.start) > 1 else 0
+            mine = [side[:, k if side.shape[1] > 1 else 0] for side in (long, short)]  # n t features
+            counted = mine[1].new_zeros(*mine[1].shape[:2], found.size)
+            counted.index_add_(2, found.start[own, :, block], mine[1] * found.sign[own, :, block])
+            product = (torch.fft.rfft(mine[0], n=found.size) * torch.fft.rfft(counted)).sum(1)
+            waves[:, 0 if waves.shape[1] == 1 else k] += product
+
+
+def _signs(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(2, (count,), generator=generator) * 2.0 - 1.0
+
+
+def _complex(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
