@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import linecache
 import re
 import runpy
@@ -26,6 +27,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS_MORE = {"fashion_mnist.py", "demo_picture.py"}
 EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.name not in NEEDS_MORE]
 LARGEST_PICTURE = 150_000
+
+# zarr 3 needs Python 3.11: with an older one, blocks that write to disk are left out.
+HAS_ZARR = importlib.util.find_spec("zarr") is not None
 
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -79,6 +83,8 @@ def test_the_blocks_of_a_page_run_in_order(page: Path) -> None:
     torch.manual_seed(0)
     for block in FENCED.finditer(text):
         language, source = block.groups()
+        if ".zarr" in source and not HAS_ZARR:
+            continue
         if language == "python":
             run_python(source, page, text[: block.start(2)].count("\n"), namespace)
         elif language == "sh":
