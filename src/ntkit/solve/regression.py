@@ -87,7 +87,7 @@ class RegressionFit:
                 else "the fit was not given f0, so `prior` must be left out here too"
             )
         change = (cross @ columns).to(torch.float64).reshape(-1, outputs)
-        return change if prior is None else _as_targets(prior, "prior", change.shape).to(change.device) + change
+        return change if prior is None else as_targets(prior, "prior", change.shape).to(change.device) + change
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,7 +334,7 @@ def _system(
 ) -> tuple[SymmetricMatrix, Tensor, int]:
     """The checked kernel, the right-hand sides Y - f0 in its number of rows, and C."""
     kernel = as_kernel(kernel)
-    y = _as_targets(targets, "targets")
+    y = as_targets(targets, "targets")
     examples, outputs = y.shape
     if kernel.shape[0] not in (examples, examples * outputs):
         raise InputError(
@@ -342,13 +342,13 @@ def _system(
             f"{examples * outputs} rows when it couples the outputs: got a kernel of shape {kernel.shape}"
         )
     if prior is not None:
-        y = y - _as_targets(prior, "prior", y.shape).to(y.device)
+        y = y - as_targets(prior, "prior", y.shape).to(y.device)
     matrix = symmetric_matrix(kernel)
     system = y if kernel.shape[0] == examples else y.reshape(-1, 1)
     return matrix, system.to(matrix.values.device), outputs
 
 
-def _as_targets(values: Tensor | np.ndarray, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+def as_targets(values: Tensor | np.ndarray, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
     """Targets as a finite float64 matrix (N, C)."""
     tensor = as_tensor(values).to(torch.float64)
     if tensor.ndim == 1:
