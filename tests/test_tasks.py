@@ -42,7 +42,9 @@ def slow() -> Slow:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, processes=True) as found,
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", processes=True
+        ) as found,
         distributed.Client(found) as client,
     ):
         yield client

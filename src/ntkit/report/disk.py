@@ -105,7 +105,7 @@ class Disk:
         if self.dask == "local":
             count = self.workers or 1
             with (
-                LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=":0") as cluster,
+                LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
                 Client(cluster) as client,
             ):
                 yield client
