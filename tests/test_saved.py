@@ -366,6 +366,29 @@ def test_a_matrix_of_something_else_is_refused_and_left_alone(other: str, tmp_pa
     assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
+def edited() -> nn.Module:
+    """A class that is defined twice under one name, as in a notebook."""
+
+    class Edited(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1.0
+
+    return Edited(*network())
+
+
+def test_an_edited_forward_is_another_model() -> None:
+    first, second = (InTiles(ntkit.linearize(edited()), examples()).identity() for _ in range(2))
+    assert first == second
+
+    class Edited(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) - 1.0
+
+    Edited.__qualname__ = type(edited()).__qualname__
+    third = InTiles(ntkit.linearize(Edited(*network())), examples()).identity()
+    assert [name for name in first if first[name] != third[name]] == ["architecture"]
+
+
 @pytest.mark.parametrize("same", ["a copy", "a dataset", "less memory"])
 def test_the_same_by_another_way_goes_on(same: str, tmp_path: Path) -> None:
     path = tmp_path / "k.zarr"
