@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import ntkit
 from ntkit.errors import InputError, NotPositiveDefiniteError
 from ntkit.kernel import base
+from ntkit.solve import primal as primal_module
 from ntkit.solve.primal import PrimalRegression
 from ntkit.solve.regression import KernelRegression
 from ntkit.solve.ridge import GCV, Absolute, LeaveOneOut
@@ -30,7 +31,7 @@ def data(rows: int = N, size: int = 12, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("around", [False, True])
 def test_it_is_kernel_regression(size: int, full: bool, around: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "STRIP", 16)
+    monkeypatch.setattr(primal_module, "strips", lambda n: base.strips(n, 16))
     rows = C if full else 1
     phi, new, y = data(N * rows, size), data(M * rows, size, 1), data(N, C, 2)
     prior, new_prior = (data(N, C, 3), data(M, C, 4)) if around else (None, None)
