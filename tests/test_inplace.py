@@ -36,7 +36,7 @@ def test_it_is_the_dense_solve(n: int, r: int, ridge: float, half: bool, seed: i
         matrix = matrix.float().double()  # what float32 holds exactly
         factored = solver.factor(matrix, Absolute(ridge))
         found = factored.solve(y)
-    expected = torch.linalg.solve(matrix + ridge * torch.eye(n), y)
+    expected = torch.linalg.solve(matrix + ridge * torch.eye(n).double(), y)
     torch.testing.assert_close(found.value, expected, rtol=1e-6, atol=1e-7)
     assert found.converged
     assert found.relative_residual < 1e-9

@@ -46,8 +46,8 @@ def spd(n: int, seed: int = 0) -> Tensor:
 def test_it_is_the_dense_solve(n: int, r: int, ridge: float, seed: int) -> None:
     matrix, y = spd(n, seed), normal(r, seed=seed + 1)(n).double()
     found = ConjugateGradients(tolerance=1e-11).solve(matrix, y, Absolute(ridge))
-    expected = torch.linalg.solve(matrix + ridge * torch.eye(n), y)
-    torch.testing.assert_close(found.value, expected, rtol=1e-5, atol=1e-6)
+    expected = torch.linalg.solve(matrix + ridge * torch.eye(n).double(), y)
+    torch.testing.assert_close(found.value, expected, rtol=1e-6, atol=1e-7)
     assert found.converged
     assert found.relative_residual < 1e-9
     assert len(found.history) == found.iterations
@@ -66,14 +66,14 @@ def test_a_vector_stays_a_vector_and_a_relative_ridge_is_relative() -> None:
     matrix, y = 7.0 * spd(12), normal(1)(12).double()[:, 0]
     found = ConjugateGradients(tolerance=1e-11).solve(matrix, y, 0.1)
     assert found.ridge == pytest.approx(0.1 * float(matrix.diagonal().mean()))
-    torch.testing.assert_close((matrix + found.ridge * torch.eye(12)) @ found.value, y, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((matrix + found.ridge * torch.eye(12).double()) @ found.value, y, rtol=1e-6, atol=1e-6)
 
 
 def test_too_few_iterations_are_admitted() -> None:
     found = ConjugateGradients(tolerance=1e-10, iterations=3).solve(spd(40), normal(1)(40), Absolute(1e-6))
     assert not found.converged
     assert found.iterations == 3
-    true = (spd(40) + 1e-6 * torch.eye(40)) @ found.value - normal(1)(40)
+    true = (spd(40) + 1e-6 * torch.eye(40).double()) @ found.value - normal(1)(40)
     assert found.relative_residual == pytest.approx(float(true.norm() / normal(1)(40).norm()), rel=1e-6)
 
 
@@ -141,7 +141,7 @@ def test_a_preconditioned_solve_needs_a_quarter_of_the_iterations(make: Callable
     tangent = ntkit.linearize(model)
     full = ntkit.TangentKernel(tangent, x).dense()
     plain = ConjugateGradients(iterations=5000).solve(full, y, 1e-4)
-    exact = torch.linalg.solve(full + plain.ridge * torch.eye(len(full)), y)
+    exact = torch.linalg.solve(full + plain.ridge * torch.eye(len(full)).double(), y)
     outputs = coupling(tangent, x, generator=seeded())
     kernels: dict[str, Any] = {
         "trace kernel": ntkit.TangentKernel(tangent, x, trace=True),
@@ -160,11 +160,11 @@ def test_a_preconditioned_solve_needs_a_quarter_of_the_iterations(make: Callable
 def test_the_preconditioner_is_the_inverse_of_what_it_says(n: int, c: int, r: int, ridge: float, seed: int) -> None:
     phi, outputs = normal(5, seed=seed)(n).double(), spd(c, seed + 1)
     right = normal(r, seed=seed + 2)(n * c).double()
-    matrix = torch.kron(phi @ phi.T, outputs) + ridge * torch.eye(n * c)
+    matrix = torch.kron(phi @ phi.T, outputs) + ridge * torch.eye(n * c).double()
     expected = torch.linalg.solve(matrix, right)
     for kernel in (phi @ phi.T, ntkit.FeatureKernel(phi)):
         torch.testing.assert_close(kronecker(kernel, outputs, ridge)(right), expected, rtol=1e-6, atol=1e-6)
-    identity = torch.kron(phi @ phi.T, torch.eye(c)) + ridge * torch.eye(n * c)
+    identity = torch.kron(phi @ phi.T, torch.eye(c)) + ridge * torch.eye(n * c).double()
     found = kronecker(phi @ phi.T, c, ridge)(right)
     torch.testing.assert_close(found, torch.linalg.solve(identity, right), rtol=1e-6, atol=1e-6)
 
