@@ -66,6 +66,14 @@ def test_another_matrix_is_replaced_only_by_force(here: Path) -> None:
     assert not torch.allclose(ntkit.open_kernel("K.zarr").dense(), truth(here), rtol=1e-2)
 
 
+def test_force_removes_nothing_that_another_run_writes(here: Path) -> None:
+    assert call(*COMMAND, "K.zarr")[0] == 0
+    other = ["kernel", "nets.py:net", "data.npz", "--readout", "sum", "--out", "K.zarr", "--force"]
+    with Store.open(Path("K.zarr")).locked():
+        assert "another run is writing" in refused(*other)
+    torch.testing.assert_close(ntkit.open_kernel("K.zarr").dense(), truth(here), rtol=1e-5, atol=1e-5)
+
+
 def test_force_removes_no_other_folder(here: Path) -> None:
     Path("K.zarr").mkdir()
     Path("K.zarr/thesis.tex").write_text("all of it")

@@ -21,7 +21,7 @@ from ntkit.errors import InputError, ModelError
 from ntkit.kernel.base import Kernel, bounds, strips
 from ntkit.kernel.fidelity import relative_error
 from ntkit.kernel.plan import FEWEST, sizes
-from ntkit.kernel.saved import remaining
+from ntkit.kernel.saved import begin, fill
 from ntkit.kernel.store import Layout, Store, Tile
 from ntkit.kernel.tasks import Workers, as_workers
 from ntkit.tangent.identity import content
@@ -129,28 +129,14 @@ class FeatureMap:
             InputError: if the arguments cannot be used.
             StoreError: if `path` holds features of something else, the disk is full, or another run is writing there.
         """
-        examples, place, crew = self.tangent.examples(x), Path(path), as_workers(workers)
+        examples, crew = self.tangent.examples(x), as_workers(workers)
         k = self.rows_per_example(examples)
         name = str(self.tangent.dtype).removeprefix("torch.")
         edge = max(1, EDGE // k) * k
         layout = Layout((len(examples) * k, self.sketch.size), (edge, self.sketch.size), name, False)
-        identity = self.identity(x)
-        if Store.exists(place):
-            store = Store.open(place)
-            store.require(layout, identity)
-        else:
-            facts = {"scalars": k, "seed": self.sketch.seed, "trace": self.sketch.trace}
-            store = Store.create(place, layout, identity, facts)
-        with store.locked():
-            store.sweep()
-            todo, total = remaining(store), len(layout.tiles())
-
-            def tick() -> None:
-                if progress is not None:
-                    progress(store.count_records(), total)
-
-            tick()
-            crew.run(_compute, (self, x), [(store, tile) for tile in todo], tick)
+        facts = {"scalars": k, "seed": self.sketch.seed, "trace": self.sketch.trace}
+        store = begin(Path(path), layout, self.identity(x), facts)
+        fill(store, crew, _compute, (self, x), lambda tiles: tiles, progress)
         return FeatureKernel(store, self)
 
 

@@ -142,8 +142,50 @@ def save_kernel(
     progress: Callable[[int, int], None] | None = None,
 ) -> SavedKernel:
     """`Kernel.save`."""
-    place, crew = Path(path), as_workers(workers)
-    store = begin(kernel, place, dtype=dtype, memory=checked_memory(memory) // crew.count)
+    crew = as_workers(workers)
+    budget = checked_memory(memory) // crew.count
+    layout = layout_of(kernel, str(dtype or kernel.dtype).removeprefix("torch."), budget)
+    # the same budget again when it goes on: the size of chunks decides how sums are rounded
+    store = begin(Path(path), layout, kernel.identity(), {"scalars": kernel.scalars, "memory": budget})
+    fill(store, crew, compute, kernel, lambda tiles: pieces(tiles, crew.count), progress)
+    return SavedKernel(store)
+
+
+def begin(place: Path, layout: Layout, identity: dict[str, str], facts: dict[str, Any]) -> Store:
+    """The store at a place: the one that is there if it is of the same, or a new one.
+
+    Raises:
+        InputError: if the place cannot be used.
+        StoreError: if what is there is of something else, or the disk has no room.
+    """
+    if not Store.exists(place):
+        return Store.create(place, layout, identity, facts)
+    store = Store.open(place)
+    store.require(layout, identity)
+    return store
+
+
+def fill(
+    store: Store,
+    crew: Workers,
+    function: Callable[[Any, tuple[Store, Any]], Iterator[None]],
+    shared: Any,
+    cut: Callable[[list[Tile]], Sequence[Any]],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Compute the tiles that a store lacks.
+
+    Args:
+        store: what is filled, under its lock.
+        crew: who computes.
+        function: of what is shared and of (store, task).
+        shared: what all tasks need.
+        cut: from tiles to tasks.
+        progress: called with (tiles done, tiles in all).
+
+    Raises:
+        StoreError: if another run is writing, or the disk is full.
+    """
     with store.locked():
         store.sweep()
         todo, total = remaining(store), len(store.layout.tiles())
@@ -153,24 +195,7 @@ def save_kernel(
                 progress(store.count_records(), total)
 
         tick()
-        crew.run(compute, kernel, [(store, piece) for piece in pieces(todo, crew.count)], tick)
-    return SavedKernel(store)
-
-
-def begin(kernel: Kernel, place: Path, *, dtype: torch.dtype | None, memory: int) -> Store:
-    """The store of a kernel at a place: the one that is there if it is of the same, or a new one.
-
-    Raises:
-        InputError: if the place cannot be used.
-        StoreError: if what is there is of something else, or the disk has no room.
-    """
-    layout = layout_of(kernel, str(dtype or kernel.dtype).removeprefix("torch."), memory)
-    if Store.exists(place):
-        store = Store.open(place)
-        store.require(layout, kernel.identity())
-        return store
-    # the same budget again when it goes on: the size of chunks decides how sums are rounded
-    return Store.create(place, layout, kernel.identity(), {"scalars": kernel.scalars, "memory": memory})
+        crew.run(function, shared, [(store, task) for task in cut(todo)], tick)
 
 
 def begun(kernel: Kernel, place: Path, dtype: str) -> bool:
@@ -215,7 +240,7 @@ def remaining(store: Store) -> list[Tile]:
     for tile in store.layout.tiles():
         trouble = store.damaged(tile)
         if trouble is not None:
-            warnings.warn(f"{trouble}: it is computed again", StoreWarning, stacklevel=4)
+            warnings.warn(f"{trouble}: it is computed again", StoreWarning, stacklevel=5)
             store.discard(tile)
         if trouble is not None or tile not in finished:
             todo.append(tile)

@@ -68,10 +68,11 @@ class Disk:
         """Compute what is missing.
 
         Raises:
-            StoreError: if a matrix of something else is there and may not be replaced.
+            StoreError: if a matrix of something else is there and may not be replaced, or another run is writing.
         """
         if self.force and Store.exists(self.path) and not begun(kernel, self.path, self._type(kernel)):
-            shutil.rmtree(self.path)
+            with Store.open(self.path).locked():  # not under the hands of a run that writes to it
+                shutil.rmtree(self.path)
         with self._crew() as crew:
             kernel.save(self.path, dtype=self.dtype, memory=kernel.memory, workers=crew, progress=progress)
 
