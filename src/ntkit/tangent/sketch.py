@@ -36,9 +36,9 @@ from ntkit.tangent.workspace import Workspace
 
 # Rows formed at a time.
 FORMED = 32 * 2**20
-# Nanoseconds on two CPU cores, measured on 32 and 64 examples with all that goes with each: of a Fourier transform of D
-# numbers, over D log2 D (0.13 to 0.34); of forming a row, for each product of an entry; of adding an entry to its bucket
-# (2.6 to 5.9).
+# Nanoseconds on two CPU cores, measured on 32 and 64 examples with all that goes with each: of a Fourier transform of
+# D numbers, over D log2 D (0.13 to 0.34); of forming a row, for each product of an entry; of adding an entry to its
+# bucket (2.6 to 5.9).
 TRANSFORM, PRODUCT, BUCKET = 0.25, 0.012, 2.8
 
 
