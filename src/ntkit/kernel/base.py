@@ -135,6 +135,12 @@ class Kernel(ABC):
         """
         return (self.tile(rows, columns) for columns in columns)
 
+    def examples(self, numbers: Sequence[int]) -> Tensor:
+        """The rows of some examples by number, (len(numbers) * K, columns): neighbours are not asked for."""
+        k = self.scalars
+        rows = [self.tile(slice(i * k, (i + 1) * k), slice(None)) for i in numbers]
+        return torch.cat(rows) if rows else self._empty(0, self.shape[1])
+
     def tile_rows(self, memory: int) -> int:
         """Rows and columns of a tile on disk such that computing and writing one stays within `memory` bytes."""
         return max(1, min(EDGE, math.isqrt(memory // 64)))  # four copies at once in float64 take half of it

@@ -219,6 +219,18 @@ class TangentKernel(Kernel):
         _check_finite(out)
         return out
 
+    def examples(self, numbers: Sequence[int]) -> Tensor:
+        """The rows of some examples by number, which are held while all columns pass by once.
+
+        Raises:
+            ModelError: if a gradient is NaN or infinite.
+        """
+        numbers, columns = list(numbers), self._cols.data
+        if not numbers:
+            return super().examples(numbers)
+        some = self._rows.pick(numbers)
+        return TangentKernel(self.tangent, some, columns, trace=self.trace, memory=self.memory).dense()
+
     def tile_rows(self, memory: int) -> int:
         """Rows of a tile on disk: as many as can be held within half of a memory budget, in whole examples."""
         found, k = self._sizes(), self.scalars

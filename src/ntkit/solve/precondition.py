@@ -8,7 +8,8 @@ answer is exact whatever k and B are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +47,10 @@ class KroneckerPreconditioner:
         back = (self.vectors @ rotated.reshape(n, -1)).view(columns.shape)
         return torch.einsum("ndr,cd->ncr", back, self.outputs).reshape(right.shape)
 
+    def root(self) -> KroneckerPreconditioner:
+        """(k (x) B + ridge I)^-1/2."""
+        return replace(self, inverse=self.inverse.sqrt())
+
 
 @dataclass(frozen=True, eq=False)
 class FeaturePreconditioner:
@@ -55,15 +60,32 @@ class FeaturePreconditioner:
         features: Phi, (N, D).
         vectors: eigenvectors of Phi^T Phi, (D, D).
         outputs: eigenvectors of B, (C, C).
-        shrinkage: b / (b * eigenvalue of Phi^T Phi + ridge) for the eigenvalues b of B, (D, C).
-        ridge: absolute.
+        inside: what Phi^T v is multiplied by along the eigenvectors, (D, C).
+        outside: what v itself is multiplied by.
+        square_root: the same two for the square root.
     """
 
     features: FeatureKernel
     vectors: Tensor
     outputs: Tensor
-    shrinkage: Tensor
-    ridge: float
+    inside: Tensor
+    outside: float
+    square_root: tuple[Tensor, float]
+
+    @classmethod
+    def make(cls, features: FeatureKernel, weights: Tensor, outputs: Tensor, ridge: float) -> FeaturePreconditioner:
+        """From B's eigenvalues and eigenvectors. Cost: N D^2 + 9 D^3."""
+        moments = torch.zeros(features.size, features.size, dtype=torch.float64)
+        for strip in strips(features.shape[0]):
+            block = features.features(strip).double()
+            moments.addmm_(block.T, block)
+        values, vectors = torch.linalg.eigh(moments)
+        # with f(s) = 1 / (s + ridge) or its root, f(b Phi Phi^T) = f(0) I + Phi V [(f(b m) - f(0)) / m] V^T Phi^T for
+        # the eigenvalues m and vectors V of Phi^T Phi; the quotient is written so that m may be zero
+        shifted = values.clamp_min(0)[:, None] * weights + ridge
+        root, first = shifted.sqrt(), math.sqrt(ridge)
+        halved = -weights / (first * root * (root + first))
+        return cls(features, vectors, outputs, -weights / (ridge * shifted), 1 / ridge, (halved, 1 / first))
 
     def __call__(self, right: Tensor) -> Tensor:
         """Apply to (N*C, R). Cost: 4 N D C R."""
@@ -73,11 +95,16 @@ class FeaturePreconditioner:
         inner = flat.new_zeros(self.features.size, flat.shape[1])
         for strip in strips(n):
             inner += self.features.features(strip).double().T @ flat[strip]
-        shrunk = (self.vectors.T @ inner).view(-1, *columns.shape[1:]) * self.shrinkage[:, :, None]
-        inner = self.vectors @ shrunk.reshape(inner.shape)
+        scaled = (self.vectors.T @ inner).view(-1, *columns.shape[1:]) * self.inside[:, :, None]
+        inner = self.vectors @ scaled.reshape(inner.shape)
         outer = torch.cat([self.features.features(strip).double() @ inner for strip in strips(n)])
-        solved = (columns - outer.view(columns.shape)) / self.ridge
-        return torch.einsum("ndr,cd->ncr", solved, self.outputs).reshape(right.shape)
+        found = self.outside * columns + outer.view(columns.shape)
+        return torch.einsum("ndr,cd->ncr", found, self.outputs).reshape(right.shape)
+
+    def root(self) -> FeaturePreconditioner:
+        """(Phi Phi^T (x) B + ridge I)^-1/2."""
+        inside, outside = self.square_root
+        return replace(self, inside=inside, outside=outside)
 
 
 def kronecker(
@@ -105,13 +132,7 @@ def kronecker(
     if not isinstance(kernel, FeatureKernel) or kernel.size >= kernel.shape[0]:  # the smaller of N x N and D x D
         values, vectors = symmetric_matrix(kernel).decompose()
         return KroneckerPreconditioner(vectors, rotation, 1 / (values.clamp_min(0)[:, None] * weights + ridge))
-    moments = torch.zeros(kernel.size, kernel.size, dtype=torch.float64)
-    for strip in strips(kernel.shape[0]):
-        block = kernel.features(strip).double()
-        moments.addmm_(block.T, block)
-    values, vectors = torch.linalg.eigh(moments)
-    shrinkage = weights / (values.clamp_min(0)[:, None] * weights + ridge)
-    return FeaturePreconditioner(kernel, vectors, rotation, shrinkage, ridge)
+    return FeaturePreconditioner.make(kernel, weights, rotation, ridge)
 
 
 def coupling(tangent: Tangent, x: Any, *, examples: int = 64, generator: torch.Generator) -> Tensor:

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 
 from ntkit.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import nn
+    from collections.abc import Callable, Iterator, Sequence
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Batch:
     keywords: dict[str, Any] = field(default_factory=dict)
     targets: Any = None
 
-    def call(self, model: nn.Module) -> Any:
+    def call(self, model: Callable[..., Any]) -> Any:
         """The model's output on a copy of these examples, because models may write into their inputs."""
         arguments = [_copy(t) for t in self.arguments]
         return model(*arguments, **{name: _copy(t) for name, t in self.keywords.items()})
@@ -91,6 +89,17 @@ class Examples:
         if self.with_targets:
             return Batch(size, members[:-1], {}, members[-1])
         return Batch(size, members)
+
+    def pick(self, numbers: Sequence[int]) -> Any:
+        """Some examples as data of the same kind."""
+        data = self.data
+        if isinstance(data, Dataset):
+            return Subset(data, numbers)
+        if isinstance(data, Tensor):
+            return _take(data, numbers, None)
+        if isinstance(data, dict):
+            return {name: _take(t, numbers, None) for name, t in data.items()}
+        return tuple(_take(t, numbers, None) for t in data)
 
     def _from_dataset(self, items: Any, size: int, device: torch.device | None) -> Batch:
         items = _move(items, device)

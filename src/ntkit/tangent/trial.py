@@ -222,7 +222,7 @@ def _plain_run(model: nn.Module, selection: Selection, readout: Readout, batch: 
     return _Plain(log.calls, scalars.detach(), weights, products, activations)
 
 
-def run_model(model: nn.Module, selection: Selection, batch: Batch) -> Any:
+def run_model(model: Callable[..., Any], selection: Selection, batch: Batch) -> Any:
     """The model's output, with torch's complaint about types or devices in words.
 
     Raises:
