@@ -250,10 +250,42 @@ def plan(
     seed: SeedOption = 0,
     dtype: TypeOption = "float32",
     memory: MemoryOption = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(help="Plan for so many examples like those of the file.", show_default=False, min=1),
+    ] = None,
+    ram: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory that everything together may take. Default: three quarters of this machine's.",
+            show_default=False,
+        ),
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Disk that may be used. Default: any.", show_default=False)
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that share this machine.", min=1)] = 1,
+    size: Annotated[int, typer.Option("--features", metavar="D", help="Sketched features.", min=1)] = 4096,
+    times: Annotated[bool, typer.Option(help="Measure speeds on a few examples, and say how long it takes.")] = True,
 ) -> None:
-    """Say what computing a kernel would take: FLOPs, bytes, and how it would be done and why. Nothing is computed."""
+    """Say what a kernel and a regression with it would take: time, memory, disk, how and why.
+
+    Every way is listed, in memory, on disk and by features, and which of them fit. Nothing large is computed.
+    """
     with _in_plain_words():
-        typer.echo(str(_kernel(factory, data, weights, readout, trace, rows, cols, seed, dtype, memory, None).plan()))
+        from ntkit.report.inputs import parse_bytes
+
+        limits = {
+            "memory": None if ram is None else parse_bytes(ram), "disk": None if disk is None else parse_bytes(disk)
+        }  # fmt: skip
+        found = _kernel(factory, data, weights, readout, trace, rows, cols, seed, dtype, memory, None)
+        typer.echo(str(found.plan(examples)))
+        if times and found.symmetric:
+            from ntkit.solve.outlook import outlook
+
+            typer.echo()
+            typer.echo(str(outlook(found, examples=examples, size=size, workers=workers, **limits)))
 
 
 def _kernel(

@@ -119,13 +119,22 @@ class TangentKernel(Kernel):
         """Whether the columns are the rows' examples."""
         return self._symmetric
 
-    def plan(self) -> Plan:
+    @property
+    def rows(self) -> Examples:
+        """The examples of the rows."""
+        return self._rows
+
+    def plan(self, examples: int | None = None) -> Plan:
         """What computing the whole matrix will cost and how it will be done, before any of it is done.
+
+        Args:
+            examples: plan for so many examples like these, rows and columns, instead of those that are there.
 
         Cost: one forward and backward pass of two examples, to count FLOPs.
         """
         flops = self.tangent.count_flops(self._rows)
-        return self._planned(len(self._rows), len(self._cols), self._symmetric, self._sizes(flops))
+        rows, cols = (len(self._rows), len(self._cols)) if examples is None else (examples, examples)
+        return self._planned(rows, cols, self._symmetric, self._sizes(flops))
 
     def _sizes(self, flops: tuple[int, int] | None = None) -> Sizes:
         itemsize = torch.empty(0, dtype=self.dtype).element_size()

@@ -208,15 +208,15 @@ def begun(kernel: Kernel, place: Path, dtype: str) -> bool:
     return True
 
 
-def layout_of(kernel: Kernel, dtype: str, memory: int) -> Layout:
-    """How a kernel is cut for a budget of memory.
+def layout_of(kernel: Kernel, dtype: str, memory: int, shape: tuple[int, int] | None = None) -> Layout:
+    """How a kernel is cut for a budget of memory; with `shape`, one of another size like it.
 
     Raises:
         InputError: if it has no entries, or `dtype` is not one for a disk.
     """
-    rows, cols = kernel.shape
+    rows, cols = shape or kernel.shape
     if rows == 0 or cols == 0:
-        raise InputError(f"a matrix on disk has entries: got shape {kernel.shape}")
+        raise InputError(f"a matrix on disk has entries: got shape {(rows, cols)}")
     if dtype not in DTYPES:
         raise InputError(f"a matrix on disk is of one of the types {', '.join(DTYPES)}: got {dtype}")
     most, unit = kernel.tile_rows(memory), math.lcm(kernel.scalars, CHUNK)

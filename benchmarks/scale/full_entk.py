@@ -1,0 +1,103 @@
+"""Regression with the full eNTK of lossless CIFAR-10 images and a CNN of W2's size, without the matrix.
+
+    NTKIT_DATA=... python -m benchmarks.scale.full_entk 4000 --folder /tmp/full
+    NTKIT_DATA=... python -m benchmarks.scale.full_entk 500 --folder /tmp/check --double --dense
+
+Conjugate gradients on products J (J^T v), preconditioned by a sketched trace kernel (x) B; the ridge is that of the
+trace kernel's own GCV. With --dense the matrix is formed as well, and the two answers are compared. Everything is kept
+in FOLDER; the same command goes on where the last has stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+
+import ntkit
+from benchmarks.scale.data import cifar10_jpeg, cifar10_lossless
+from benchmarks.scale.record import peak_mb, record
+from benchmarks.scale.sketched import Clock, accuracy, network
+from ntkit.kernel.matrixfree import MatrixFreeKernel
+from ntkit.solve.direct import Cholesky
+from ntkit.solve.iterative import ConjugateGradients
+from ntkit.solve.precondition import coupling, kronecker
+from ntkit.solve.primal import PrimalRegression
+from ntkit.solve.ridge import GCV, Absolute
+from ntkit.tangent.sketch import Sketch
+
+SIZE = 4096
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("n", type=int)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--tolerance", type=float, default=1e-6)
+    parser.add_argument("--double", action="store_true", help="float64 throughout")
+    parser.add_argument("--dense", action="store_true", help="form the matrix as well, and compare")
+    parser.add_argument("--plain", action="store_true", help="without a preconditioner")
+    options = parser.parse_args()
+    folder: Path = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    clock = Clock(folder / "seconds.json")
+    dtype = torch.float64 if options.double else torch.float32
+    with Progress() as bars:
+        with clock.step("reading the images", bars):
+            data = cifar10_lossless(4000).first(options.n)
+            x, labels = data.x_train.to(dtype).clone(), data.y_train
+        y = F.one_hot(labels, 10).double() - 0.1
+        tangent = ntkit.linearize(network(3).eval().to(dtype))
+        full = MatrixFreeKernel(tangent, x)
+        with clock.step("sketched trace kernel", bars) as tick:
+            sketched = ntkit.FeatureMap(tangent, Sketch(SIZE, 1, True)).save(x, folder / "trace.zarr", progress=tick)
+        with clock.step("preconditioner", bars):
+            generator = torch.Generator().manual_seed(0)
+            diagonal = float(full.diagonal().double().mean())
+            ridge = PrimalRegression.decompose(sketched, y).fit(GCV()).relative_ridge * diagonal
+            helper = kronecker(sketched, coupling(tangent, x, generator=generator), ridge)
+        with clock.step("conjugate gradients", bars) as tick:
+            solver = ConjugateGradients(
+                options.tolerance, 3000, None if options.plain else helper, folder / "state.safetensors"
+            )
+            found = solver.solve(
+                full, y.reshape(-1), Absolute(ridge), progress=lambda n, error: print(f"{n:4d} {error:.2e}", flush=True)
+            )
+        facts: dict[str, Any] = {
+            "what": "regression with the full eNTK of a CNN of W2's size at initialisation, by products alone",
+            "data": data.name,
+            "n": options.n,
+            "rows": full.shape[0],
+            "dtype": str(dtype).removeprefix("torch."),
+            "relative_ridge": ridge / diagonal,
+            "iterations": found.iterations,
+            "tolerance": options.tolerance,
+            "converged": found.converged,
+            "relative_residual": found.relative_residual,
+        }
+        with clock.step("predictions on the test images", bars):
+            step = tangent.vjp(x, found.value.view(-1, 10).to(dtype))
+            test = cifar10_jpeg()
+            # those images were standardised by their own training images' mean and deviation
+            facts["test_accuracy_jpeg_q75"] = accuracy(tangent.jvp(test.x_test.to(dtype), step), test.y_test)
+        facts |= {"steps_seconds": clock.seconds, "seconds": round(sum(clock.seconds.values()), 1)}
+        facts["peak_mb"] = peak_mb()
+        if options.dense:
+            matrix = ntkit.TangentKernel(tangent, x).dense()
+            exact = Cholesky().factor(matrix, Absolute(ridge)).solve(y.reshape(-1))
+            facts["dense"] = {
+                "relative_difference": float((found.value - exact.value).norm() / exact.value.norm()),
+                "relative_residual": exact.relative_residual,
+                "peak_mb": peak_mb(),
+            }
+    print(record(f"full-entk-{options.n}", facts).read_text())
+
+
+if __name__ == "__main__":
+    os.chdir(Path(__file__).parents[2])
+    main()
