@@ -321,7 +321,7 @@ class Tangent:
             two = examples.batch(slice(0, 2), self.device)
             key = (two.signature, self.device)
             if key not in self._forward_mode:
-                self._forward_mode[key] = forward_mode_agrees(*how, two, directions)
+                self._forward_mode[key] = forward_mode_agrees(*how, two)
             product = forward_product if self._forward_mode[key] else backward_product
             for start in range(0, len(examples), batch):
                 some = examples.batch(slice(start, start + batch), self.device)
