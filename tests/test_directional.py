@@ -125,3 +125,39 @@ def test_a_batch_that_fails_says_so_in_words() -> None:
     model = Net(lambda m, x: m.f(x) if len(x) == 2 else m.f(x[:, :3]), f=nn.Linear(5, 2)).double()
     with pytest.raises(InputError, match="the model fails on examples of shapes"):
         ntkit.linearize(model).jvp(X, torch.ones(12).double(), batch=3)
+
+
+class Viewed(nn.Module):
+    """A network as they are often written: `view` behind a convolution."""
+
+    def __init__(self, aliased: bool = False) -> None:
+        super().__init__()
+        self.conv, self.head, self.aliased = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 64, 2), aliased
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        flat = h.view(len(x), -1)
+        if self.aliased:
+            flat.mul_(2.0)  # written through the view
+            flat = h.reshape(len(x), -1)
+        return self.head(flat.tanh())
+
+
+@pytest.mark.parametrize("aliased", [False, True])
+def test_images_in_another_order_of_memory(aliased: bool) -> None:
+    """float32, which is where convolutions are rearranged."""
+    torch.manual_seed(0)
+    model, x = Viewed(aliased), normal(3, 8, 8)(5).float()
+    tangent = ntkit.linearize(model)
+    exact = Viewed(aliased).double()
+    exact.load_state_dict(model.state_dict())
+    rows = ntkit.linearize(exact).jacobian(x.double())
+    if not aliased:
+        with announced(slow=False):
+            torch.testing.assert_close(
+                ntkit.TangentKernel(tangent, x).dense().double(), rows @ rows.T, rtol=1e-4, atol=1e-5
+            )
+    weights, direction = normal(2, seed=1)(5), normal(tangent.count)(1)[0]
+    pulled, pushed = tangent.vjp(x, weights.float()), tangent.jvp(x, direction.float())
+    torch.testing.assert_close(pulled.double(), rows.T @ weights.double().reshape(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pushed.double().reshape(-1), rows @ direction.double(), rtol=1e-4, atol=1e-4)

@@ -8,6 +8,9 @@ from torch import Tensor
 from ntkit.errors import ModelError
 from ntkit.kernel.empirical import TangentKernel
 
+# Bytes of activations of one batch (measured: few enough to stay near the processor), and examples of it.
+TOGETHER, FEWEST, MOST = 48 * 2**20, 16, 1024
+
 
 class MatrixFreeKernel(TangentKernel):
     """A tangent kernel whose products never form an entry of it: for solves with the full kernel of many examples.
@@ -27,11 +30,12 @@ class MatrixFreeKernel(TangentKernel):
         if self.trace or other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
             return super().__matmul__(other)  # the trace kernel is no J J^T of one J, and what is wrong is said there
         columns = other.reshape(len(other), -1).to(self.device, self.dtype)
+        batch = max(FEWEST, min(MOST, TOGETHER // (self._sizes().activations + 1)))
         products = []
         for column in columns.T:
-            direction = self.tangent.vjp(self._cols, column.view(-1, self.scalars))
+            direction = self.tangent.vjp(self._cols, column.view(-1, self.scalars), batch=batch)
             try:
-                products.append(self.tangent.jvp(self._rows, direction).reshape(-1))
+                products.append(self.tangent.jvp(self._rows, direction, batch=batch).reshape(-1))
             except NotImplementedError as error:
                 raise ModelError(
                     f"products without the matrix differentiate twice, and torch cannot do that here ({error}): use "

@@ -277,7 +277,7 @@ class Capture(Watch):
         leaves, rebuild = flatten((args, kwargs))
         touched = {i: self.sources[id(leaf)] for i, leaf in enumerate(leaves) if id(leaf) in self.sources}
         if not touched or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
+            return func(*images.in_order(func, args), **kwargs)
         step = self.step(func, leaves, rebuild, touched)
         if step is None:
             return func(*args, **kwargs)

@@ -1,12 +1,14 @@
-"""J v, the change of the scalars along a direction in parameter space, in one pass over a batch.
+"""Products with J: J^T u by one backward pass, and J v, the change of the scalars along a direction of the parameters.
 
 Forward mode costs about twice a forward pass. Not every operation has it, and where a model cuts its graph it may mean
 something else than the backward pass that defines the kernel; so it is compared once with the derivative of u -> J^T u,
-which works for everything that can be differentiated twice, and left where the two differ.
+which works for everything that can be differentiated twice, and left where the two differ. In the same way the faster
+order of images in memory is tried before it is used.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ntkit.tangent.images import Innermost
 from ntkit.tangent.trial import run_model
 
 if TYPE_CHECKING:
@@ -23,6 +26,40 @@ if TYPE_CHECKING:
     from ntkit.tangent.examples import Batch
     from ntkit.tangent.parameters import Selection
     from ntkit.tangent.readout import Readout
+
+
+def pullback(
+    model: nn.Module, selection: Selection, readout: Readout, some: Batch, cotangents: Tensor, *, innermost: bool
+) -> Tensor:
+    """J^T u, (P,), for cotangents (n, K); `innermost` computes convolutions in the faster order.
+
+    Raises:
+        InputError: if the model fails on the examples.
+    """
+    with selection.differentiable():
+        with Innermost() if innermost else nullcontext():
+            scalars = readout.scalars(run_model(model, selection, some), some.targets)
+        weighted = (scalars * cotangents.to(scalars)).sum()
+        grads = torch.autograd.grad(weighted, selection.tensors, allow_unused=True)
+    zeroed = (torch.zeros_like(t) if g is None else g for g, t in zip(grads, selection.tensors, strict=True))
+    return torch.cat([grad.detach().reshape(-1) for grad in zeroed])
+
+
+def try_innermost(model: nn.Module, selection: Selection, readout: Readout, some: Batch) -> tuple[int, bool]:
+    """The number of scalars K, and whether the faster order of images gives the same on some examples.
+
+    Raises:
+        InputError: if the model fails on the examples.
+    """
+    with torch.no_grad():
+        scalars = readout.scalars(run_model(model, selection, some), some.targets)
+    cotangents = torch.randn(scalars.shape, generator=torch.Generator().manual_seed(0)).to(scalars)
+    expected = pullback(model, selection, readout, some, cotangents, innermost=False)
+    try:
+        found = pullback(model, selection, readout, some, cotangents, innermost=True)
+    except Exception:  # whatever it is that the model minds, there is another way
+        return scalars.shape[1], False
+    return scalars.shape[1], _close(found, expected)
 
 
 def forward_product(
@@ -34,7 +71,7 @@ def forward_product(
         InputError: if the model fails on the examples.
     """
     # of torch's attention kernels only the plain one has a forward derivative
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), Innermost():
         duals = {
             name: forward_ad.make_dual(parameter.detach(), direction)
             for name, parameter, direction in zip(selection.names, selection.tensors, directions, strict=True)
@@ -82,6 +119,10 @@ def forward_mode_agrees(model: nn.Module, selection: Selection, readout: Readout
         found = forward_product(model, selection, readout, some, directions)
     except Exception:  # whatever it is that forward mode cannot do, there is another way
         return False
+    return _close(found, expected)
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     error = torch.linalg.vector_norm((found - expected).double())

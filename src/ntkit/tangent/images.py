@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ntkit.tangent.products import is_plain
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ntkit.tangent.factors import Geometry
+
+# What looks at the order in memory.
+_ORDERED = {Tensor.view, Tensor.view_as}
 
 _gradient = torch.ops.aten.convolution_backward
 
@@ -37,6 +43,25 @@ def conv2d(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         small = input.numel() >= weight.numel()
         input = input.contiguous(memory_format=torch.channels_last if small else torch.contiguous_format)
     return F.conv2d(input, weight, *args, **kwargs)
+
+
+def in_order(function: Callable, args: tuple) -> tuple:
+    """The arguments of an operation, with images put back into torch's usual order where it would not take them."""
+    if function in _ORDERED and args[0].ndim == 4 and not args[0].is_contiguous():
+        return args[0].contiguous(), *args[1:]
+    return args
+
+
+class Innermost(TorchFunctionMode):
+    """Runs a model with `conv2d` of this module in place of torch's."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Intercept one call of a torch operation."""
+        if func is F.conv2d:
+            return conv2d(*args, **(kwargs or {}))
+        return func(*in_order(func, args), **(kwargs or {}))
 
 
 def has_fast_rows(images: Tensor, cotangents: Tensor, geometry: Geometry) -> bool:

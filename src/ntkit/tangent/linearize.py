@@ -16,7 +16,13 @@ from ntkit.errors import InputError, SlowRouteWarning
 from ntkit.tangent import parameters as selecting
 from ntkit.tangent.capture import Capture, Deviation, Source, plain_module, run_backward
 from ntkit.tangent.derivatives import Derivatives, Part, Term, assemble, leaf_rows, partition
-from ntkit.tangent.directional import backward_product, forward_mode_agrees, forward_product
+from ntkit.tangent.directional import (
+    backward_product,
+    forward_mode_agrees,
+    forward_product,
+    pullback,
+    try_innermost,
+)
 from ntkit.tangent.examples import Batch, Examples
 from ntkit.tangent.generic import generic_rows
 from ntkit.tangent.identity import architecture, describe
@@ -76,6 +82,7 @@ class Tangent:
     _anatomies: dict[tuple, Anatomy] = field(default_factory=dict, init=False, repr=False)
     _generic_parts: dict[tuple, tuple[Part, ...]] = field(default_factory=dict, init=False, repr=False)
     _forward_mode: dict[tuple, bool] = field(default_factory=dict, init=False, repr=False)
+    _innermost: dict[tuple, tuple[int, bool]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -287,19 +294,20 @@ class Tangent:
         Raises:
             InputError: if `cotangents` is not (N, K).
         """
-        examples = self.examples(x)
+        examples, how = self.examples(x), (self.model, self.selection, self.readout)
         total = torch.zeros(self.count, dtype=self.dtype, device=self.device)
-        with untouched(self.model), self.selection.differentiable():
+        with untouched(self.model):
+            key = self._key(examples)
+            if key not in self._innermost:
+                self._innermost[key] = try_innermost(*how, examples.batch(slice(0, 2), self.device))
+            scalars, innermost = self._innermost[key]
+            if cotangents.shape != (len(examples), scalars):
+                expected = (len(examples), scalars)
+                raise InputError(f"cotangents have shape {tuple(cotangents.shape)}, expected {expected}")
             for start in range(0, len(examples), batch):
                 some = examples.batch(slice(start, start + batch), self.device)
-                scalars = self.readout.scalars(run_model(self.model, self.selection, some), some.targets)
-                if cotangents.shape != (len(examples), scalars.shape[1]):
-                    raise InputError(
-                        f"cotangents have shape {tuple(cotangents.shape)}, expected {(len(examples), scalars.shape[1])}"
-                    )
-                weights = cotangents[start : start + some.size].to(scalars)
-                grads = torch.autograd.grad((scalars * weights).sum(), self.selection.tensors, allow_unused=True)
-                total += self._flat(grads)
+                weights = cotangents[start : start + some.size].to(self.device)
+                total += pullback(*how, some, weights, innermost=innermost)
         return total
 
     def jvp(self, x: Any, tangent: Tensor, *, batch: int = 256) -> Tensor:
@@ -318,19 +326,18 @@ class Tangent:
         examples, how = self.examples(x), (self.model, self.selection, self.readout)
         parts = []
         with untouched(self.model):
-            two = examples.batch(slice(0, 2), self.device)
-            key = (two.signature, self.device)
+            key = self._key(examples)
             if key not in self._forward_mode:
-                self._forward_mode[key] = forward_mode_agrees(*how, two)
+                self._forward_mode[key] = forward_mode_agrees(*how, examples.batch(slice(0, 2), self.device))
             product = forward_product if self._forward_mode[key] else backward_product
             for start in range(0, len(examples), batch):
                 some = examples.batch(slice(start, start + batch), self.device)
                 parts.append(product(*how, some, directions))
         return torch.cat(parts)
 
-    def _flat(self, grads: Sequence[Tensor | None]) -> Tensor:
-        columns = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.selection.tensors, strict=True)]
-        return torch.cat([column.detach().reshape(-1) for column in columns])
+    def _key(self, examples: Examples) -> tuple:
+        """What tells examples apart that may take different ways."""
+        return examples.batch([0], self.device).signature, self.device
 
 
 def announce(anatomy: Anatomy) -> None:
