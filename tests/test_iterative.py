@@ -77,6 +77,38 @@ def test_too_few_iterations_are_admitted() -> None:
     assert found.relative_residual == pytest.approx(float(true.norm() / normal(1)(40).norm()), rel=1e-6)
 
 
+def test_products_in_float32_are_led_back_by_a_kernel_in_float64(tmp_path: Path) -> None:
+    matrix, y = spd(60) + torch.ones(60, 60).double(), normal(2)(60).double()
+    asked: list[int] = []
+
+    class Single(ntkit.DenseKernel):
+        def __matmul__(self, other: Tensor) -> Tensor:
+            return (matrix.float() @ other.float()).double()
+
+    class Exact(ntkit.DenseKernel):
+        def __matmul__(self, other: Tensor) -> Tensor:
+            asked.append(1)
+            return super().__matmul__(other)
+
+    single, solver = Single(matrix.float()), ConjugateGradients(tolerance=1e-10, iterations=400)
+    alone = solver.solve(single, y, Absolute(0.1))
+    assert not alone.converged
+    found = solver.solve(single, y, Absolute(0.1), exact=Exact(matrix))
+    assert found.converged
+    assert found.relative_residual <= 1e-10
+    assert len(asked) < 12
+    torch.testing.assert_close(
+        found.value, torch.linalg.solve(matrix + 0.1 * torch.eye(60).double(), y), rtol=1e-5, atol=1e-6
+    )
+    file = tmp_path / "state"
+    kwargs: dict[str, Any] = {"exact": Exact(matrix)}
+    ConjugateGradients(1e-10, 30, checkpoint=file).solve(single, y, Absolute(0.1), **kwargs)
+    again = ConjugateGradients(1e-10, 400, checkpoint=file).solve(single, y, Absolute(0.1), **kwargs)
+    assert again.history == found.history
+    with pytest.raises(InputError, match="another shape"):
+        solver.solve(single, y, exact=ntkit.DenseKernel(matrix[:5, :5]))
+
+
 # ---------------------------------------------------------------- products alone
 
 

@@ -11,6 +11,7 @@ in FOLDER; the same command goes on where the last has stopped.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
+from torch import Tensor
 
 import ntkit
 from benchmarks.scale.data import cifar10_jpeg, cifar10_lossless
@@ -32,6 +34,11 @@ from ntkit.solve.ridge import GCV, Absolute
 from ntkit.tangent.sketch import Sketch
 
 SIZE = 4096
+
+
+def in_double(full: MatrixFreeKernel, x: Tensor) -> MatrixFreeKernel:
+    """The same kernel in float64, for the residual."""
+    return MatrixFreeKernel(ntkit.linearize(copy.deepcopy(full.tangent.model).double()), x.double())
 
 
 def main() -> None:
@@ -66,8 +73,9 @@ def main() -> None:
                 options.tolerance, 3000, None if options.plain else helper, folder / "state.safetensors"
             )
             found = solver.solve(
-                full, y.reshape(-1), Absolute(ridge), progress=lambda n, error: print(f"{n:4d} {error:.2e}", flush=True)
-            )
+                full, y.reshape(-1), Absolute(ridge), exact=None if options.double else in_double(full, x),
+                progress=lambda n, error: print(f"{n:4d} {error:.2e}", flush=True),
+            )  # fmt: skip
         facts: dict[str, Any] = {
             "what": "regression with the full eNTK of a CNN of W2's size at initialisation, by products alone",
             "data": data.name,

@@ -1,7 +1,9 @@
 """Conjugate gradients for kernels that are never formed: products alone, a preconditioner, and evidence.
 
 Several right-hand sides share their products with the matrix, each with steps of its own. What was reached is measured
-at the end with the matrix itself, not taken from the recurrence. A long solve can be stopped and goes on from a file.
+at the end with the matrix itself, not taken from the recurrence. Products in float32 lead the recurrence astray after
+some digits; a kernel in float64, asked now and then, leads it back. A long solve can be stopped, and goes on from a
+file.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ Preconditioner = Callable[[Tensor], Tensor]
 
 # Seconds between two states on disk.
 EVERY = 60.0
+# The residual is taken anew with the exact kernel whenever it has fallen by this factor.
+RENEWED = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,16 +95,20 @@ class ConjugateGradients:
         y: Tensor | np.ndarray,
         ridge: float | FixedRidge = 0.0,
         *,
+        exact: Kernel | None = None,
         progress: Callable[[int, float], None] | None = None,
     ) -> IterativeSolution:
         """Solve (K + ridge I) x = y for y of shape (n,) or (n, R).
 
-        Cost: one product of the kernel with R vectors for each iteration, and one at the end.
+        Cost: one product of the kernel with R vectors for each iteration, and one at the end; with `exact` one more of
+        that for every two digits.
 
         Args:
             kernel: square and symmetric; only products with it are taken, and its diagonal for a relative ridge.
             y: right-hand sides.
             ridge: a number is relative to the mean diagonal entry of the kernel; `Absolute(...)` is not.
+            exact: the same kernel in float64, where `kernel` is in float32: the residual is taken from it now and then,
+                so that the solution is as good as with it alone.
             progress: called after each iteration with (iterations done, largest relative residual).
 
         Raises:
@@ -118,14 +126,21 @@ class ConjugateGradients:
             raise InputError("the right-hand side has entries that are not finite (NaN or infinity)")
         value = fixed.absolute(float(kernel.diagonal().double().mean()))
 
-        def product(v: Tensor) -> Tensor:
-            found = (kernel @ v.to(kernel.device)).to(v)
-            return found + value * v
+        if exact is not None and exact.shape != kernel.shape:
+            raise InputError(f"the exact kernel has another shape: got {exact.shape}, expected {kernel.shape}")
+
+        def with_ridge(matrix: Kernel, v: Tensor) -> Tensor:
+            return (matrix @ v.to(matrix.device)).to(v) + value * v
 
         columns = right if right.ndim == 2 else right[:, None]
-        solution, history = self._iterate(product, columns, value, progress)
+
+        def remainder(solution: Tensor) -> Tensor:
+            return columns - with_ridge(exact or kernel, solution)
+
+        renewed = None if exact is None else remainder
+        solution, history = self._iterate(lambda v: with_ridge(kernel, v), renewed, columns, value, progress)
         norms = columns.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-        residual = float(((product(solution) - columns).norm(dim=0) / norms).max()) if columns.numel() else 0.0
+        residual = float((remainder(solution).norm(dim=0) / norms).max()) if columns.numel() else 0.0
         return IterativeSolution(
             value=solution.reshape(right.shape),
             relative_residual=residual,
@@ -137,7 +152,12 @@ class ConjugateGradients:
         )
 
     def _iterate(
-        self, product: Preconditioner, y: Tensor, ridge: float, progress: Callable[[int, float], None] | None
+        self,
+        product: Preconditioner,
+        remainder: Callable[[Tensor], Tensor] | None,
+        y: Tensor,
+        ridge: float,
+        progress: Callable[[int, float], None] | None,
     ) -> tuple[Tensor, list[float]]:
         inverse = self.preconditioner or (lambda r: r)
         file = None if self.checkpoint is None else _Checkpoint(Path(self.checkpoint), _name(y, ridge))
@@ -146,7 +166,7 @@ class ConjugateGradients:
         scale = torch.where(norms > 0, norms, 1.0)
         if state is None:
             z = inverse(y)
-            state = _State(torch.zeros_like(y), y.clone(), z.clone(), (y * z).sum(0), [])
+            state = _State(torch.zeros_like(y), y.clone(), z.clone(), (y * z).sum(0), [], 1.0)
         while len(state.history) < self.iterations:
             active = state.residual.norm(dim=0) / scale > self.tolerance
             if not bool(active.any()):
@@ -162,12 +182,16 @@ class ConjugateGradients:
             alpha = torch.where(active, state.energy / torch.where(active, curvature, 1.0), 0.0)
             state.solution += alpha * state.direction
             state.residual -= alpha * step
+            worst = float((state.residual.norm(dim=0) / scale).max())
+            if remainder is not None and worst <= max(RENEWED * state.renewed, self.tolerance):
+                state.residual = remainder(state.solution)
+                state.renewed = worst = float((state.residual.norm(dim=0) / scale).max())
             z = inverse(state.residual)
             energy = (state.residual * z).sum(0)
             beta = torch.where(active, energy / torch.where(active, state.energy, 1.0), 0.0)
             state.direction = z + beta * state.direction
             state.energy = energy
-            state.history.append(float((state.residual.norm(dim=0) / scale).max()))
+            state.history.append(worst)
             if file is not None:
                 file.write(state)
             if progress is not None:
@@ -179,13 +203,14 @@ class ConjugateGradients:
 
 @dataclass
 class _State:
-    """Where conjugate gradients stand."""
+    """Where conjugate gradients stand; `renewed` is the relative residual when it was last taken from the solution."""
 
     solution: Tensor
     residual: Tensor
     direction: Tensor
     energy: Tensor
     history: list[float]
+    renewed: float
 
 
 class _Checkpoint:
@@ -212,7 +237,7 @@ class _Checkpoint:
             raise StoreError(
                 f"{self.path} belongs to another right-hand side or ridge: choose another checkpoint, or remove it"
             )
-        return _State(**parts, history=json.loads(facts["history"]))
+        return _State(**parts, history=json.loads(facts["history"]), renewed=float(facts["renewed"]))
 
     def write(self, state: _State, *, now: bool = False) -> None:
         """Write the state down, if the last time is long ago."""
@@ -220,7 +245,9 @@ class _Checkpoint:
             return
         parts = {name: getattr(state, name).contiguous() for name in ("solution", "residual", "direction", "energy")}
         partial = self.path.with_name(self.path.name + ".partial")
-        save_file(parts, partial, {"name": self.name, "history": json.dumps(state.history)})
+        save_file(
+            parts, partial, {"name": self.name, "history": json.dumps(state.history), "renewed": repr(state.renewed)}
+        )
         partial.replace(self.path)
         self.last = time.monotonic()
 
