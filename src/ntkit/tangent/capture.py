@@ -260,6 +260,7 @@ class Capture(Watch):
         self.examples = examples
         self.position = 0
         self.records: list[Record] = []
+        self.order = images.Order()
         self.sources: dict[int, Source] = {}
         self._keep: list[Tensor] = []
         for name, parameter in zip(selection.names, selection.tensors, strict=True):
@@ -277,7 +278,7 @@ class Capture(Watch):
         leaves, rebuild = flatten((args, kwargs))
         touched = {i: self.sources[id(leaf)] for i, leaf in enumerate(leaves) if id(leaf) in self.sources}
         if not touched or not torch.is_grad_enabled():
-            return func(*images.in_order(func, args), **kwargs)
+            return self.order.call(func, args, kwargs)
         step = self.step(func, leaves, rebuild, touched)
         if step is None:
             return func(*args, **kwargs)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ntkit.errors import ModelError
 from ntkit.tangent.products import is_plain
 
 if TYPE_CHECKING:
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 
     from ntkit.tangent.factors import Geometry
 
-# What looks at the order in memory.
+# Examples for which a convolution's weights count as small.
+_BATCH = 32
+# Why a run is not to be believed.
+OVERWRITTEN = "it writes into a view of an image, which shares no memory with the image where channels are innermost"
+# What minds the order in memory.
 _ORDERED = {Tensor.view, Tensor.view_as}
 
 _gradient = torch.ops.aten.convolution_backward
@@ -40,20 +45,47 @@ def conv2d(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     be rearranged in every call, which costs more than it gains: their images are put back into torch's usual order.
     """
     if is_plain(input) and input.ndim == 4:
-        small = input.numel() >= weight.numel()
+        # whatever the size of the batch: what a trial on a few examples finds has to hold for all
+        small = _BATCH * input.shape[1:].numel() >= weight.numel()
         input = input.contiguous(memory_format=torch.channels_last if small else torch.contiguous_format)
     return F.conv2d(input, weight, *args, **kwargs)
 
 
-def in_order(function: Callable, args: tuple) -> tuple:
-    """The arguments of an operation, with images put back into torch's usual order where it would not take them."""
-    if function in _ORDERED and args[0].ndim == 4 and not args[0].is_contiguous():
-        return args[0].contiguous(), *args[1:]
-    return args
+class Order:
+    """Calls operations; those that mind the order of images in memory get copies in torch's usual one where need be.
+
+    A copy is no longer the same memory as the image. What comes of a model that writes into one of the two and reads
+    the other is not what the model means, and `overwritten` says so.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has been copied."""
+        self._apart: list[tuple[Tensor, int]] = []
+
+    def call(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call an operation."""
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError:
+            if function not in _ORDERED or args[0].is_contiguous():
+                raise
+        copy = args[0].contiguous()
+        self._apart += [(tensor, tensor._version) for tensor in (args[0], copy)]
+        return function(copy, *args[1:], **kwargs)
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether an image or its copy has been written into since they are two."""
+        return any(tensor._version != version for tensor, version in self._apart)
 
 
 class Innermost(TorchFunctionMode):
     """Runs a model with `conv2d` of this module in place of torch's."""
+
+    def __init__(self) -> None:
+        """Prepare for one run."""
+        super().__init__()
+        self.order = Order()
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -61,7 +93,17 @@ class Innermost(TorchFunctionMode):
         """Intercept one call of a torch operation."""
         if func is F.conv2d:
             return conv2d(*args, **(kwargs or {}))
-        return func(*in_order(func, args), **(kwargs or {}))
+        return self.order.call(func, args, kwargs or {})
+
+    def __exit__(self, *error: Any) -> None:
+        """End the run.
+
+        Raises:
+            ModelError: if it is not to be believed.
+        """
+        super().__exit__(*error)
+        if error[0] is None and self.order.overwritten:
+            raise ModelError(OVERWRITTEN)
 
 
 def has_fast_rows(images: Tensor, cotangents: Tensor, geometry: Geometry) -> bool:

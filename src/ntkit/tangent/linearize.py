@@ -26,6 +26,7 @@ from ntkit.tangent.directional import (
 from ntkit.tangent.examples import Batch, Examples
 from ntkit.tangent.generic import generic_rows
 from ntkit.tangent.identity import architecture, describe
+from ntkit.tangent.images import OVERWRITTEN
 from ntkit.tangent.readout import Logits, Readout
 from ntkit.tangent.trial import Anatomy, check_scalars, disagreements, examine, run_model, true_products
 from ntkit.tangent.untouched import check_evaluation, untouched
@@ -246,6 +247,8 @@ class Tangent:
             output = run_model(self.model, self.selection, some)
         if capture.position != len(anatomy.script):
             raise Deviation(f"{len(anatomy.script) - capture.position} operations with parameters were left out")
+        if capture.order.overwritten:
+            raise Deviation(OVERWRITTEN)
         scalars = self.readout.scalars(output, some.targets)
         check_scalars(scalars, some)
         for record in capture.records:
@@ -337,7 +340,7 @@ class Tangent:
 
     def _key(self, examples: Examples) -> tuple:
         """What tells examples apart that may take different ways."""
-        return examples.batch([0], self.device).signature, self.device
+        return examples.batch([0], self.device).signature, self.device, min(len(examples), 2)
 
 
 def announce(anatomy: Anatomy) -> None:

@@ -39,6 +39,7 @@ from ntkit.tangent.capture import (
 )
 from ntkit.tangent.derivatives import Part, partition
 from ntkit.tangent.factors import as_matrix
+from ntkit.tangent.images import OVERWRITTEN
 from ntkit.tangent.layout import ExampleAxis, NoExampleAxis, grows, locate
 from ntkit.tangent.rules.local import local
 from ntkit.tangent.rules.registry import RULES
@@ -414,6 +415,8 @@ def _learn(
         raise _Hidden(
             f"the model cannot be run with its operations watched ({type(error).__name__}: {error})"
         ) from error
+    if learner.order.overwritten:
+        raise _Hidden(OVERWRITTEN)
     scalars = readout.scalars(output, more.targets)
     check_scalars(scalars, more)
     script, records = learner.script, learner.records
