@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import ntkit
-from ntkit.errors import InputError
+from ntkit.errors import InputError, ModelError
+from ntkit.kernel.matrixfree import MatrixFreeKernel
 from ntkit.tangent import linearize as module
 from ntkit.tangent.directional import backward_product, forward_product
 from tests.cases import CASES, Case, Net, normal, weight
@@ -71,6 +73,20 @@ class OneWay(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,) = ctx.saved_tensors
         return 3 * x**2 * grad
+
+
+class Once(OneWay):
+    """An operation whose backward pass leaves no graph behind."""
+
+    backward = staticmethod(once_differentiable(OneWay.backward))
+
+
+def test_what_can_be_differentiated_only_once() -> None:
+    tangent = ntkit.linearize(Net(lambda m, x: Once.apply(x @ m.w), w=weight(5, 3)).double())
+    with announced(slow=None):
+        kernel = MatrixFreeKernel(tangent, X)
+        with pytest.raises(ModelError, match="differentiate twice"):
+            kernel @ torch.ones(18).double()
 
 
 class Deceiver(torch.autograd.Function):

@@ -46,7 +46,9 @@ class Regression(gpytorch.models.ExactGP):
         return gpytorch.distributions.MultivariateNormal(self.mean_module(x), self.covar_module(x))
 
 
-def test_a_gaussian_process_predicts_what_the_regression_does_and_learns_its_scale() -> None:
+def test_a_gaussian_process_predicts_what_the_regression_does_and_learns_its_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x, new = inputs(), inputs(4, 1)
     y = torch.sin(3 * x).sum(1)
     likelihood = gpytorch.likelihoods.GaussianLikelihood().double()
@@ -66,12 +68,16 @@ def test_a_gaussian_process_predicts_what_the_regression_does_and_learns_its_sca
     evidence = gpytorch.mlls.ExactMarginalLogLikelihood(likelihood, model)
     before = float(evidence(model(x), y).detach())
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    dense: list[int] = []
+    original = ntkit.TangentKernel.dense
+    monkeypatch.setattr(ntkit.TangentKernel, "dense", lambda self: [original(self), dense.append(1)][0])
     for _ in range(20):
         optimizer.zero_grad()
         loss = -evidence(model(x), y)
         loss.backward()
         optimizer.step()
     assert float(-loss.detach()) > before
+    assert len(dense) <= 1  # the network does not change
     assert all("tangent" not in name for name, _ in model.named_parameters())  # the network is not the process's
 
 
@@ -90,5 +96,7 @@ def test_refusals() -> None:
     kernel = gp.NTKGPKernel(tangent(), shape=(1, 6))
     with pytest.raises(InputError, match="without batches"):
         kernel(inputs().expand(2, 10, 6)).to_dense()
+    with pytest.raises(InputError, match=r"the inputs of torch\.float32"):
+        kernel(inputs().float()).to_dense()
     with pytest.raises(InputError, match="no derivative"):
         kernel(inputs().requires_grad_()).to_dense()

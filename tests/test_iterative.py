@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ from ntkit.kernel.matrixfree import MatrixFreeKernel
 from ntkit.solve import iterative
 from ntkit.solve.iterative import ConjugateGradients
 from ntkit.solve.precondition import coupling, kronecker
-from ntkit.solve.ridge import Absolute
+from ntkit.solve.ridge import Absolute, Relative
 from tests.cases import CASES, Case, Net, normal, weight
 from tests.test_exactness import announced
 
@@ -106,7 +108,43 @@ def test_products_in_float32_are_led_back_by_a_kernel_in_float64(tmp_path: Path)
     again = ConjugateGradients(1e-10, 400, checkpoint=file).solve(single, y, Absolute(0.1), **kwargs)
     assert again.history == found.history
     with pytest.raises(InputError, match="another shape"):
-        solver.solve(single, y, exact=ntkit.DenseKernel(matrix[:5, :5]))
+        solver.solve(single, y, exact=matrix[:5, :5])
+
+
+def test_what_float32_takes_for_solved_is_judged_when_the_exact_kernel_comes(tmp_path: Path) -> None:
+    matrix, y, file = spd(60) + torch.ones(60, 60).double(), normal(2)(60).double(), tmp_path / "state"
+
+    class Single(ntkit.DenseKernel):
+        def __matmul__(self, other: Tensor) -> Tensor:
+            return (matrix.float() @ other.float()).double()
+
+    solver = ConjugateGradients(tolerance=1e-10, iterations=400, checkpoint=file)
+    assert not solver.solve(Single(matrix), y, Absolute(0.1)).converged
+    assert solver.solve(Single(matrix), y, Absolute(0.1), exact=matrix).converged
+
+
+def test_an_older_checkpoint_is_read(tmp_path: Path) -> None:
+    file, y = tmp_path / "state", normal(2)(60).double()
+    whole = ConjugateGradients(1e-10).solve(spd(60), y, Absolute(0.01))
+    ConjugateGradients(1e-10, 7, checkpoint=file).solve(spd(60), y, Absolute(0.01))
+    with safe_open(file, "pt") as opened:
+        facts = {k: v for k, v in opened.metadata().items() if k in {"name", "history"}}
+        parts = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118 (not a dict)
+    save_file(parts, file, facts)
+    again = ConjugateGradients(1e-10, checkpoint=file).solve(spd(60), y, Absolute(0.01))
+    assert again.history == whole.history
+
+
+def test_the_diagonal_is_computed_where_it_matters() -> None:
+    class NoDiagonal(ntkit.DenseKernel):
+        def diagonal(self) -> Tensor:
+            raise AssertionError
+
+    y = normal(1)(9)
+    for ridge in (Absolute(0.1), 0.0):
+        ConjugateGradients().solve(NoDiagonal(spd(9)), y, ridge)
+    with pytest.raises(AssertionError):
+        ConjugateGradients().solve(NoDiagonal(spd(9)), y, 0.1)
 
 
 # ---------------------------------------------------------------- products alone
@@ -276,6 +314,13 @@ def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
         (lambda: kronecker(spd(4), torch.ones(2, 3), 0.1), "outputs are their number C"),
         (lambda: kronecker(spd(4), torch.tensor([[1.0, 2.0], [0.0, 1.0]]), 0.1), "outputs are their number C"),
         (lambda: kronecker(spd(4), 3, 0.0), "positive absolute ridge"),
+        (lambda: kronecker(spd(4), 3, Relative(0.1)), "positive absolute ridge"),
+        (lambda: kronecker(spd(4), 3, 0.1)(torch.ones(4, 3).double()), "12 rows: got 4"),
+        (
+            lambda: kronecker(ntkit.TangentKernel(ntkit.linearize(mlp().double()), digits()[0]), C, 0.1),
+            "one row per example: got 10",
+        ),
+        (lambda: coupling(ntkit.linearize(mlp()), digits()[0], examples=0, generator=seeded()), "at least one example"),
     ],
 )
 def test_refusals(do: Callable[[], Any], message: str) -> None:

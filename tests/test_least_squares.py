@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import ntkit
 from ntkit.errors import InputError
 from ntkit.solve.least_squares import LeastSquares
+from ntkit.solve.nystrom import nystrom
 from ntkit.solve.precondition import coupling, kronecker
 from ntkit.solve.ridge import Absolute
 from tests.cases import normal
@@ -42,7 +43,7 @@ def test_it_is_the_step_of_the_kernel_regression() -> None:
         torch.testing.assert_close(found.step, expected, rtol=1e-6, atol=1e-8)
         assert found.converged
         assert found.relative_residual < 1e-9
-        assert seen
+        assert seen == list(range(1, found.iterations + 1))
     relative = LeastSquares(1e-12).solve(tangent, x, r, 0.1)
     assert relative.ridge == pytest.approx(0.1 * float((rows @ rows.T).diagonal().mean()))
 
@@ -74,6 +75,29 @@ def test_a_preconditioner_changes_the_iterations_and_not_the_answer() -> None:
             assert found.iterations < plain.iterations / 2
 
 
+def test_a_nystrom_preconditioner() -> None:
+    tangent, (x, r) = network(), examples()
+    kernel = ntkit.TangentKernel(tangent, x)
+    ridge = 1e-3 * float(kernel.diagonal().mean())
+    plain = LeastSquares(1e-11, iterations=5000).solve(tangent, x, r, Absolute(ridge))
+    base = kronecker(ntkit.TangentKernel(tangent, x, trace=True), K, ridge)
+    for helper in (
+        nystrom(kernel, ridge, examples=4, generator=seeded()),
+        nystrom(kernel, ridge, examples=4, generator=seeded(), base=base),
+    ):
+        found = LeastSquares(1e-11, iterations=5000, preconditioner=helper).solve(tangent, x, r, Absolute(ridge))
+        torch.testing.assert_close(found.step, plain.step, rtol=1e-4, atol=1e-6)
+        assert found.iterations < plain.iterations
+
+
+def test_float32_promises_no_more_than_it_keeps() -> None:
+    model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, K))
+    x, r = examples()
+    found = LeastSquares(1e-10, iterations=500).solve(ntkit.linearize(model), x.float(), r, 1e-4)
+    assert found.relative_residual > 1e-9
+    assert not found.converged
+
+
 @given(st.integers(1, 9), st.integers(1, 4), st.floats(0.01, 3), st.integers(0, 99))
 @settings(deadline=None)
 def test_the_root_is_the_root(n: int, c: int, ridge: float, seed: int) -> None:
@@ -97,6 +121,7 @@ def test_too_few_iterations_are_admitted() -> None:
     ("do", "message"),
     [
         (lambda t, x, r: LeastSquares(0.0), "tolerance between 0 and 1"),
+        (lambda t, x, r: LeastSquares(preconditioner=lambda v: v), "with a root"),
         (lambda t, x, r: LeastSquares(iterations=0), "positive number of iterations"),
         (lambda t, x, r: LeastSquares().solve(t, x, r[:5]), "of shape"),
         (lambda t, x, r: LeastSquares().solve(t, x, r * torch.nan), "not finite"),

@@ -56,6 +56,18 @@ def test_it_is_symmetric_and_positive_definite() -> None:
         assert len(set(made.examples)) == 8
 
 
+def test_the_root_is_the_root() -> None:
+    matrix, right = low_rank(30, 40), normal(2, seed=4)(30).double()
+    base = kronecker(low_rank(30, 5, seed=3), 1, 0.1)
+    alone = nystrom(matrix, 0.1, examples=8, generator=seeded())
+    torch.testing.assert_close(alone.root()(alone.root()(right)), alone(right))
+    half = nystrom(matrix, Absolute(0.1), examples=8, generator=seeded(), base=base).root()(torch.eye(30).double())
+    torch.testing.assert_close(half, half.T)
+    assert float(torch.linalg.eigvalsh(half)[0]) > 0
+    with pytest.raises(InputError, match="no square root"):
+        nystrom(matrix, 0.1, examples=8, generator=seeded(), base=lambda v: v).root()
+
+
 def test_examples_are_drawn_where_the_columns_explain_least() -> None:
     """One block of nine equal rows and one row of its own: the second is drawn as soon as the first is explained."""
     matrix = torch.block_diag(torch.ones(40, 40), torch.full((1, 1), 0.5)).double()
@@ -117,6 +129,10 @@ def test_rows_of_examples_by_number() -> None:
         (lambda: nystrom(torch.eye(3), 0.1, examples=4, generator=seeded()), "from 1 to 3"),
         (lambda: nystrom(torch.zeros(3, 3), 0.1, examples=2, generator=seeded()), "kernel is zero"),
         (lambda: nystrom(-torch.eye(3), 0.1, examples=2, generator=seeded()), "negative or not finite"),
+        (
+            lambda: nystrom(torch.tensor([[4.0, 1.0], [2.0, 4.0]]), 0.1, examples=2, generator=seeded()),
+            "not symmetric|not positive semidefinite",
+        ),
         (
             lambda: nystrom(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), 0.1, examples=2, generator=seeded()),
             "not positive semidefinite",

@@ -16,11 +16,11 @@ from ntkit.errors import InputError
 from ntkit.kernel.forecast import Speeds
 from ntkit.solve.outlook import Outlook, Pace, measure_pace, outlook
 from tests.cases import normal
-from tests.test_cli import call, here
+from tests.test_cli import call, here, refused
 
 assert here  # a fixture
 
-PACE = Pace(Speeds(1e-3, 1e-6, "cpu"), 2e-3, 5e-3, 1e11, 2)
+PACE = Pace(Speeds(1e-3, 1e-6, "cpu"), Speeds(1e-3, 1e-6, "cpu"), 2e-3, 5e-3, 1e11, 2)
 GB = 10**9
 
 
@@ -75,16 +75,41 @@ def test_workers_share_the_time() -> None:
 
 def test_a_trace_kernel_has_no_products_without_the_matrix() -> None:
     found = outlook(kernel(trace=True), pace=replace(PACE, product=math.nan), memory=10**6)
-    assert "not for the trace kernel" in str(found)
+    line = next(line for line in str(found).splitlines() if "not for the trace kernel" in line)
+    assert line.split()[4] == "-"
     assert "nan" not in str(found)
 
 
-def test_speeds_are_of_this_network() -> None:
-    before = torch.get_num_threads()
+def test_a_small_machine_is_planned_for() -> None:
+    """The working space shrinks with the memory, and the way to the disk stays open."""
+    found = said(100_000, memory=GB)
+    assert found.kernel[0].trouble
+    assert not found.kernel[1].trouble
+    assert found.kernel[1].memory <= GB
+    assert "too much memory, too much disk" in str(said(200_000, memory=10**6, disk=1))
+
+
+def test_types_that_no_disk_takes() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2)).bfloat16()
+    half = ntkit.TangentKernel(ntkit.linearize(model), normal(5)(6).bfloat16())
+    assert outlook(half, pace=PACE).kernel[1].disk > 0
+
+
+def test_speeds_are_of_this_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, captured = torch.get_num_threads(), []
+    original = ntkit.Tangent.derivatives
+
+    def counting(self: ntkit.Tangent, x: Any, index: Any = slice(None), **options: Any) -> Any:
+        captured.append(len(range(*index.indices(len(x)))) if isinstance(index, slice) else len(index))
+        return original(self, x, index, **options)
+
+    monkeypatch.setattr(ntkit.Tangent, "derivatives", counting)
+    monkeypatch.setattr("ntkit.kernel.features.CAPTURED", 1)  # batches of the fewest examples
     pace = measure_pace(kernel(), size=64, workers=2)
     assert torch.get_num_threads() == before
     assert all(0 < value < 1 for value in (pace.sketch, pace.product, pace.tiles.capture, pace.tiles.pair))
     assert pace.cholesky > 1e8
+    assert captured.count(4) >= 2 * 40 // 4
     assert math.isnan(measure_pace(kernel(trace=True), size=64).product)
 
 
@@ -106,3 +131,5 @@ def test_from_the_command_line(here: Path) -> None:
     code, shown, _ = call(*command, "--no-times")
     assert code == 0
     assert "Advice" not in shown
+    for options in (["--no-times", "--ram", "1GB"], ["--cols", "x_test", "--workers", 2]):
+        assert "belong to the times" in refused("plan", "nets:net", "data.npz", *options)

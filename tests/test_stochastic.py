@@ -15,6 +15,7 @@ from torch import Tensor
 import ntkit
 from ntkit.errors import InputError
 from ntkit.kernel.matrixfree import MatrixFreeKernel
+from ntkit.solve.ridge import Absolute, Relative
 from ntkit.solve.spectrum import spectrum
 from ntkit.solve.stochastic import LanczosSpectrum, hutch_plus_plus, lanczos
 from tests.cases import normal
@@ -117,6 +118,13 @@ def test_as_many_directions_as_rows_leave_nothing_to_chance() -> None:
     assert found.trace().standard_error < 1e-12
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_probe_within_the_basis_says_nothing(n: int) -> None:
+    found = lanczos(3 * torch.eye(n).double(), generator=seeded())
+    assert found.log_determinant().value == pytest.approx(n * math.log(3))
+    assert found.log_determinant(Absolute(1.0)).value == pytest.approx(n * math.log(4))
+
+
 def test_few_steps_find_the_largest_eigenvalue_and_smooth_sums() -> None:
     matrix = decaying(300)
     found = lanczos(matrix, steps=20, probes=4, generator=seeded())
@@ -176,7 +184,12 @@ def test_of_a_kernel_that_is_never_formed() -> None:
         (lambda: lanczos(torch.eye(3) * torch.nan, generator=seeded()), "not finite"),
         (lambda: hutch_plus_plus(torch.eye(3), products=5, generator=seeded()), "at least 6"),
         (lambda: whole(torch.zeros(3, 3)).log_determinant(), "larger ridge"),
-        (lambda: whole(torch.eye(3)).effective_dimension(0.0), "above zero"),
+        (lambda: whole(torch.eye(3)).effective_dimension(0.0), "positive absolute ridge"),
+        (lambda: whole(torch.eye(3)).log_determinant(Relative(0.1)), "positive absolute ridge"),
+        (lambda: whole(torch.zeros(3, 3)).entropy_rank(), "no rank"),
+        (lambda: whole(torch.zeros(3, 3)).participation_ratio(), "no rank"),
+        (lambda: lanczos(normal(9)(9), generator=seeded()), "not symmetric"),
+        (lambda: hutch_plus_plus(normal(9)(9), generator=seeded()), "not symmetric"),
     ],
 )
 def test_refusals(do: Callable[[], object], message: str) -> None:

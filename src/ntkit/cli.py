@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ntkit.errors import NtkitError
+from ntkit.errors import InputError, NtkitError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -274,18 +274,32 @@ def plan(
     Every way is listed, in memory, on disk and by features, and which of them fit. Nothing large is computed.
     """
     with _in_plain_words():
-        from ntkit.report.inputs import parse_bytes
-
-        limits = {
-            "memory": None if ram is None else parse_bytes(ram), "disk": None if disk is None else parse_bytes(disk)
-        }  # fmt: skip
+        measured = times and cols in {None, rows}
+        limits = _limits(ram, disk, workers, measured=measured)
         found = _kernel(factory, data, weights, readout, trace, rows, cols, seed, dtype, memory, None)
         typer.echo(str(found.plan(examples)))
-        if times and found.symmetric:
+        if measured:
             from ntkit.solve.outlook import outlook
 
             typer.echo()
-            typer.echo(str(outlook(found, examples=examples, size=size, workers=workers, **limits)))
+            typer.echo(str(outlook(found, examples=examples, size=size, **limits)))
+
+
+def _limits(ram: str | None, disk: str | None, workers: int, *, measured: bool) -> dict[str, Any]:
+    """What a machine offers, for `outlook`.
+
+    Raises:
+        InputError: if nobody would look at it.
+    """
+    from ntkit.report.inputs import parse_bytes
+
+    if not measured and (ram is not None or disk is not None or workers != 1):
+        raise InputError(
+            "--ram, --disk and --workers belong to the times, which are measured for the kernel of the rows with "
+            "themselves: leave --cols and --no-times out"
+        )
+    memory, room = (None if size is None else parse_bytes(size) for size in (ram, disk))
+    return {"memory": memory, "disk": room, "workers": workers}
 
 
 def _kernel(

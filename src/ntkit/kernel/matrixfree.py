@@ -8,8 +8,8 @@ from torch import Tensor
 from ntkit.errors import ModelError
 from ntkit.kernel.empirical import TangentKernel
 
-# Bytes of activations of one batch (measured: few enough to stay near the processor), and examples of it.
-TOGETHER, FEWEST, MOST = 48 * 2**20, 16, 1024
+# Bytes of activations of one batch: on a CPU few enough to stay near the processor (measured). And its examples.
+TOGETHER, ELSEWHERE, FEWEST, MOST = 48 * 2**20, 2**30, 16, 1024
 
 
 class MatrixFreeKernel(TangentKernel):
@@ -24,13 +24,14 @@ class MatrixFreeKernel(TangentKernel):
         Raises:
             ModelError: if an operation of the model can be differentiated only once.
 
-        Cost: R times (N + M) forward and backward passes and as many jvps, about six forward passes of one example
-        each; memory: one batch.
+        Cost: for each of the R columns a forward and a backward pass of the M examples of the columns, and a jvp of the
+        N of the rows, about six forward passes of one example together; memory: one batch.
         """
         if self.trace or other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
             return super().__matmul__(other)  # the trace kernel is no J J^T of one J, and what is wrong is said there
         columns = other.reshape(len(other), -1).to(self.device, self.dtype)
-        batch = max(FEWEST, min(MOST, TOGETHER // (self._sizes().activations + 1)))
+        together = TOGETHER if self.device.type == "cpu" else ELSEWHERE
+        batch = max(FEWEST, min(MOST, together // (self._sizes().activations + 1)))
         products = []
         for column in columns.T:
             direction = self.tangent.vjp(self._cols, column.view(-1, self.scalars), batch=batch)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +32,20 @@ if TYPE_CHECKING:
 
 # A map of (n, R) vectors to (n, R) vectors that is about the inverse of the matrix; symmetric and positive definite.
 Preconditioner = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class Rooted(Protocol):
+    """A preconditioner that knows a square root of itself."""
+
+    def __call__(self, right: Tensor, /) -> Tensor:
+        """About (K + ridge I)^-1 right."""
+        ...
+
+    def root(self) -> Preconditioner:
+        """About the inverse square root of K + ridge I; symmetric."""
+        ...
+
 
 # Seconds between two states on disk.
 EVERY = 60.0
@@ -95,13 +109,13 @@ class ConjugateGradients:
         y: Tensor | np.ndarray,
         ridge: float | FixedRidge = 0.0,
         *,
-        exact: Kernel | None = None,
+        exact: Kernel | Tensor | np.ndarray | None = None,
         progress: Callable[[int, float], None] | None = None,
     ) -> IterativeSolution:
         """Solve (K + ridge I) x = y for y of shape (n,) or (n, R).
 
         Cost: one product of the kernel with R vectors for each iteration, and one at the end; with `exact` one more of
-        that for every two digits.
+        that for every two digits. Everything but the products happens on the CPU, in float64.
 
         Args:
             kernel: square and symmetric; only products with it are taken, and its diagonal for a relative ridge.
@@ -116,7 +130,7 @@ class ConjugateGradients:
             StoreError: if the checkpoint is of another system.
         """
         kernel, fixed = as_kernel(kernel), as_fixed_ridge(ridge)
-        right = as_tensor(y).to(torch.float64)
+        right = as_tensor(y).to("cpu", torch.float64)
         if kernel.shape[0] != kernel.shape[1] or right.ndim not in (1, 2) or len(right) != kernel.shape[0]:
             raise InputError(
                 f"a solve needs a square kernel and a right-hand side of as many rows: got shapes {kernel.shape} and "
@@ -124,10 +138,10 @@ class ConjugateGradients:
             )
         if not bool(right.isfinite().all()):
             raise InputError("the right-hand side has entries that are not finite (NaN or infinity)")
-        value = fixed.absolute(float(kernel.diagonal().double().mean()))
-
-        if exact is not None and exact.shape != kernel.shape:
-            raise InputError(f"the exact kernel has another shape: got {exact.shape}, expected {kernel.shape}")
+        judge = kernel if exact is None else as_kernel(exact)
+        if judge.shape != kernel.shape:
+            raise InputError(f"the exact kernel has another shape: got {judge.shape}, expected {kernel.shape}")
+        value = fixed.of(kernel)
 
         def with_ridge(matrix: Kernel, v: Tensor) -> Tensor:
             return (matrix @ v.to(matrix.device)).to(v) + value * v
@@ -135,14 +149,14 @@ class ConjugateGradients:
         columns = right if right.ndim == 2 else right[:, None]
 
         def remainder(solution: Tensor) -> Tensor:
-            return columns - with_ridge(exact or kernel, solution)
+            return columns - with_ridge(judge, solution)
 
         renewed = None if exact is None else remainder
         solution, history = self._iterate(lambda v: with_ridge(kernel, v), renewed, columns, value, progress)
         norms = columns.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
         residual = float((remainder(solution).norm(dim=0) / norms).max()) if columns.numel() else 0.0
         return IterativeSolution(
-            value=solution.reshape(right.shape),
+            value=solution.reshape(right.shape).to(as_tensor(y).device),
             relative_residual=residual,
             iterations=len(history),
             # products in float32 cannot confirm what the recurrence says to the last digit
@@ -166,7 +180,12 @@ class ConjugateGradients:
         scale = torch.where(norms > 0, norms, 1.0)
         if state is None:
             z = inverse(y)
-            state = _State(torch.zeros_like(y), y.clone(), z.clone(), (y * z).sum(0), [], 1.0)
+            state = _State(torch.zeros_like(y), y.clone(), z.clone(), (y * z).sum(0), [], 1.0, remainder is not None)
+        elif remainder is not None and not state.judged:  # begun without: what it believes has to be found out
+            state.residual = remainder(state.solution)
+            state.direction = inverse(state.residual)
+            state.energy = (state.residual * state.direction).sum(0)
+            state.renewed, state.judged = float((state.residual.norm(dim=0) / scale).max()), True
         while len(state.history) < self.iterations:
             active = state.residual.norm(dim=0) / scale > self.tolerance
             if not bool(active.any()):
@@ -203,7 +222,10 @@ class ConjugateGradients:
 
 @dataclass
 class _State:
-    """Where conjugate gradients stand; `renewed` is the relative residual when it was last taken from the solution."""
+    """Where conjugate gradients stand.
+
+    `renewed` is the relative residual when it was last taken from the solution, and `judged` whether it ever is.
+    """
 
     solution: Tensor
     residual: Tensor
@@ -211,6 +233,7 @@ class _State:
     energy: Tensor
     history: list[float]
     renewed: float
+    judged: bool
 
 
 class _Checkpoint:
@@ -237,7 +260,9 @@ class _Checkpoint:
             raise StoreError(
                 f"{self.path} belongs to another right-hand side or ridge: choose another checkpoint, or remove it"
             )
-        return _State(**parts, history=json.loads(facts["history"]), renewed=float(facts["renewed"]))
+        # older files have neither of the last two
+        renewed, judged = float(facts.get("renewed", 1.0)), facts.get("judged") == "yes"
+        return _State(**parts, history=json.loads(facts["history"]), renewed=renewed, judged=judged)
 
     def write(self, state: _State, *, now: bool = False) -> None:
         """Write the state down, if the last time is long ago."""
@@ -245,9 +270,8 @@ class _Checkpoint:
             return
         parts = {name: getattr(state, name).contiguous() for name in ("solution", "residual", "direction", "energy")}
         partial = self.path.with_name(self.path.name + ".partial")
-        save_file(
-            parts, partial, {"name": self.name, "history": json.dumps(state.history), "renewed": repr(state.renewed)}
-        )
+        facts = {"name": self.name, "history": json.dumps(state.history), "renewed": repr(state.renewed)}
+        save_file(parts, partial, {**facts, "judged": "yes" if state.judged else "no"})
         partial.replace(self.path)
         self.last = time.monotonic()
 

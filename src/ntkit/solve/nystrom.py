@@ -7,6 +7,7 @@ preconditioner.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ntkit.errors import InputError
+from ntkit.solve.iterative import Preconditioner, Rooted
+from ntkit.solve.ridge import FixedRidge, as_absolute
 from ntkit.solve.symmetric import as_kernel
 
 if TYPE_CHECKING:
@@ -22,7 +25,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ntkit.kernel.base import Kernel
-    from ntkit.solve.iterative import Preconditioner
 
 # Times that examples are drawn: each time where the columns so far explain least, at the price of one pass over all.
 ROUNDS = 4
@@ -57,10 +59,30 @@ class NystromPreconditioner:
             rest -= self.vectors @ (self.vectors.T @ rest)
         return self.vectors @ (inside / (self.values + self.ridge)[:, None]) + rest
 
+    def root(self) -> Preconditioner:
+        """A symmetric R of which R^2 is about the inverse; with a base, the base's own root outside of U.
+
+        Raises:
+            InputError: if the base has no root.
+        """
+        base = self.base
+        if base is not None and not isinstance(base, Rooted):
+            raise InputError(f"the base of this preconditioner has no square root: got {base!r}")
+        level = math.sqrt(float(self.values[-1]) + self.ridge)
+        outer = (lambda rest: rest / level) if base is None else base.root()
+
+        def apply(right: Tensor) -> Tensor:
+            inside = self.vectors.T @ right
+            rest = outer(right - self.vectors @ inside)
+            rest = rest - self.vectors @ (self.vectors.T @ rest)
+            return self.vectors @ (inside / (self.values + self.ridge).sqrt()[:, None]) + rest
+
+        return apply
+
 
 def nystrom(
     kernel: Kernel | Tensor | np.ndarray,
-    ridge: float,
+    ridge: float | FixedRidge,
     *,
     examples: int,
     generator: torch.Generator,
@@ -80,7 +102,7 @@ def nystrom(
         base: a preconditioner for the rest, for example that of `kronecker`.
         progress: called with (examples done, examples in all).
 
-    Cost: the diagonal, `examples` K columns of the kernel, 4 n r^2 for r = `examples` K; memory: 24 n r bytes.
+    Cost: the diagonal, `examples` K columns of the kernel, about 12 n r^2 for r = `examples` K; memory: 24 n r bytes.
 
     Raises:
         InputError: if an argument cannot be used, or the kernel is not positive semidefinite on what was drawn.
@@ -89,8 +111,7 @@ def nystrom(
     n, k = kernel.shape[0], kernel.scalars
     if kernel.shape[1] != n or n == 0:
         raise InputError(f"a preconditioner needs a square kernel: got shape {kernel.shape}")
-    if not ridge > 0:
-        raise InputError(f"a preconditioner needs a positive absolute ridge: got {ridge!r}")
+    ridge = as_absolute(ridge)
     if not 1 <= examples <= n // k:
         raise InputError(f"expected a number of examples from 1 to {n // k}: got {examples!r}")
     diagonal = kernel.diagonal().double().cpu()
@@ -121,7 +142,7 @@ def nystrom(
         raise InputError("the kernel is zero: there is nothing to precondition")
     vectors, singular, _ = torch.linalg.svd(factor, full_matrices=False)
     kept = singular.square() > floor
-    return NystromPreconditioner(vectors[:, kept], singular[kept].square(), float(ridge), base, tuple(drawn))
+    return NystromPreconditioner(vectors[:, kept], singular[kept].square(), ridge, base, tuple(drawn))
 
 
 def _columns(kernel: Kernel, numbers: list[int], factor: Tensor, largest: float, floor: float) -> Tensor:
@@ -131,6 +152,8 @@ def _columns(kernel: Kernel, numbers: list[int], factor: Tensor, largest: float,
     columns = kernel.examples(numbers).T.double().cpu()
     columns -= factor @ factor[rows].T
     own = columns[rows]
+    if float((own - own.T).abs().max()) > math.sqrt(torch.finfo(kernel.dtype).eps) * largest:
+        raise InputError("the kernel is not symmetric: are rows and columns the same examples in the same order?")
     values, vectors = torch.linalg.eigh((own + own.T) / 2)
     if float(values[0]) < -1e-3 * largest:
         raise InputError(

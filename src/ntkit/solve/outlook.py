@@ -5,29 +5,30 @@ Times come from speeds that are measured on a few examples of the user's own; no
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from ntkit.errors import InputError
+from ntkit.errors import InputError, ModelError
+from ntkit.kernel.empirical import TangentKernel
 from ntkit.kernel.features import FeatureMap
 from ntkit.kernel.forecast import Speeds, forecast, human_time, measure
 from ntkit.kernel.matrixfree import MatrixFreeKernel
 from ntkit.kernel.memory import checked_memory, default_memory
 from ntkit.kernel.plan import human_bytes
 from ntkit.kernel.saved import layout_of
+from ntkit.kernel.store import DTYPES
 from ntkit.tangent.sketch import Sketch
-
-if TYPE_CHECKING:
-    from ntkit.kernel.empirical import TangentKernel
 
 # Examples on which features and products are timed, and rows of the matrix on which Cholesky is.
 SAMPLE, FACTORED = 64, 3072
 # Bytes of a library, a batch and its scratch, beside what is said.
 BESIDE = 512 * 2**20
+# Working space that no way does without.
+LEAST = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Pace:
 
     Attributes:
         tiles: of derivatives and their contraction.
+        alone: the same with all threads.
         sketch: seconds for the features of one example.
         product: seconds for one example's share of a product without the matrix; NaN where there is none.
         cholesky: FLOP/s of factoring a float32 matrix, all threads.
@@ -43,6 +45,7 @@ class Pace:
     """
 
     tiles: Speeds
+    alone: Speeds
     sketch: float
     product: float
     cholesky: float
@@ -55,7 +58,8 @@ class Way:
 
     Attributes:
         name: in words.
-        seconds: of all workers together as they work side by side; of one iteration for an iterative way.
+        seconds: of all workers together as they work side by side; of one iteration for an iterative way; NaN if the
+            way cannot be gone.
         memory: bytes of working space.
         disk: bytes on disk.
         trouble: why it cannot be gone here; empty if it can.
@@ -72,8 +76,9 @@ class Way:
     def __str__(self) -> str:
         """One line of a table."""
         disk = human_bytes(self.disk) if self.disk else "-"
+        taken = human_time(self.seconds) if math.isfinite(self.seconds) else "-"
         more = "; ".join(part for part in (self.trouble, self.note) if part)
-        return f"{self.name:<34}{human_time(self.seconds):>9}{human_bytes(self.memory):>10}{disk:>10}  {more}".rstrip()
+        return f"{self.name:<34}{taken:>9}{human_bytes(self.memory):>10}{disk:>10}  {more}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -140,20 +145,22 @@ def measure_pace(kernel: TangentKernel, *, size: int, workers: int = 1) -> Pace:
     tangent, x = kernel.tangent, kernel.rows
     few = min(SAMPLE, len(x))
     cholesky = _cholesky_speed(kernel.device)
+    layout, made = layout_of(kernel, "float32", kernel.memory), FeatureMap(tangent, Sketch(size, 0, kernel.trace))
+    tiles = alone = measure(kernel, layout)
     try:
         torch.set_num_threads(max(1, before // workers))
-        tiles = measure(kernel, layout_of(kernel, "float32", kernel.memory))
-        made = FeatureMap(tangent, Sketch(size, 0, kernel.trace))
-        sketch = _seconds(lambda: made.block(x, 0, few), kernel.device) / few
+        if workers > 1:
+            tiles = measure(kernel, layout)
+        sketch = _seconds(lambda: [made.block(x, a, b) for a, b in made.batches(x, 0, few)], kernel.device) / few
     finally:
         torch.set_num_threads(before)
     some = MatrixFreeKernel(tangent, x.pick(range(few)))
     vector = torch.ones(some.shape[1], dtype=kernel.dtype, device=kernel.device)
     try:
-        product = float("nan") if kernel.trace else _seconds(lambda: some @ vector, kernel.device) / few
-    except (NotImplementedError, RuntimeError, ValueError):  # a model that can be differentiated only once
-        product = float("nan")
-    return Pace(tiles, sketch, product, cholesky, max(1, before // workers))
+        product = math.nan if kernel.trace else _seconds(lambda: some @ vector, kernel.device) / few
+    except ModelError:  # it can be differentiated only once
+        product = math.nan
+    return Pace(tiles, alone, sketch, product, cholesky, max(1, before // workers))
 
 
 def outlook(
@@ -193,17 +200,16 @@ def outlook(
     rows = n * k
 
     def way(name: str, seconds: float, memory: int, room: int = 0, note: str = "") -> Way:
-        trouble = ""
-        if memory > limit:
-            trouble = "too much memory"
-        if disk is not None and room > disk:
-            trouble = "too much disk"
-        return Way(name, seconds, memory, room, trouble, note)
+        troubles = ["too much memory"] * (memory > limit) + ["too much disk"] * (disk is not None and room > disk)
+        return Way(name, seconds, memory, room, ", ".join(troubles), note)
 
-    plan = kernel.plan(n)
-    inside = plan.captures * pace.tiles.capture + n * n / 2 * pace.tiles.pair
-    layout = layout_of(kernel, str(kernel.dtype).removeprefix("torch."), kernel.memory // workers, (rows, rows))
-    saved = forecast(layout, k, pace.tiles, tiles=layout.tiles(), memory=kernel.memory, workers=workers)
+    # working space beside what the processes are themselves
+    budget = min(kernel.memory, max(limit - BESIDE * workers, LEAST))
+    smaller = TangentKernel(kernel.tangent, kernel.rows, trace=kernel.trace, memory=budget)
+    plan, dtype = smaller.plan(n), str(kernel.dtype).removeprefix("torch.")
+    inside = plan.captures * pace.alone.capture + n * n / 2 * pace.alone.pair
+    layout = layout_of(smaller, dtype if dtype in DTYPES else "float32", budget // workers, (rows, rows))
+    saved = forecast(layout, k, pace.tiles, tiles=layout.tiles(), memory=budget, workers=workers)
     sketched = rows * size * itemsize
     kept = 3 * 8 * size**2 + BESIDE
     in_place = rows**3 / 3 / pace.cholesky
@@ -211,15 +217,15 @@ def outlook(
     iteration = way(
         "conjugate gradients, no matrix", n * pace.product, BESIDE + 6 * 8 * rows, 0, "an iteration; full kernel, exact"
     )
-    if pace.product != pace.product:
+    if math.isnan(pace.product):
         reason = "not for the trace kernel" if kernel.trace else "the model can be differentiated only once"
-        iteration = Way(iteration.name, 0.0, iteration.memory, 0, reason)
+        iteration = Way(iteration.name, math.nan, iteration.memory, 0, reason)
     return Outlook(
         examples=n,
         scalars=k,
         kernel=(
             way("exact, in memory", inside, plan.bytes),
-            way("exact, on disk", saved.seconds / workers, min(kernel.memory, saved.memory), saved.disk),
+            way("exact, on disk", saved.seconds / workers, budget + BESIDE * workers, saved.disk),
             way(
                 f"{size:,} sketched features, on disk", n * pace.sketch / workers, BESIDE * workers, sketched,
                 "approximate",
@@ -236,13 +242,12 @@ def outlook(
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """Of the second call: the first one learns about the model."""
-    for _ in range(2):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken = time.perf_counter() - start
-    return taken
+    call()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def _cholesky_speed(device: torch.device) -> float:

@@ -1,7 +1,8 @@
 """How much ridge: a number with its unit, or a rule that finds one.
 
-Everywhere in this package a bare float is a *relative* ridge: in units of the mean diagonal entry of the kernel between
-the training examples (trace / rows). The same number then means the same thing for every network, width and read-out.
+Wherever a regression is asked for, a bare float is a *relative* ridge: in units of the mean diagonal entry of the
+kernel between the training examples (trace / rows). The same number then means the same thing for every network, width
+and read-out. What belongs to one matrix (preconditioners, determinants) takes the absolute number and says so.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from ntkit.errors import InputError
 
 if TYPE_CHECKING:
+    from ntkit.kernel.base import Kernel
     from ntkit.solve.regression import KernelRegression
 
 # Three values per decade. The largest eigenvalue of a kernel is up to `rows` times its mean diagonal, so that 100 is
@@ -31,6 +33,10 @@ class FixedRidge(ABC):
     @abstractmethod
     def absolute(self, mean_diagonal: float) -> float:
         """The number that is added to the diagonal of a kernel with this mean diagonal entry."""
+
+    def of(self, kernel: Kernel) -> float:
+        """The same for a kernel, whose diagonal is computed only where it matters."""
+        return self.absolute(float(kernel.diagonal().double().mean()))
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,9 @@ class Absolute(FixedRidge):
         _require_ridge(self.value, "Absolute")
 
     def absolute(self, mean_diagonal: float) -> float:  # noqa: D102
+        return float(self.value)
+
+    def of(self, kernel: Kernel) -> float:  # noqa: D102
         return float(self.value)
 
 
@@ -70,6 +79,9 @@ class Relative(FixedRidge):
                 "selected parameter without effect on the output? An absolute ridge is ridge=Absolute(...)"
             )
         return float(self.value) * mean_diagonal
+
+    def of(self, kernel: Kernel) -> float:  # noqa: D102
+        return super().of(kernel) if self.value else 0.0
 
 
 class SearchedRidge(ABC):
@@ -162,6 +174,21 @@ def as_fixed_ridge(ridge: float | FixedRidge) -> FixedRidge:
             "Relative(...) or Absolute(...), or use ntkit.solve.regression.regress, which searches"
         )
     return found
+
+
+def as_absolute(ridge: float | FixedRidge) -> float:
+    """For what belongs to one matrix: the absolute number, bare or as `Absolute`.
+
+    Raises:
+        InputError: if it is relative, or not a positive number.
+    """
+    value = ridge.value if isinstance(ridge, Absolute) else ridge
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise InputError(
+            f"a positive absolute ridge is needed here, as a number or Absolute(...): got {ridge!r}. From a relative "
+            "one: its value times kernel.diagonal().mean()"
+        )
+    return float(value)
 
 
 def _require_ridge(value: object, name: str) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ntkit.errors import InputError
+from ntkit.solve.ridge import FixedRidge, as_absolute
 from ntkit.solve.symmetric import EPS, as_kernel
 
 if TYPE_CHECKING:
@@ -73,36 +74,46 @@ class LanczosSpectrum:
         """The sum of the eigenvalues."""
         return self.sum(lambda values: values)
 
-    def log_determinant(self, ridge: float = 0.0) -> Estimate:
-        """log det(K + ridge I) for an absolute ridge.
+    def log_determinant(self, ridge: float | FixedRidge | None = None) -> Estimate:
+        """log det(K + ridge I) for an absolute ridge; None for none.
 
         Raises:
             InputError: if a node plus ridge is not positive.
         """
-        least = float(self.nodes.min()) + ridge
+        value = 0.0 if ridge is None else as_absolute(ridge)
+        least = float(self.nodes.min()) + value
         if not least > 0:
             raise InputError(
-                f"the kernel plus ridge {ridge:.3e} has an eigenvalue of {least:.3e} or less, so that its determinant "
+                f"the kernel plus ridge {value:.3e} has an eigenvalue of {least:.3e} or less, so that its determinant "
                 "has no logarithm: use a larger ridge"
             )
-        return self.sum(lambda values: (values + ridge).log())
+        return self.sum(lambda values: (values + value).log())
 
-    def effective_dimension(self, ridge: float) -> Estimate:
+    def effective_dimension(self, ridge: float | FixedRidge) -> Estimate:
         """Trace of K (K + ridge I)^-1 for an absolute ridge: how many directions a ridge regression uses.
 
         Raises:
             InputError: if the ridge is not positive.
         """
-        if not ridge > 0:
-            raise InputError(f"the effective dimension is of an absolute ridge above zero: got {ridge!r}")
-        return self.sum(lambda values: values.clamp_min(0) / (values.clamp_min(0) + ridge))
+        value = as_absolute(ridge)
+        return self.sum(lambda values: values.clamp_min(0) / (values.clamp_min(0) + value))
 
     def participation_ratio(self) -> Estimate:
-        """Effective rank trace(K)^2 / ||K||_F^2, as in `Spectrum`."""
+        """Effective rank trace(K)^2 / ||K||_F^2, as in `Spectrum`.
+
+        Raises:
+            InputError: if the kernel is zero.
+        """
+        self._require_positive()
         return self._estimate(lambda first, second: first**2 / second, lambda values: values, torch.square)
 
     def entropy_rank(self) -> Estimate:
-        """Effective rank exp(-sum_i p_i log p_i) with p_i = eigenvalue_i / trace, as in `Spectrum`."""
+        """Effective rank exp(-sum_i p_i log p_i) with p_i = eigenvalue_i / trace, as in `Spectrum`.
+
+        Raises:
+            InputError: if the kernel is zero.
+        """
+        self._require_positive()
         # -sum p log p with p = v / t is (sum of -v log v) / t + log t
         return self._estimate(
             lambda trace, entropy: math.exp(entropy / trace + math.log(trace)),
@@ -113,6 +124,10 @@ class LanczosSpectrum:
     def count_above(self, threshold: float) -> Estimate:
         """How many eigenvalues are larger than a number. Coarse: the spectrum is seen in `steps` nodes."""
         return self.sum(lambda values: (values > threshold).to(values))
+
+    def _require_positive(self) -> None:
+        if not self.largest > 0:
+            raise InputError(f"a kernel without a positive eigenvalue has no rank: the largest is {self.largest:.3e}")
 
     def _estimate(self, of: Callable[..., float], *functions: Callable[[Tensor], Tensor]) -> Estimate:
         """A function of sums over the eigenvalues, with its error by the jackknife over the random vectors."""
@@ -178,9 +193,10 @@ def lanczos(
     small = torch.diag_embed(alpha) + torch.diag_embed(beta[:, :-1], 1) + torch.diag_embed(beta[:, :-1], -1)
     nodes, vectors = torch.linalg.eigh(small)
     shares = vectors[:, 0].square()
+    weights = shares * lengths[:, None].square()
     # nodes of which a vector has nothing are not the kernel's: they are given the place of one that is
-    own = nodes.gather(1, shares.argmax(1, keepdim=True))
-    return LanczosSpectrum(torch.where(shares > EPS**2, nodes, own), shares * lengths[:, None].square(), directions)
+    real = (shares > EPS**2) & (lengths[:, None] > 0)
+    return LanczosSpectrum(torch.where(real, nodes, nodes[real].max()), torch.where(real, weights, 0.0), directions)
 
 
 def _tridiagonal(
@@ -194,6 +210,8 @@ def _tridiagonal(
     for step in range(steps):
         basis[:, :, step] = vector
         product = _product(kernel, vector.T).T
+        if step == 0:
+            _require_symmetric(vector @ product.T, kernel)
         alpha[:, step] = (product * vector).sum(1)
         for _ in range(2):  # once is not enough: what rounding leaves of old directions grows
             known = basis[:, :, : step + 1]
@@ -230,7 +248,9 @@ def hutch_plus_plus(
     if count < 2:
         raise InputError(f"Hutch++ takes at least 6 products: got {products!r}")
     main = torch.linalg.qr(_product(kernel, _signs(n, min(count, n), generator))).Q
-    inside = float((main * _product(kernel, main)).sum())
+    images = _product(kernel, main)
+    _require_symmetric(main.T @ images, kernel)
+    inside = float((main * images).sum())
     rest = _signs(n, count, generator)
     rest = rest - main @ (main.T @ rest)
     found = _mean((rest * _product(kernel, rest)).sum(0))
@@ -247,6 +267,13 @@ def _square(kernel: Kernel | Tensor | np.ndarray) -> Kernel:
     if kernel.shape[0] != kernel.shape[1] or 0 in kernel.shape:
         raise InputError(f"a spectrum is that of a square kernel between the same examples: got shape {kernel.shape}")
     return kernel
+
+
+def _require_symmetric(forms: Tensor, kernel: Kernel) -> None:
+    """Refuse a kernel K by V^T K V, which is as symmetric as K."""
+    allowed = math.sqrt(torch.finfo(kernel.dtype).eps) * float(forms.abs().max())
+    if float((forms - forms.T).abs().max()) > allowed:
+        raise InputError("the kernel is not symmetric: are rows and columns the same examples in the same order?")
 
 
 def _signs(n: int, count: int, generator: torch.Generator) -> Tensor:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ntkit.tangent.images import Innermost
+from ntkit.tangent.images import Innermost, matters
 from ntkit.tangent.trial import run_model
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def try_innermost(model: nn.Module, selection: Selection, readout: Readout, some
     """
     with torch.no_grad():
         scalars = readout.scalars(run_model(model, selection, some), some.targets)
+    if not matters(selection.tensors):
+        return scalars.shape[1], False
     cotangents = torch.randn(scalars.shape, generator=torch.Generator().manual_seed(0)).to(scalars)
     expected = pullback(model, selection, readout, some, cotangents, innermost=False)
     try:
@@ -92,6 +94,7 @@ def backward_product(
 
     Raises:
         NotImplementedError: if an operation of the model can be differentiated only once.
+        OutOfMemoryError: torch's own.
         InputError: if the model fails on the examples.
     """
     # of torch's attention kernels only the plain one can be differentiated twice
@@ -102,7 +105,12 @@ def backward_product(
         pairs = [(g * d).sum() for g, d in zip(grads, directions, strict=True) if g is not None]
         if not pairs:
             return torch.zeros_like(scalars).detach()
-        return torch.autograd.grad(torch.stack(pairs).sum(), weights)[0].detach()
+        try:
+            return torch.autograd.grad(torch.stack(pairs).sum(), weights)[0].detach()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a backward pass that leaves no graph behind
+            raise NotImplementedError(str(error)) from error
 
 
 def forward_mode_agrees(model: nn.Module, selection: Selection, readout: Readout, some: Batch) -> bool:

@@ -17,7 +17,7 @@ from ntkit.errors import ModelError
 from ntkit.tangent.products import is_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ntkit.tangent.factors import Geometry
 
@@ -49,6 +49,11 @@ def conv2d(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         small = _BATCH * input.shape[1:].numel() >= weight.numel()
         input = input.contiguous(memory_format=torch.channels_last if small else torch.contiguous_format)
     return F.conv2d(input, weight, *args, **kwargs)
+
+
+def matters(parameters: Sequence[Tensor]) -> bool:
+    """Whether a network with these parameters can have convolutions that are faster here."""
+    return any(is_plain(p.detach()) and p.ndim == 4 for p in parameters)
 
 
 class Order:
