@@ -99,6 +99,10 @@ def test_products_in_float32_are_led_back_by_a_kernel_in_float64(tmp_path: Path)
     assert found.converged
     assert found.relative_residual <= 1e-10
     assert len(asked) < 12
+    assert found.relative_residual == pytest.approx(
+        float(((matrix + 0.1 * torch.eye(60).double()) @ found.value - y).norm(dim=0).div(y.norm(dim=0)).max()),
+        rel=1e-3,
+    )
     torch.testing.assert_close(
         found.value, torch.linalg.solve(matrix + 0.1 * torch.eye(60).double(), y), rtol=1e-5, atol=1e-6
     )

@@ -151,12 +151,17 @@ class ConjugateGradients:
         def remainder(solution: Tensor) -> Tensor:
             return columns - with_ridge(judge, solution)
 
-        renewed = None if exact is None else remainder
-        solution, history = self._iterate(lambda v: with_ridge(kernel, v), renewed, columns, value, progress)
-        norms = columns.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-        residual = float((remainder(solution).norm(dim=0) / norms).max()) if columns.numel() else 0.0
+        judged = None if exact is None else remainder
+        state = self._iterate(lambda v: with_ridge(kernel, v), judged, columns, value, progress)
+        history = state.history
+        if exact is not None and history and state.renewed == history[-1]:
+            residual = state.renewed  # it was taken at the last iteration
+        else:
+            norms = columns.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+            gap = remainder(state.solution).norm(dim=0) / norms
+            residual = float(gap.max()) if columns.numel() else 0.0
         return IterativeSolution(
-            value=solution.reshape(right.shape).to(as_tensor(y).device),
+            value=state.solution.reshape(right.shape).to(as_tensor(y).device),
             relative_residual=residual,
             iterations=len(history),
             # products in float32 cannot confirm what the recurrence says to the last digit
@@ -172,7 +177,7 @@ class ConjugateGradients:
         y: Tensor,
         ridge: float,
         progress: Callable[[int, float], None] | None,
-    ) -> tuple[Tensor, list[float]]:
+    ) -> _State:
         inverse = self.preconditioner or (lambda r: r)
         file = None if self.checkpoint is None else _Checkpoint(Path(self.checkpoint), _name(y, ridge))
         state = None if file is None else file.read()
@@ -217,7 +222,7 @@ class ConjugateGradients:
                 progress(len(state.history), state.history[-1])
         if file is not None:
             file.write(state, now=True)
-        return state.solution, state.history
+        return state
 
 
 @dataclass
