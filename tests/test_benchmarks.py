@@ -19,6 +19,7 @@ from benchmarks import measure, peers, run, table, workloads
 from benchmarks.cases import CASES, OURS, PARAMETERS, PEERS
 from benchmarks.machine import environment, slug
 from benchmarks.record import Checksum, Job, Record, Sample
+from benchmarks.scale import table as large
 from benchmarks.workloads import WORKLOADS
 from tests import oracles
 
@@ -319,6 +320,15 @@ def test_readme_has_the_newest_results() -> None:
     newest = Record.read(max(run.RESULTS.glob("*-cores.json")))
     rows = [table.reduce(case, newest.samples) for case in CASES]
     assert table.markdown(rows) in (run.ROOT / "README.md").read_text()
+
+
+def test_pages_have_what_the_large_runs_found() -> None:
+    readme, page = ((run.ROOT / name).read_text() for name in ("README.md", "docs/scale.md"))
+    for line in large.table():
+        assert line in page
+        assert line in readme
+    for line in large.accuracies():
+        assert line in page
 
 
 def test_table_for_people_marks_what_was_missed() -> None:

@@ -1,0 +1,67 @@
+"""The table of what has been done on the machine that the records name: `python -m benchmarks.scale.table`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from benchmarks.scale.record import RESULTS
+
+HEAD = ["| what | N | time | memory | disk |", "|---|---|---|---|---|"]
+
+
+def found(name: str) -> dict[str, Any] | None:
+    """One record, if it is there."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def line(what: str, n: int, seconds: float, peak_mb: float, disk: float | None = None) -> str:
+    """One row; bytes in decimal GB."""
+    taken = f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+    room = "" if disk is None else f"{disk / 1e9:.1f} GB"
+    return f"| {what} | {n:,} | {taken} | {peak_mb * 2**20 / 1e9:.1f} GB | {room} |"
+
+
+def table() -> list[str]:
+    """All rows for which there is a record."""
+    rows = []
+    for n in (20_000, 50_000):
+        if exact := found(f"exact-pntk-{n}"):
+            what = f"exact pNTK of a CNN with 0.26 M parameters, {exact['data']}, in {len(exact['starts'])} starts"
+            rows.append(line(what, n, exact["seconds"], exact["peak_mb"], exact["disk_bytes"]))
+        if solve := found(f"solve-pntk-{n}"):
+            seconds = solve["seconds_read_and_factor"] + solve["seconds_solve"]
+            what = f"ridge regression with that matrix, 10 right-hand sides, residual {solve['relative_residual']:.0e}"
+            rows.append(line(what, n, seconds, solve["peak_mb"]))
+    for name in ("cifar10", "fashion"):
+        if run := found(f"sketched-{name}"):
+            what = (
+                f"regression with 4,096 sketched features, {run['data']}, pNTK and trace kernel, as built and trained, "
+                "training included"
+            )
+            rows.append(line(what, run["train"], run["seconds"], run["peak_mb"], run["disk_bytes"]))
+    if full := found("full-entk-4000"):
+        residual = f"{full['relative_residual']:.0e}"
+        what = f"regression with the full kernel of {full['rows']:,} rows by products, residual {residual}"
+        rows.append(line(what, full["n"], full["seconds"], full["peak_mb"]))
+    return [*HEAD, *rows]
+
+
+def accuracies() -> list[str]:
+    """Test accuracy of the sketched regressions beside the network's own."""
+    rows = ["| data | state | network | pNTK regression | trace-kernel regression |", "|---|---|---|---|---|"]
+    for name in ("cifar10", "fashion"):
+        run = found(f"sketched-{name}")
+        for state, facts in run["states"].items() if run else ():
+            cells = [f"{100 * value:.1f} %" for value in (facts["network"], *_both(facts))]
+            rows.append(f"| {run['data']} | {state} | {' | '.join(cells)} |")
+    return rows
+
+
+def _both(facts: dict[str, Any]) -> list[float]:
+    return [facts[kernel]["accuracy"] for kernel in ("pntk", "trace")]
+
+
+if __name__ == "__main__":
+    print("\n".join([*table(), "", *accuracies()]))
