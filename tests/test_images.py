@@ -25,10 +25,13 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def test_images_with_channels_innermost() -> None:
     """Small weights have their images rearranged, large ones do not; the values are the same."""
-    x, small, large = random(4, 8, 6, 6), random(5, 8, 3, 3, seed=1), random(40, 8, 3, 3, seed=2)
+    x, small, large = random(4, 8, 6, 6), random(5, 8, 3, 3, seed=1), random(160, 8, 3, 3, seed=2)
     got, plain = images.conv2d(x, small, small[:, 0, 0, 0], padding=1), images.conv2d(x, large, None, 2, 1)
     assert got.is_contiguous(memory_format=torch.channels_last)
     assert plain.is_contiguous()
+    for some in (x[:1], x.repeat(50, 1, 1, 1)):  # whatever the size of the batch
+        assert images.conv2d(some, small).stride(1) == 1
+        assert images.conv2d(some, large).is_contiguous()
     assert torch.allclose(got, F.conv2d(x, small, small[:, 0, 0, 0], padding=1), atol=1e-5)
     assert torch.allclose(plain, F.conv2d(x, large, None, 2, 1), atol=1e-5)
     assert images.conv2d(x.double(), small.double()).is_contiguous()

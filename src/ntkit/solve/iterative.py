@@ -188,7 +188,7 @@ class ConjugateGradients:
             state = _State(torch.zeros_like(y), y.clone(), z.clone(), (y * z).sum(0), [], 1.0, remainder is not None)
         elif remainder is not None and not state.judged:  # begun without: what it believes has to be found out
             state.residual = remainder(state.solution)
-            state.direction = inverse(state.residual)
+            state.direction = inverse(state.residual).clone()  # which may be the residual itself
             state.energy = (state.residual * state.direction).sum(0)
             state.renewed, state.judged = float((state.residual.norm(dim=0) / scale).max()), True
         while len(state.history) < self.iterations:
