@@ -81,6 +81,16 @@ def test_a_gaussian_process_predicts_what_the_regression_does_and_learns_its_sca
     assert all("tangent" not in name for name, _ in model.named_parameters())  # the network is not the process's
 
 
+def test_a_network_that_is_trained_on_has_another_kernel() -> None:
+    kernel, x = gp.NTKGPKernel(tangent(), shape=(1, 6)), inputs()
+    before = kernel(x).to_dense()
+    with torch.no_grad():
+        kernel.tangent.model[3].weight.mul_(2.0)
+    after = ntkit.TangentKernel(kernel.tangent, x.view(-1, 1, 6)).dense()
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(kernel(x).to_dense(), after)
+
+
 def test_several_outputs_are_tasks() -> None:
     kernel, x = gp.NTKGPKernel(tangent(3), shape=(1, 6)), inputs()
     covariance = kernel(x)

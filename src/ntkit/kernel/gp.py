@@ -39,8 +39,8 @@ class NTKGPKernel(gpytorch.kernels.Kernel):
         self.tangent = tangent
         self.trace = trace
         self.shape_of_input = None if shape is None else tuple(shape)
-        # the network is fixed, and a process asks for the same entries at every step of its own training
-        self._last: tuple[Tensor, Tensor, bool, Tensor] | None = None
+        # a process asks for the same entries at every step of its own training
+        self._last: tuple[Tensor, Tensor, tuple, Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,18 +73,23 @@ class NTKGPKernel(gpytorch.kernels.Kernel):
                 f"the network is of {self.dtype}, the inputs of {x1.dtype} and {x2.dtype}: convert one of them"
             )
         if self._last is not None:
-            before1, before2, before_diag, found = self._last
-            if before_diag == diag and _equal(before1, x1) and _equal(before2, x2):
+            before1, before2, before, found = self._last
+            if before == (diag, self._versions()) and _equal(before1, x1) and _equal(before2, x2):
                 return found
         first, second = self._inputs(x1), self._inputs(x2)
         kernel = TangentKernel(self.tangent, first, None if _equal(x1, x2) else second, trace=self.trace)
         found = kernel.diagonal() if diag else kernel.dense()
-        self._last = x1.detach().clone(), x2.detach().clone(), diag, found
+        self._last = x1.detach().clone(), x2.detach().clone(), (diag, self._versions()), found
         return found
 
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         """K, or 1 with `trace`."""
         return 1 if self.trace else self.tangent.anatomy(self._inputs(x1)).scalars
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        """What changes when somebody goes on training the network."""
+        model = self.tangent.model
+        return tuple((t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers()))
 
     def _inputs(self, x: Tensor) -> Tensor:
         return x.detach() if self.shape_of_input is None else x.detach().reshape(-1, *self.shape_of_input)

@@ -75,6 +75,19 @@ class IterativeSolution:
     ridge: float
 
 
+def check_stopping(name: str, tolerance: float, iterations: int) -> None:
+    """Refuse a stopping rule that stops nothing, or everything.
+
+    Raises:
+        InputError: if the tolerance is not between 0 and 1, or the number of iterations not positive.
+    """
+    if not 0 < tolerance < 1 or iterations < 1:
+        raise InputError(
+            f"{name} need a tolerance between 0 and 1 and a positive number of iterations: got "
+            f"tolerance={tolerance!r}, iterations={iterations!r}"
+        )
+
+
 @dataclass(frozen=True)
 class ConjugateGradients:
     """The iterative solver: `ConjugateGradients().solve(kernel, y, ridge)`.
@@ -97,11 +110,7 @@ class ConjugateGradients:
         Raises:
             InputError: if the tolerance or the number of iterations is not positive.
         """
-        if not 0 < self.tolerance < 1 or self.iterations < 1:
-            raise InputError(
-                "conjugate gradients need a tolerance between 0 and 1 and a positive number of iterations: got "
-                f"tolerance={self.tolerance!r}, iterations={self.iterations!r}"
-            )
+        check_stopping("conjugate gradients", self.tolerance, self.iterations)
 
     def solve(
         self,

@@ -1,9 +1,10 @@
-"""Ridge regression of a linearized network over its parameters, by LSMR: products with J and J^T, no kernel.
+"""Ridge regression of a linearized network over its parameters, by LSMR (Fong and Saunders 2011).
 
     delta = argmin ||J delta - r||^2 + ridge ||delta||^2 = J^T (J J^T + ridge I)^-1 r
 
-is also the shortest solution of [J, sqrt(ridge) I] (delta, s) = r. That system has solutions whatever r is, so that a
-preconditioner of J J^T + ridge I may be multiplied from the left and changes nothing but the number of iterations.
+by products with J and J^T alone. It is also the shortest solution of [J, sqrt(ridge) I] (delta, s) = r. That system
+has solutions whatever r is, so that a preconditioner of J J^T + ridge I may be multiplied from the left and changes
+nothing but the number of iterations.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ntkit.errors import InputError
 from ntkit.kernel.empirical import TangentKernel
-from ntkit.solve.iterative import Rooted
+from ntkit.solve.iterative import Rooted, check_stopping
 from ntkit.solve.ridge import FixedRidge, as_fixed_ridge
 from ntkit.solve.symmetric import as_tensor
 
@@ -67,16 +68,12 @@ class LeastSquares:
     preconditioner: Rooted | None = None
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check the numbers and the preconditioner.
 
         Raises:
-            InputError: if the tolerance or the number of iterations is not positive.
+            InputError: if the tolerance or the number of iterations is not positive, or the preconditioner has no root.
         """
-        if not 0 < self.tolerance < 1 or self.iterations < 1:
-            raise InputError(
-                "least squares need a tolerance between 0 and 1 and a positive number of iterations: got "
-                f"tolerance={self.tolerance!r}, iterations={self.iterations!r}"
-            )
+        check_stopping("least squares", self.tolerance, self.iterations)
         if self.preconditioner is not None and not isinstance(self.preconditioner, Rooted):
             raise InputError(f"least squares need a preconditioner with a root(): got {self.preconditioner!r}")
 

@@ -130,7 +130,7 @@ def nystrom(
         new = torch.multinomial(weights, count, generator=generator).tolist()
         factor = torch.cat([factor, _columns(kernel, new, factor, largest, floor)], 1)
         left = diagonal - factor.square().sum(1)
-        if float(left.min()) < -1e-3 * float(diagonal.max()):
+        if float(left.min()) < -1e-3 * largest:
             raise InputError(
                 "the kernel is not positive semidefinite: its columns explain more than its diagonal holds"
             )
