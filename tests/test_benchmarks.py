@@ -327,8 +327,10 @@ def test_pages_have_what_the_large_runs_found() -> None:
     for line in large.table():
         assert line in page
         assert line in readme
-    for line in large.accuracies():
+    for line in (*large.accuracies(), *large.projections()):
         assert line in page
+    for line in (*large.scaling(), *large.clusters()):
+        assert line in (run.ROOT / "docs/clusters.md").read_text()
 
 
 def test_table_for_people_marks_what_was_missed() -> None:

@@ -76,7 +76,7 @@ def test_a_ridge_too_small_is_said() -> None:
 @pytest.mark.parametrize(
     ("do", "message"),
     [
-        (lambda: PrimalRegression.decompose(data(), data(N - 1, C)), "have N=39 rows, or N\\*C=117"),
+        (lambda: PrimalRegression.decompose(data(), data(N - 1, C)), "has N=39 rows, or N\\*C=117"),
         (lambda: PrimalRegression.decompose(data()[0], data(N, C)), "features are a FeatureKernel or"),
         (lambda: PrimalRegression.decompose(data() * float("nan"), data(N, C)), "features 0 to 39 are not finite"),
         (lambda: PrimalRegression.decompose(data(), data(N, C)).fit(LeaveOneOut()), "search the ridge with GCV"),

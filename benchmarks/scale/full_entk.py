@@ -3,7 +3,8 @@
     NTKIT_DATA=... python -m benchmarks.scale.full_entk 4000 --folder /tmp/full
     NTKIT_DATA=... python -m benchmarks.scale.full_entk 500 --folder /tmp/check --double --dense
 
-Conjugate gradients on products J (J^T v) in float32, led back by products in float64. The preconditioner comes from
+Conjugate gradients on products J (J^T v) in float32, with the units of ReLU on the side that float64 has them, and led
+back by products in float64 now and then. The preconditioner comes from
 one sketch of the full kernel, streamed to disk: the trace kernel (x) B, and on its leading fifth of eigenvectors the
 sketched full kernel. The ridge is that of the trace kernel's own GCV. With --dense the matrix is formed as well, and
 the two answers are compared. Everything is kept in FOLDER; the same command goes on where the last has stopped.
@@ -55,11 +56,6 @@ def trace_kernel(features: ntkit.FeatureKernel, outputs: int) -> Tensor:
     return total / outputs
 
 
-def in_double(full: MatrixFreeKernel, x: Tensor) -> MatrixFreeKernel:
-    """The same kernel in float64, for the residual."""
-    return MatrixFreeKernel(ntkit.linearize(copy.deepcopy(full.tangent.model).double()), x.double())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("n", type=int)
@@ -79,7 +75,10 @@ def main() -> None:
             x, labels = data.x_train.to(dtype).clone(), data.y_train
         y = F.one_hot(labels, 10).double() - 0.1
         tangent = ntkit.linearize(network(3).eval().to(dtype))
-        full = MatrixFreeKernel(tangent, x)
+        exact = None
+        if not options.double:
+            exact = MatrixFreeKernel(ntkit.linearize(copy.deepcopy(tangent.model).double()), x.double())
+        full = MatrixFreeKernel(tangent, x, exact=exact)
         with clock.step("sketch of the full kernel", bars) as tick:
             sketched = ntkit.FeatureMap(tangent, Sketch(SIZE, 1)).save(x, folder / "sketch.zarr", progress=tick)
         with clock.step("preconditioner", bars):
@@ -95,7 +94,7 @@ def main() -> None:
                 options.tolerance, 3000, None if options.plain else helper, folder / "state.safetensors"
             )
             found = solver.solve(
-                full, y.reshape(-1), Absolute(ridge), exact=None if options.double else in_double(full, x),
+                full, y.reshape(-1), Absolute(ridge), exact=exact,
                 progress=lambda n, error: print(f"{n:4d} {error:.2e}", flush=True),
             )  # fmt: skip
         facts: dict[str, Any] = {

@@ -59,9 +59,69 @@ def accuracies() -> list[str]:
     return rows
 
 
+def scaling() -> list[str]:
+    """How much faster two processes were than one."""
+    run = found("workers")
+    if run is None:
+        return []
+    rows = ["| workers of one thread each | pool of processes | Dask |", "|---|---|---|"]
+    seconds = {(one["workers"], one["through"]): one["seconds"] for one in run["runs"]}
+    for count in (1, 2):
+        rows.append(f"| {count} | {seconds[count, 'pool']:.0f} s | {seconds[count, 'dask']:.0f} s |")
+    faster = run["times_faster_with_two"]
+    return [*rows, f"| times faster with two | {faster['pool']:.2f} | {faster['dask']:.2f} |"]
+
+
+def clusters() -> list[str]:
+    """What data sets past one machine would take: by measured times where there are any, and by counted FLOPs."""
+    run = found("workers")
+    if run is None:
+        return []
+    counts = list(run["clusters"][0]["hours_on_gpus"])
+    rows = [
+        f"| exact pNTK of | N | disk | on | {' | '.join(counts)} |",
+        "|---|---|---|---|" + "---|" * len(counts),
+    ]
+    for one in run["clusters"]:
+        start = f"| {one['network']} | {one['n']:,} | {one['disk_tb']:.1f} TB |"
+        if "hours_on_machines_like_this" in one:
+            rows.append(f"{start} machines like this (measured tasks) | {_times(one['hours_on_machines_like_this'])} |")
+        rows.append(f"{start} GPUs (counted FLOPs) | {_times(one['hours_on_gpus'])} |")
+    return rows
+
+
+def _times(hours: dict[str, float]) -> str:
+    return " | ".join(_time(value) for value in hours.values())
+
+
+def _time(hours: float) -> str:
+    if hours >= 72:
+        return f"{hours / 24:.0f} days"
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+
+
+def projections() -> list[str]:
+    """Sketched features beside rows by vmap(grad) and TRAK's projector."""
+    run = found("projections")
+    if run is None:
+        return []
+    rows = [
+        "| network | images | ours | rows by `vmap(grad)` | rows and TRAK's projector | times | our error | dense |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in run["workloads"]:
+        seconds = [one[name] for name in ("seconds_ntkit", "seconds_rows", "seconds_rows_and_trak")]
+        errors = [one[name] for name in ("error_ntkit", "error_dense_gaussian_expected")]
+        cells = [f"{value:.2f} s" if value < 10 else f"{value:.0f} s" for value in seconds]
+        cells += [f"{one['times_faster']:.0f}", *(f"{100 * value:.1f} %" for value in errors)]
+        rows.append(f"| {one['workload']} | {one['examples']} | {' | '.join(cells)} |")
+    return rows
+
+
 def _both(facts: dict[str, Any]) -> list[float]:
     return [facts[kernel]["accuracy"] for kernel in ("pntk", "trace")]
 
 
 if __name__ == "__main__":
-    print("\n".join([*table(), "", *accuracies()]))
+    parts = (table(), accuracies(), projections(), scaling(), clusters())
+    print("\n\n".join("\n".join(part) for part in parts))

@@ -2,7 +2,7 @@
 
     NTKIT_DATA=... python -m benchmarks.scale.workers
 
-The pNTK of 2,048 CIFAR-10 images and a CNN of W2's size, written to disk by one and by two processes of one thread
+The pNTK of 1,024 CIFAR-10 images and a CNN of W2's size, written to disk by one and by two processes of one thread
 each, through a pool and through Dask; what comes before the first tile (starting processes, importing) is told apart.
 The table for N = 10^6 and ImageNet counts the captures and pairs that the tiles of the largest runs would need, and
 turns them into time by the seconds that this machine takes for them, and by FLOPs for GPUs.
@@ -31,7 +31,7 @@ from benchmarks.workloads import WORKLOADS
 from ntkit.kernel.forecast import Speeds, forecast, measure
 from ntkit.kernel.saved import layout_of
 
-IMAGES, ROUNDS, MEMORY = 2048, 3, 10**9
+IMAGES, ROUNDS, MEMORY = 1024, 3, 10**9
 # What a GPU is taken to sustain in float32 products, and the share of FLOPs that are not products: an assumption.
 GPU_FLOPS, GPU_MEMORY = 30e12, 64 * 10**9
 GPUS = (8, 64, 512)

@@ -271,7 +271,7 @@ class FeatureKernel(Kernel):
         if count < 2:
             raise InputError(f"the error of a sketch needs at least 2 examples: got {count}")
         k, trace = self.scalars, self.map.sketch.trace
-        numbers = torch.randperm(len(drawn), generator=generator)[:count].tolist()
+        numbers = torch.randperm(len(drawn), generator=generator, device=generator.device)[:count].tolist()
         exact = _exact(self.map.tangent, drawn, numbers, trace=trace)
         rows = torch.cat([self.features(slice(i * k, (i + 1) * k)) for i in numbers]).double()
         error, standard_error = relative_error(
@@ -341,7 +341,7 @@ def size_for(
     count = min(examples, len(drawn))
     if count < 2:
         raise InputError(f"the size of a sketch is chosen on at least 2 examples: got {count}")
-    numbers = torch.randperm(len(drawn), generator=generator)[:count].tolist()
+    numbers = torch.randperm(len(drawn), generator=generator, device=generator.device)[:count].tolist()
     exact = _exact(tangent, drawn, numbers, trace=trace)
     k = len(exact) // count
     return -(-int(_coefficient(exact, k, len(drawn)) / error**2 + 1) // ROUND) * ROUND

@@ -87,8 +87,12 @@ def measure_fidelity(kernel: TangentKernel, *, examples: int, generator: torch.G
     if examples < 2:
         raise InputError(f"fidelity needs at least 2 examples to sample: got {examples}")
     full = Tangent(kernel.tangent.model, Logits(select=getattr(readout, "select", None)), kernel.tangent.selection)
-    mine = torch.randperm(rows, generator=generator)[:examples].tolist()
-    theirs = None if kernel.symmetric else torch.randperm(cols, generator=generator)[:examples].tolist()
+    mine = torch.randperm(rows, generator=generator, device=generator.device)[:examples].tolist()
+    theirs = (
+        None
+        if kernel.symmetric
+        else torch.randperm(cols, generator=generator, device=generator.device)[:examples].tolist()
+    )
     exact = kernel.on(mine, theirs, tangent=full).double()
     reduced = kernel.on(mine, theirs).double()
     outputs = exact.shape[0] // examples

@@ -66,7 +66,8 @@ def coarse(
         ridge: the absolute ridge of the solve, positive.
         base: the helper for the rest, that of `kronecker`.
 
-    Cost: 2 N d C D + 2 (d C)^2 D, and (d C)^3 / 3; memory: 8 d C D + 16 (d C)^2 bytes.
+    Cost: 2 N d C D + 2 (d C)^2 D, and (d C)^3 / 3; memory: 4 d C D + 4 (d C)^2 bytes in float32,
+    or 12 (d C)^2 if that is more.
 
     Raises:
         InputError: if the shapes do not fit, or the vectors are not orthonormal.
@@ -86,6 +87,9 @@ def coarse(
         block = features.features(slice(examples.start * count, examples.stop * count)).cpu()
         projected.addmm_(v[examples].T.to(block), block.reshape(-1, count * features.size))
     rows = projected.view(d * count, features.size)
-    gram = (rows @ rows.T).double()
-    gram.diagonal().add_(ridge)
-    return CoarsePreconditioner(v, torch.linalg.cholesky(gram), base)
+    gram = rows @ rows.T
+    del projected, rows  # the largest arrays here, and the next lines need as much again
+    system = gram.double()
+    del gram
+    system.diagonal().add_(ridge)
+    return CoarsePreconditioner(v, torch.linalg.cholesky(system, out=system), base)

@@ -127,7 +127,7 @@ def nystrom(
         count = min(-(-examples // ROUNDS), examples - len(drawn), int((weights > k * floor).sum()))
         if count == 0:
             break  # the columns so far say everything
-        new = torch.multinomial(weights, count, generator=generator).tolist()
+        new = torch.multinomial(weights.to(generator.device), count, generator=generator).tolist()
         factor = torch.cat([factor, _columns(kernel, new, factor, largest, floor)], 1)
         left = diagonal - factor.square().sum(1)
         if float(left.min()) < -1e-3 * largest:

@@ -162,7 +162,7 @@ def coupling(tangent: Tangent, x: Any, *, examples: int = 64, generator: torch.G
     found = tangent.examples(x)
     if examples < 1:
         raise InputError(f"the coupling of outputs is measured on at least one example: got {examples!r}")
-    numbers = torch.randperm(len(found), generator=generator)[:examples].tolist()
+    numbers = torch.randperm(len(found), generator=generator, device=generator.device)[:examples].tolist()
     total: Any = 0.0
     with torch.no_grad():
         for number in numbers:

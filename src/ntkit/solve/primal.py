@@ -18,7 +18,7 @@ from torch import Tensor
 from ntkit.errors import InputError, NotPositiveDefiniteError
 from ntkit.kernel.base import strips
 from ntkit.kernel.features import FeatureKernel
-from ntkit.solve.regression import as_targets
+from ntkit.solve.regression import as_targets, right_hand_sides
 from ntkit.solve.ridge import FixedRidge, SearchedRidge, as_ridge
 from ntkit.solve.symmetric import EPS
 
@@ -121,30 +121,22 @@ class PrimalRegression:
             InputError: if a shape does not fit, or anything is not finite.
         """
         source = _as_features(features)
-        y = as_targets(targets, "targets")
-        examples, outputs = y.shape
-        if source.shape[0] not in (examples, examples * outputs):
-            raise InputError(
-                f"features for targets of shape (N={examples}, C={outputs}) have N={examples} rows, or N*C="
-                f"{examples * outputs}, one for each output: got {source.shape[0]} rows"
-            )
-        if prior is not None:
-            y = y - as_targets(prior, "prior", tuple(y.shape))
-        system = (y if source.shape[0] == examples else y.reshape(-1, 1)).to(source.device)
-        size = source.size
+        shape = rows, size = source.shape[0], source.size
+        system, examples, outputs = right_hand_sides("a matrix of features", shape, targets, prior)
+        system = system.to(source.device)
         moments = torch.zeros(size, size, dtype=torch.float64, device=source.device)
         projected = torch.zeros(size, system.shape[1], dtype=torch.float64, device=source.device)
-        for strip in strips(source.shape[0]):
+        for strip in strips(rows):
             block = source.features(strip).double()
             if not bool(torch.isfinite(block.sum())):
                 raise InputError(f"features {strip.start} to {strip.stop - 1} are not finite (NaN or infinity)")
             moments.addmm_(block.T, block)
             projected.addmm_(block.T, system[strip])
             if progress is not None:
-                progress(strip.stop, source.shape[0])
+                progress(strip.stop, rows)
         eigenvalues, eigenvectors = _decomposed(moments)
         return cls(
-            eigenvalues, eigenvectors, eigenvectors.T @ projected, float(system.square().sum()), source.shape[0],
+            eigenvalues, eigenvectors, eigenvectors.T @ projected, float(system.square().sum()), rows,
             examples, outputs, prior is not None,
         )  # fmt: skip
 

@@ -334,18 +334,35 @@ def _system(
 ) -> tuple[SymmetricMatrix, Tensor, int]:
     """The checked kernel, the right-hand sides Y - f0 in its number of rows, and C."""
     kernel = as_kernel(kernel)
+    system, _, outputs = right_hand_sides("a kernel", kernel.shape, targets, prior)
+    matrix = symmetric_matrix(kernel)
+    return matrix, system.to(matrix.values.device), outputs
+
+
+def right_hand_sides(
+    what: str, shape: tuple[int, int], targets: Tensor | np.ndarray, prior: Tensor | np.ndarray | None
+) -> tuple[Tensor, int, int]:
+    """Y - f0 in float64, for a system of N rows or of one for each output of each example; N; C.
+
+    Args:
+        what: what the system consists of, for errors.
+        shape: its shape.
+        targets: Y, (N,) or (N, C).
+        prior: f0(X), in the shape of Y; None for zero.
+
+    Raises:
+        InputError: if a shape does not fit, or anything is not finite.
+    """
     y = as_targets(targets, "targets")
     examples, outputs = y.shape
-    if kernel.shape[0] not in (examples, examples * outputs):
+    if shape[0] not in (examples, examples * outputs):
         raise InputError(
-            f"a kernel for targets of shape (N={examples}, C={outputs}) has N={examples} rows, or N*C="
-            f"{examples * outputs} rows when it couples the outputs: got a kernel of shape {kernel.shape}"
+            f"{what} for targets of shape (N={examples}, C={outputs}) has N={examples} rows, or N*C="
+            f"{examples * outputs} when it couples the outputs: got shape {shape}"
         )
     if prior is not None:
         y = y - as_targets(prior, "prior", y.shape).to(y.device)
-    matrix = symmetric_matrix(kernel)
-    system = y if kernel.shape[0] == examples else y.reshape(-1, 1)
-    return matrix, system.to(matrix.values.device), outputs
+    return y if shape[0] == examples else y.reshape(-1, 1), examples, outputs
 
 
 def as_targets(values: Tensor | np.ndarray, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
