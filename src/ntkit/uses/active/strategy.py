@@ -1,0 +1,141 @@
+"""The question every strategy answers, in scikit-activeml's words: which points should be labelled next?"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+import torch
+
+from ntkit.errors import InputError
+from ntkit.tangent.linearize import Tangent, linearize
+from ntkit.tangent.readout import Logits
+from ntkit.uses.active.labels import as_candidates, as_labels, as_weights, draw
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from ntkit.uses.active.picks import Picked
+
+
+@dataclass(frozen=True)
+class Round:
+    """What is known when points are to be chosen.
+
+    Attributes:
+        tangent: the network with all its logits.
+        x: all n points.
+        labels: their classes, (n,); -1 where there is none.
+        weights: of the labels in the loss, (n,).
+        candidates: numbers of the points that may be chosen, in rising order.
+        size: how many.
+        generator: for what is drawn.
+    """
+
+    tangent: Tangent
+    x: Any
+    labels: Tensor
+    weights: Tensor
+    candidates: Tensor
+    size: int
+    generator: torch.Generator
+
+    @property
+    def labelled(self) -> Tensor:
+        """Numbers of the points with labels."""
+        return (self.labels >= 0).nonzero()[:, 0]
+
+    def outputs(self) -> Tensor:
+        """The network's logits, (n, C), float64.
+
+        Raises:
+            InputError: if a label is none of its classes.
+            ModelError: if an output is not finite.
+        """
+        outputs = self.tangent.outputs(self.x).detach().cpu().double()
+        if int(self.labels.max()) >= outputs.shape[1]:
+            raise InputError(
+                f"labels are classes from 0 to {outputs.shape[1] - 1}, one for each of the network's "
+                f"{outputs.shape[1]} outputs: got {int(self.labels.max())}"
+            )
+        return outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy(ABC):
+    """Chooses points. Subclasses say how in `choose`.
+
+    Attributes:
+        select: takes the (n, C) logits out of the model's output, if it is not a tensor.
+        missing_label: what stands in y where there is no label.
+        random_state: seed of all draws; the same labels then lead to the same choice.
+    """
+
+    select: Any = None
+    missing_label: float | None = float("nan")
+    random_state: int = 0
+
+    @abstractmethod
+    def choose(self, now: Round) -> Picked:
+        """Choose `now.size` of `now.candidates`.
+
+        Raises:
+            InputError: if the points or the network's outputs cannot be used.
+            ModelError: if the network has not what the strategy needs.
+        """
+
+    @overload
+    def query(
+        self, X: Any, y: Any, model: nn.Module, candidates: Sequence[int] | None = None, batch_size: int = 1,
+        sample_weight: Any = None, return_utilities: Literal[False] = False,
+    ) -> np.ndarray: ...  # fmt: skip
+
+    @overload
+    def query(
+        self, X: Any, y: Any, model: nn.Module, candidates: Sequence[int] | None = None, batch_size: int = 1,
+        sample_weight: Any = None, *, return_utilities: Literal[True],
+    ) -> tuple[np.ndarray, np.ndarray]: ...  # fmt: skip
+
+    def query(
+        self,
+        X: Any,
+        y: Any,
+        model: nn.Module,
+        candidates: Sequence[int] | None = None,
+        batch_size: int = 1,
+        sample_weight: Any = None,
+        return_utilities: bool = False,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Numbers of the points to be labelled next, best first.
+
+        Args:
+            X: all n points, with and without labels, as the model takes them.
+            y: n classes, with `missing_label` where there is none.
+            model: the network, trained on the labels so far, in evaluation mode; it is not changed.
+            candidates: numbers of the points that may be chosen; all without a label by default.
+            batch_size: how many.
+            sample_weight: n weights of the labels in the loss; 1 by default.
+            return_utilities: give the scores as well, (batch_size, n), NaN for points that could not be chosen then.
+
+        Raises:
+            InputError: if anything does not fit: more asked for than there are candidates, labels out of range, outputs
+                that are not finite.
+            ModelError: if the network has not what the strategy needs.
+        """
+        tangent = linearize(model, readout=Logits(self.select))
+        n = len(tangent.examples(X))
+        labels = as_labels(y, n, self.missing_label)
+        numbers = as_candidates(candidates, labels, batch_size)
+        weights = torch.ones(n, dtype=torch.float64) if sample_weight is None else as_weights(sample_weight, n)
+        generator = torch.Generator().manual_seed(draw(self.random_state, labels))
+        picked = self.choose(Round(tangent, X, labels, weights, numbers, batch_size, generator))
+        if not return_utilities:
+            return picked.numbers.numpy()
+        utilities = np.full((batch_size, n), np.nan)
+        found = picked.utilities.numpy()
+        utilities[:, numbers.numpy()] = np.where(np.isneginf(found), np.nan, found)
+        return picked.numbers.numpy(), utilities

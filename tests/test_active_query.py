@@ -1,0 +1,270 @@
+"""Queries: global numbers in and out, the same choice whatever the order and the pieces, clear refusals."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ntkit
+from ntkit.errors import InputError, ModelError
+from ntkit.kernel.base import DenseKernel
+from ntkit.kernel.features import FeatureKernel
+from ntkit.tangent.linearize import linearize
+from ntkit.uses import active
+from ntkit.uses.active import LookAhead
+from ntkit.uses.active.strategy import Round
+
+N, C = 40, 3
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, C)).double().eval()
+
+
+def pool() -> tuple[Tensor, np.ndarray]:
+    torch.manual_seed(2)
+    y = np.full(N, np.nan)
+    y[[3, 8, 20, 33]] = [0, 1, 2, 1]
+    return torch.randn(N, 6, dtype=torch.float64), y
+
+
+def by_hand(phi: Tensor, outputs: Tensor, labelled: list[int], reg: float, size: int) -> list[int]:
+    """Greedy curvature-weighted variance from its definition: every candidate's posterior anew for every pick."""
+    w = 1 - outputs.softmax(1).square().sum(1)
+    ridge = reg * float(phi[labelled].square().sum(1).mean() * w[labelled].mean())
+    targets = [i for i in range(N) if i not in labelled]
+    picked: list[int] = []
+
+    def risk(points: list[int]) -> float:
+        p = ridge * torch.eye(phi.shape[1], dtype=phi.dtype)
+        for i in points:
+            p = p + w[i] * torch.outer(phi[i], phi[i])
+        s = torch.einsum("nd,de,ne->n", phi, torch.linalg.inv(p), phi)
+        return float((w * s)[targets].sum())
+
+    for _ in range(size):
+        risks = {i: risk([*labelled, *picked, i]) for i in targets if i not in picked}
+        picked.append(min(risks, key=lambda i: risks[i]))
+    return picked
+
+
+def test_default_is_greedy_curvature_variance_on_the_last_layer() -> None:
+    model, (x, y) = network(), pool()
+    hidden = nn.Sequential(*list(model)[:2])(x).detach()
+    phi = torch.cat([hidden, torch.ones(N, 1).double()], 1)
+    found = LookAhead().query(x, y, model, batch_size=6)
+    assert found.tolist() == by_hand(phi, model(x).detach(), [3, 8, 20, 33], 0.1, 6)  # pyright: ignore
+
+
+def test_last_layer_is_that_layers_tangent_kernel() -> None:
+    model, (x, _) = network(), pool()
+    mine = active.LastLayer().of(linearize(model), x).dense()
+    true = ntkit.empirical_ntk(model, x, readout=ntkit.SingleLogit(1), parameters=lambda name, _: name.startswith("2."))
+    torch.testing.assert_close(mine, true)
+
+
+GEOMETRIES = {
+    "last layer": active.LastLayer(),
+    "sketched": active.Sketched(64),
+    "sketched, coupled": active.Sketched(256, coupled=True),
+    "exact": active.Exact(),
+    "exact, coupled": active.Exact(coupled=True),
+    "sum": active.Exact(ntkit.SumOfLogits()),
+    "features": active.Given(lambda model, x: FeatureKernel(next(model.children())(x).detach())),
+    "matrix": active.Given(DenseKernel(torch.eye(N).double())),
+}
+OBJECTIVES = [
+    active.IntegratedVariance(), active.MostLikelyChange(), active.ExpectedChange(), active.Variance(),
+    active.Information(), active.ErrorReduction(2), active.BrierReduction(), active.EntropyReduction(), active.Flips(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("kernel", GEOMETRIES.values(), ids=GEOMETRIES)
+@pytest.mark.parametrize("loss", [active.SquareLoss(), active.CrossEntropy()], ids=["square", "cross-entropy"])
+def test_every_combination(objective: active.Objective, kernel: active.Geometry, loss: active.Loss) -> None:
+    model, (x, y) = network(), pool()
+    rule = LookAhead(objective, loss, kernel)
+    before = copy.deepcopy(model.state_dict()), x.clone(), y.copy()
+    numbers, utilities = rule.query(x, y, model, batch_size=5, return_utilities=True)
+    assert len(set(numbers.tolist())) == 5
+    assert np.isnan(y[numbers]).all()
+    assert utilities.shape == (5, N)
+    for k in range(5):
+        assert np.isnan(utilities[k, ~np.isnan(y)]).all()
+        assert np.isnan(utilities[k, numbers[:k]]).all()
+        assert np.nanargmax(utilities[k]) == numbers[k]
+    again = rule.query(x, y, model, batch_size=5)
+    assert np.array_equal(again, numbers)
+    assert torch.equal(x, before[1])
+    assert np.array_equal(y, before[2], equal_nan=True)
+    assert all(torch.equal(tensor, before[0][name]) for name, tensor in model.state_dict().items())
+
+
+def test_features_and_their_matrix_choose_alike() -> None:
+    model, (x, y) = network(), pool()
+    phi = torch.randn(N, 12, dtype=torch.float64)
+    for objective in OBJECTIVES:
+        found = [
+            LookAhead(objective, kernel=active.Given(kernel)).query(x, y, model, batch_size=4, return_utilities=True)
+            for kernel in (FeatureKernel(phi), DenseKernel(phi @ phi.T))
+        ]
+        assert np.array_equal(found[0][0], found[1][0])
+        np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
+def test_order_of_the_pool_does_not_matter(objective: active.Objective) -> None:
+    model, (x, y) = network(), pool()
+    order = np.random.default_rng(0).permutation(N)
+    rule = LookAhead(objective)
+    numbers, utilities = rule.query(x, y, model, batch_size=4, return_utilities=True)
+    moved, others = rule.query(x[order], y[order], model, batch_size=4, return_utilities=True)
+    np.testing.assert_allclose(others, utilities[:, order], rtol=1e-9, atol=1e-12)
+    if not isinstance(objective, active.Flips):  # whose scores tie: the first is taken
+        assert np.array_equal(order[moved], numbers)
+
+
+def test_candidates_are_scored_as_among_all() -> None:
+    model, (x, y) = network(), pool()
+    _, every = LookAhead().query(x, y, model, return_utilities=True)
+    number, some = LookAhead().query(x, y, model, [30, 5, 11], return_utilities=True)
+    assert number[0] in (5, 11, 30)
+    np.testing.assert_allclose(some[0, [5, 11, 30]], every[0, [5, 11, 30]], rtol=1e-12)
+    assert np.isnan(np.delete(some[0], [5, 11, 30])).all()
+
+
+def test_no_label_yet_and_ways_to_say_so() -> None:
+    model, (x, y) = network(), pool()
+    expected = LookAhead().query(x, y, model, batch_size=3).tolist()
+    minus = np.where(np.isnan(y), -1, y).astype(int)
+    none = [None if np.isnan(v) else int(v) for v in y]
+    for labels, missing in ((minus, -1), (none, None), (torch.from_numpy(minus), -1)):
+        assert LookAhead(missing_label=missing).query(x, labels, model, batch_size=3).tolist() == expected
+    assert len(LookAhead().query(x, np.full(N, np.nan), model, batch_size=3)) == 3
+
+
+def test_duplicates_are_not_bought_twice() -> None:
+    """With half the pool a copy of the other half, a greedy batch takes none of them twice; the single best do."""
+    model, (x, y) = network(), pool()
+    x, y = torch.cat([x, x]), np.concatenate([y, np.where(np.isnan(y), np.nan, y)])
+    greedy = LookAhead(reg=0.01).query(x, y, model, batch_size=8)
+    assert len(set((greedy % N).tolist())) == 8
+    with pytest.warns(active.RedundantBatchWarning, match="use Greedy"):
+        best = LookAhead(reg=0.01, batch=active.TopK()).query(x, y, model, batch_size=8)
+    assert len(set((best % N).tolist())) < 8
+
+
+def test_one_is_chosen_without_warning() -> None:
+    model, (x, y) = network(), pool()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(LookAhead(batch=active.TopK()).query(x, y, model), LookAhead().query(x, y, model))
+
+
+def test_power_sampling_follows_the_scores() -> None:
+    model, (x, y) = network(), pool()
+    _, utilities = LookAhead().query(x, y, model, return_utilities=True)
+    u = np.nan_to_num(utilities[0])
+    for beta in (0.0, 2.0):
+        draws = [int(LookAhead(batch=active.Power(beta), random_state=s).query(x, y, model)[0]) for s in range(400)]
+        share = np.bincount(draws, minlength=N) / 400
+        p = np.where(np.isnan(utilities[0]), 0, u**beta)
+        p /= p.sum()
+        assert np.abs(share - p).max() < 5 * np.sqrt(p.max() / 400)
+        assert abs((share * u).sum() - (p * u).sum()) < 4 * np.sqrt((p * u**2).sum() / 400)
+
+
+def test_weights_of_labels_count() -> None:
+    model, (x, y) = network(), pool()
+    weights = np.ones(N)
+    base = LookAhead().query(x, y, model, sample_weight=weights, return_utilities=True)[1]
+    np.testing.assert_allclose(base, LookAhead().query(x, y, model, return_utilities=True)[1], rtol=1e-12)
+    weights[8] = 50.0
+    assert not np.allclose(
+        base, LookAhead().query(x, y, model, sample_weight=weights, return_utilities=True)[1], equal_nan=True
+    )
+
+
+def test_targets_matter() -> None:
+    model, (x, y) = network(), pool()
+    every = LookAhead().query(x, y, model, return_utilities=True)[1]
+    some = LookAhead(targets=[0, 1]).query(x, y, model, return_utilities=True)[1]
+    rest = LookAhead(targets=[i for i in range(2, N) if np.isnan(y[i])]).query(x, y, model, return_utilities=True)[1]
+    np.testing.assert_allclose(some + rest, every, rtol=1e-9)  # variance adds up over the targets
+    drawn = LookAhead(active.ErrorReduction(), target_size=10)
+    labels = torch.from_numpy(np.nan_to_num(y, nan=-1)).long()
+    now = Round(linearize(model), x, labels, torch.ones(N).double(), torch.arange(N), 1, torch.Generator())
+    assert len(drawn.look(now).targets) == 10
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, C).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).exp()
+
+
+def broken() -> nn.Sequential:
+    model = network()
+    with torch.no_grad():
+        list(model.parameters())[-1][0] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 37}, "37 points are asked for, 36 are left"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"candidates": []}, "1 points are asked for, 0 are left"),
+        ({"candidates": [1, 40]}, "numbers from 0 to 39"),
+        ({"candidates": [-1]}, "numbers from 0 to 39"),
+        ({"candidates": [1, 1]}, "stands twice"),
+        ({"candidates": [3]}, "point 3 has a label already"),
+        ({"candidates": [0.5]}, "numbers of points"),
+        ({"y": np.zeros(N)}, "0 are left"),
+        ({"y": np.full(N - 1, np.nan)}, "one label for each of the 40 points"),
+        ({"y": np.where(np.arange(N) < 5, 3.0, np.nan)}, "classes from 0 to 2"),
+        ({"y": np.where(np.arange(N) < 5, -1.0, np.nan)}, "missing_label=-1"),
+        ({"y": np.where(np.arange(N) < 5, 0.5, np.nan)}, "got 0.5"),
+        ({"y": np.array(["cat"] * N)}, "classes 0, 1, 2"),
+        ({"model": broken()}, "NaN"),
+        ({"sample_weight": np.ones(3)}, "40 positive numbers"),
+        ({"sample_weight": np.zeros(N)}, "40 positive numbers"),
+    ],
+)
+def test_refusals(change: dict[str, Any], message: str) -> None:
+    x, y = pool()
+    with pytest.raises((InputError, ModelError), match=message):
+        LookAhead().query(**{"X": x, "y": y, "model": network(), **change})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LookAhead(reg=0.0), "reg is relative"),
+        (lambda: LookAhead(target_size=0), "target_size"),
+        (lambda: active.Power(-1.0), "power sampling"),
+        (lambda: LookAhead(targets=[99]).query(*pool(), network()), "targets are numbers"),
+        (lambda: LookAhead().query(*pool(), Odd()), "no last layer"),
+        (lambda: LookAhead(kernel=active.Given(lambda m, x: x)).query(*pool(), network()), "got Tensor"),
+        (lambda: LookAhead(kernel=active.Given(DenseKernel(torch.eye(7)))).query(*pool(), network()), "got 7"),
+        (
+            lambda: LookAhead(kernel=active.Given(DenseKernel(torch.zeros(N, N)))).query(*pool(), network()),
+            "no features",
+        ),
+    ],
+)
+def test_more_refusals(make: Any, message: str) -> None:
+    with pytest.raises((InputError, ModelError), match=message):
+        make()
