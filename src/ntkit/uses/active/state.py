@@ -1,0 +1,211 @@
+"""One label at a time: the pool as the linearised network sees it, updated instead of trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkit.errors import InputError
+from ntkit.tangent.linearize import linearize
+from ntkit.tangent.readout import Logits
+from ntkit.uses.active.labels import as_labels, as_weights, draw
+from ntkit.uses.active.strategy import Round
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from ntkit.uses.active.lookahead import LookAhead
+    from ntkit.uses.active.objectives import Objective, Scene
+    from ntkit.uses.active.posterior import Posterior
+
+# Numbers in a block of the covariance between all points and the labels.
+MOST = 2**24
+
+
+class LookAheadState:
+    """Labels that come and go, and what the network would then say, without training.
+
+    The network is linearised where it stands, and its loss is quadratic around its outputs: for square loss the
+    predictions are those of ridge regression on all labels, for cross-entropy those of one Newton step. Every update is
+    exact within that model: whatever the order of labels, the state is that of a fresh start with the same labels.
+    Cost of an update: a pass over the features (or n^2 c^2 numbers of a kernel).
+    """
+
+    def __init__(self, strategy: LookAhead, X: Any, y: Any, model: nn.Module, *, sample_weight: Any = None) -> None:
+        """Look at the pool once.
+
+        Args:
+            strategy: its objective, loss, kernel, ridge and targets are used. The targets are chosen now and stay.
+            X: all n points.
+            y: n classes, with the strategy's `missing_label` where there is none.
+            model: the network, trained on those labels, in evaluation mode; it is not changed.
+            sample_weight: n weights of labels, of those to come as well; 1 by default.
+
+        Raises:
+            InputError: if anything does not fit.
+            ModelError: if the network has not the kernel that is asked for.
+        """
+        tangent = linearize(model, readout=Logits(strategy.select))
+        n = len(tangent.examples(X))
+        self.strategy, self._x = strategy, X
+        self._labels = as_labels(y, n, strategy.missing_label)
+        self._weights = torch.ones(n, dtype=torch.float64) if sample_weight is None else as_weights(sample_weight, n)
+        self._first, self.scene = self._look(model)
+
+    def _look(self, model: nn.Module) -> tuple[Tensor, Scene]:
+        """The network's own outputs, and the scene after its labels."""
+        tangent = linearize(model, readout=Logits(self.strategy.select))
+        generator = torch.Generator().manual_seed(draw(self.strategy.random_state, self._labels))
+        none = torch.zeros(0, dtype=torch.int64)
+        scene = self.strategy.look(Round(tangent, self._x, self._labels, self._weights, none, 0, generator))
+        first = scene.outputs
+        moved, known = torch.zeros_like(first), (self._labels >= 0).nonzero()[:, 0]
+        if len(known):
+            misfit = torch.stack([self._pull(first, int(i), int(self._labels[i])) for i in known])
+            rows = torch.arange(len(moved))
+            for some in rows.split(max(1, MOST // (len(known) * scene.posterior.block**2))):
+                cross = scene.posterior.between(some, known)
+                if scene.posterior.block == 1:
+                    moved[some] = cross[:, :, 0, 0] @ misfit
+                else:
+                    moved[some] = torch.einsum("nmcd,md->nc", cross, misfit)
+        return first, replace(scene, outputs=first + moved)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The classes so far, -1 where there is none, (n,)."""
+        return self._labels.numpy().copy()
+
+    @property
+    def posterior(self) -> Posterior:
+        """The covariance after the labels so far."""
+        return self.scene.posterior
+
+    def predict(self, numbers: Sequence[int] | None = None) -> Tensor:
+        """Logits of all points, or of some, (n, C), float64."""
+        outputs = self.scene.outputs
+        return (outputs if numbers is None else outputs[torch.as_tensor(numbers, dtype=torch.int64)]).clone()
+
+    def scores(self, objective: Objective | None = None) -> np.ndarray:
+        """What a label of each point is worth now, (n,); NaN for those that have one.
+
+        Args:
+            objective: another than the strategy's; one that weighs targets (or the labels so far) in another way needs
+                a state of its own.
+
+        Raises:
+            InputError: if the posterior was not made for that objective.
+        """
+        mine, other = self.strategy.objective, objective or self.strategy.objective
+        block, outputs, loss = self.posterior.block, self._first, self.strategy.loss
+        if other is not mine and (
+            other.curved_labels != mine.curved_labels
+            or not torch.equal(other.weights(outputs, loss, block), mine.weights(outputs, loss, block))
+        ):
+            raise InputError(
+                f"{type(other).__name__} weighs targets or labels in another way than {type(mine).__name__}, for which "
+                "this state was made: make a state with LookAhead(objective=...)"
+            )
+        free = (self._labels < 0).nonzero()[:, 0]
+        found = np.full(len(self._labels), np.nan)
+        if len(free):
+            found[free.numpy()] = other.scores(self.scene, free).numpy()
+        return found
+
+    def change(self, number: int, label: int | None = None) -> Tensor:
+        """How the logits of all points would move with one label more, (n, C).
+
+        Args:
+            number: of a point without a label.
+            label: its class; the likeliest by default.
+
+        Raises:
+            InputError: if the point has a label already, or either number is out of range.
+        """
+        self._check(number, label, labelled=False)
+        label = int(self.scene.outputs[number].argmax()) if label is None else label
+        return self._moved(self.posterior.response(number), number, label)
+
+    def add(self, number: int, label: int) -> None:
+        """One label more.
+
+        Raises:
+            InputError: if the point has a label already, or either number is out of range.
+        """
+        self._check(number, label, labelled=False)
+        misfit = self._misfit(number, label)
+        self._move(self.posterior.add(number), misfit)
+        self._labels[number] = label
+
+    def remove(self, number: int) -> None:
+        """One label less.
+
+        Raises:
+            InputError: if the point has none.
+        """
+        self._check(number, None, labelled=True)
+        misfit = self._misfit(number, int(self._labels[number]))
+        self._move(self.posterior.remove(number), misfit)
+        self._labels[number] = -1
+
+    def relabel(self, number: int, label: int) -> None:
+        """Another class for a point that has one.
+
+        Raises:
+            InputError: if it has none, or the class is out of range.
+        """
+        self._check(number, label, labelled=True)
+        change = self._pull(self._first, number, label) - self._pull(self._first, number, int(self._labels[number]))
+        column = self.posterior.between(torch.arange(len(self._labels)), torch.tensor([number]))[:, 0]
+        self._move(column, change)
+        self._labels[number] = label
+
+    def refresh(self, model: nn.Module) -> None:
+        """Start afresh from a network that has been trained on the labels so far.
+
+        Raises:
+            InputError: if its outputs are of another number.
+            ModelError: if it has not the kernel that is asked for.
+        """
+        first, scene = self._look(model)
+        if first.shape != self._first.shape:
+            raise InputError(f"the network has {first.shape[1]} outputs, the one before had {self._first.shape[1]}")
+        self._first, self.scene = first, scene
+
+    def _pull(self, first: Tensor, number: int, label: int) -> Tensor:
+        """Minus the gradient of a label's weighted loss at the network's own outputs, (C,)."""
+        outputs = first[number][None]
+        return self._weights[number] * self.strategy.loss.misfit(outputs, torch.tensor([label]))[0]
+
+    def _misfit(self, number: int, label: int) -> Tensor:
+        """The same at the outputs as they are now, in the quadratic model."""
+        away = self.scene.outputs[number] - self._first[number]
+        w = self.posterior.precision[number]
+        bent = w[0, 0] * away if self.posterior.block == 1 else w @ away
+        return self._pull(self._first, number, label) - bent
+
+    def _moved(self, response: Tensor, number: int, label: int) -> Tensor:
+        return _apply(response, self._misfit(number, label))
+
+    def _move(self, response: Tensor, misfit: Tensor) -> None:
+        self.scene = replace(self.scene, outputs=self.scene.outputs + _apply(response, misfit))
+
+    def _check(self, number: int, label: int | None, *, labelled: bool) -> None:
+        n, count = self._first.shape
+        if not 0 <= number < n:
+            raise InputError(f"points have numbers from 0 to {n - 1}: got {number}")
+        if label is not None and not 0 <= label < count:
+            raise InputError(f"labels are classes from 0 to {count - 1}: got {label}")
+        if (int(self._labels[number]) >= 0) != labelled:
+            raise InputError(f"point {number} has {'no label' if labelled else 'a label already'}")
+
+
+def _apply(response: Tensor, misfit: Tensor) -> Tensor:
+    """(n, C) from blocks (n, c, c) and (C,)."""
+    return response[:, 0] * misfit if response.shape[1] == 1 else response @ misfit

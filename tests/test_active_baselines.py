@@ -1,0 +1,155 @@
+"""Baselines with networks that disagree, gradients, and clusters, against their definitions."""
+
+from __future__ import annotations
+
+import copy
+from math import log
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ntkit.errors import InputError, ModelError
+from ntkit.kernel.base import DenseKernel
+from ntkit.kernel.features import FeatureKernel
+from ntkit.uses.active import Exact, Given
+from ntkit.uses.active.gradients import BADGE
+from ntkit.uses.active.sampled import BALD, EPIG, Dropout, Ensemble
+from ntkit.uses.active.typical import TypiClust
+
+N, C = 14, 3
+
+
+def member(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, C)).double().eval()
+
+
+def pool() -> tuple[Tensor, np.ndarray]:
+    torch.manual_seed(9)
+    y = np.full(N, np.nan)
+    y[[2, 5]] = [0, 1]
+    return 3 * torch.randn(N, 2, dtype=torch.float64), y
+
+
+def test_disagreement_by_definition() -> None:
+    (x, y), models = pool(), [member(s) for s in range(4)]
+    p = torch.stack([m(x).detach().softmax(1) for m in models]).tolist()
+
+    def entropy(q: list[float]) -> float:
+        return -sum(v * log(v) for v in q if v > 0)
+
+    def mean(i: int) -> list[float]:
+        return [sum(p[s][i][c] for s in range(4)) / 4 for c in range(C)]
+
+    free = [i for i in range(N) if np.isnan(y[i])]
+    bald = {i: entropy(mean(i)) - sum(entropy(p[s][i]) for s in range(4)) / 4 for i in free}
+    epig = {}
+    for i in free:
+        total = 0.0
+        for u in free:
+            for a in range(C):
+                for b in range(C):
+                    joint = sum(p[s][i][a] * p[s][u][b] for s in range(4)) / 4
+                    total += joint * log(joint / (mean(i)[a] * mean(u)[b]))
+        epig[i] = total / len(free)
+    for rule, true in ((BALD(Ensemble(models)), bald), (EPIG(Ensemble(models)), epig)):
+        numbers, utilities = rule.query(x, y, models[0], batch_size=3, return_utilities=True)
+        np.testing.assert_allclose(utilities[0, free], [true[i] for i in free], rtol=1e-9, atol=1e-12)
+        assert numbers.tolist() == sorted(free, key=lambda i: -true[i])[:3]
+
+
+def test_targets_are_drawn_and_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    (x, y), models = pool(), [member(s) for s in range(4)]
+    whole = EPIG(Ensemble(models)).query(x, y, models[0], return_utilities=True)[1]
+    drawn = EPIG(Ensemble(models), target_size=3).query(x, y, models[0], return_utilities=True)[1]
+    assert not np.allclose(whole, drawn, equal_nan=True)
+    monkeypatch.setattr("ntkit.uses.active.sampled.MOST", 1)
+    np.testing.assert_allclose(EPIG(Ensemble(models)).query(x, y, models[0], return_utilities=True)[1], whole)
+
+
+def test_dropout_is_drawn_from_a_copy() -> None:
+    (x, y), model = pool(), member(0)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    first = BALD(Dropout(10)).query(x, y, model, return_utilities=True)[1]
+    assert np.array_equal(first, BALD(Dropout(10)).query(x, y, model, return_utilities=True)[1], equal_nan=True)
+    other = BALD(Dropout(10), random_state=1).query(x, y, model, return_utilities=True)[1]
+    assert not np.array_equal(first, other, equal_nan=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model[2].training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    # many draws: the mean is that of masks drawn by hand
+    many = BALD(Dropout(3000)).query(x, y, model, return_utilities=True)[1]
+    torch.manual_seed(5)
+    hidden = model[:2](x).detach()  # pyright: ignore
+    masks = (torch.rand(3000, 1, 8) < 0.5).double() * 2
+    p = ((hidden * masks) @ model[3].weight.T + model[3].bias).softmax(2).detach()
+    true = torch.special.entr(p.mean(0)).sum(1) - torch.special.entr(p).sum(2).mean(0)
+    free = np.isnan(y)
+    assert np.abs(many[0, free] - true.numpy()[free]).max() < 0.1 * float(true.max())
+
+
+def test_badge_is_k_means_plus_plus_on_gradients() -> None:
+    (x, y), model = pool(), member(0)
+    p, hidden = model(x).detach().softmax(1), model[:2](x).detach()  # pyright: ignore
+    phi = torch.cat([hidden, torch.ones(N, 1).double()], 1)
+    gradients = ((torch.eye(C).double()[p.argmax(1)] - p)[:, :, None] * phi[:, None]).flatten(1)
+    free = np.isnan(y).nonzero()[0]
+    numbers, utilities = BADGE().query(x, y, model, batch_size=3, return_utilities=True)
+    assert numbers[0] == free[int(gradients[free].norm(dim=1).argmax())]
+    np.testing.assert_allclose(utilities[0, free], gradients[free].square().sum(1), rtol=1e-9)
+    for k in (1, 2):  # labels do not count
+        nearest = torch.cdist(gradients, gradients[numbers[:k]]).square().amin(1)
+        left = [int(i) for i in free if i not in numbers[:k]]
+        np.testing.assert_allclose(utilities[k, left], nearest[left], rtol=1e-6, atol=1e-12)
+    second = [int(BADGE(random_state=s).query(x, y, model, batch_size=2)[1]) for s in range(500)]
+    weights = (gradients - gradients[numbers[0]]).square().sum(1).numpy() * np.isnan(y)
+    share = np.bincount(second, minlength=N) / 500
+    assert np.abs(share - weights / weights.sum()).max() < 5 * (weights.max() / weights.sum() / 500) ** 0.5
+
+
+def blobs() -> tuple[Tensor, Tensor]:
+    """Five clusters of 30, 25, 20, 15 and 10 points, whose first point is the middle."""
+    torch.manual_seed(0)
+    sizes, parts = (30, 25, 20, 15, 10), []
+    for k, size in enumerate(sizes):
+        around = 0.3 * torch.randn(size, 2, dtype=torch.float64)
+        around[0] = 0.0
+        parts.append(around + 10 * torch.tensor([k, k % 2], dtype=torch.float64))
+    return torch.cat(parts), torch.tensor([0, 30, 55, 75, 90])
+
+
+def test_typical_points_of_the_largest_clusters_come_first() -> None:
+    x, starts = blobs()
+    rule = TypiClust(Given(FeatureKernel(x)))
+    model, none = nn.Linear(2, 3).double(), np.full(100, np.nan)
+    found = rule.query(x, none, model, batch_size=5)
+    cluster = torch.bucketize(torch.from_numpy(found), starts, right=True) - 1
+    assert cluster.tolist() == [0, 1, 2, 3, 4]
+    for k, number in enumerate(found):
+        mine = x[starts[k] : starts[k + 1] if k < 4 else 100]
+        near = min(20, len(mine) // 2)
+        typical = torch.cdist(mine, mine).sort(1).values[:, 1 : near + 1].mean(1)
+        assert number - starts[k] == int(typical.argmin())
+    y = none.copy()
+    y[[3, 40]] = [0, 1]
+    later = rule.query(x, y, model, batch_size=3)
+    assert (torch.bucketize(torch.from_numpy(later), starts, right=True) - 1).tolist() == [2, 3, 4]
+    assert len(set(rule.query(x, y, model, batch_size=98).tolist())) == 98
+
+
+def test_refusals() -> None:
+    (x, y), model = pool(), member(0)
+    with pytest.raises(ModelError, match="no dropout"):
+        BALD().query(x, y, nn.Linear(2, 3).double())
+    with pytest.raises(InputError, match="two networks or more"):
+        Ensemble([model])
+    broken = member(1)
+    with torch.no_grad():
+        list(broken.parameters())[-1][0] = torch.nan
+    with pytest.raises(InputError, match="not finite"):
+        BALD(Ensemble([model, broken])).query(x, y, model)
+    for rule in (BADGE(kernel=Exact()), TypiClust(Exact()), BADGE(kernel=Given(DenseKernel(torch.eye(N))))):
+        with pytest.raises(InputError, match="one row of features for each point"):
+            rule.query(x, y, model)
