@@ -1,0 +1,144 @@
+"""Whether a look-ahead is to be trusted: predicted changes beside those of networks that were really trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ntkit.errors import InputError
+from ntkit.tangent.linearize import linearize
+from ntkit.tangent.readout import Logits
+from ntkit.uses.active.labels import as_labels
+from ntkit.uses.active.state import LookAheadState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from torch import nn
+
+    from ntkit.uses.active.lookahead import LookAhead
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """Predicted and actual changes of predictions, one trained network for each candidate.
+
+    Changes are those of probabilities for cross-entropy, of outputs for square loss, at points without a label.
+
+    Attributes:
+        correlation: of all entries of both.
+        standard_error: of that, from leaving out one candidate after the other (jackknife).
+        slope: actual change for each unit of predicted change, by least squares.
+        rank_correlation: Spearman's, of the sizes of the changes, one for each candidate: whether the order is right.
+        predicted: sizes of the predicted changes, Frobenius norms, (candidates,).
+        actual: sizes of the actual ones.
+        candidates: their numbers.
+    """
+
+    correlation: float
+    standard_error: float
+    slope: float
+    rank_correlation: float
+    predicted: Tensor
+    actual: Tensor
+    candidates: Tensor
+
+    def __str__(self) -> str:
+        """In words."""
+        return (
+            f"predicted and actual changes of {len(self.candidates)} retrained networks correlate with "
+            f"{self.correlation:.2f} +- {self.standard_error:.2f} (slope {self.slope:.2f}); the order of their "
+            f"sizes with {self.rank_correlation:.2f}"
+        )
+
+
+def fidelity(
+    strategy: LookAhead,
+    X: Any,
+    y: Any,
+    fit: Callable[[np.ndarray], nn.Module],
+    *,
+    generator: torch.Generator,
+    candidates: int | Sequence[int] = 20,
+    labels: Sequence[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Agreement:
+    """Train with and without some candidates, and compare what changes with what the look-ahead says.
+
+    Args:
+        strategy: its loss, kernel and ridge are those that are tried.
+        X: all n points.
+        y: n classes, with the strategy's `missing_label` where there is none.
+        fit: from classes (n,), -1 where there is none, to a network trained on those that are there, in evaluation
+            mode. It should do the same in every call (initial weights, order of examples): what it does at random
+            counts against the look-ahead.
+        generator: draws candidates.
+        candidates: their number, or which.
+        labels: the class that each of them gets; the likeliest by default.
+        progress: called with (networks trained, networks in all).
+
+    Cost: one training for each candidate, and one more.
+
+    Raises:
+        InputError: if anything does not fit, or nothing changes.
+    """
+    from scipy.stats import spearmanr
+
+    known = as_labels(y, len(y), strategy.missing_label)
+    free = (known < 0).nonzero()[:, 0]
+    if isinstance(candidates, int):
+        if not 2 <= candidates <= len(free):
+            raise InputError(f"candidates: got {candidates}, expected 2 to {len(free)}, the points without a label")
+        drawn = torch.randperm(len(free), generator=generator, device=generator.device)[:candidates].cpu()
+        numbers = free[drawn].sort().values
+    else:
+        numbers = torch.as_tensor(candidates, dtype=torch.int64)
+    model = fit(known.numpy().copy())
+    state, start = LookAheadState(strategy, X, y, model), _outputs(model, X, strategy)
+    before = _said(start, strategy)
+    predicted, actual = [], []
+    if progress is not None:
+        progress(1, len(numbers) + 1)
+    for place, number in enumerate(numbers.tolist()):
+        label = int(start[number].argmax()) if labels is None else int(labels[place])
+        predicted.append((_said(start + state.change(number, label), strategy) - before)[free])
+        more = known.clone()
+        more[number] = label
+        actual.append((_said(_outputs(fit(more.numpy()), X, strategy), strategy) - before)[free])
+        if progress is not None:
+            progress(place + 2, len(numbers) + 1)
+    mine, true = torch.stack(predicted).flatten(1), torch.stack(actual).flatten(1)
+    if not float(true.abs().max()) > 0 or not float(mine.abs().max()) > 0:
+        raise InputError("nothing changes with a label more: fit(y) has to train on the labels that it is given")
+    left_out = torch.stack(
+        [_correlation(mine[keep], true[keep]) for keep in ~torch.eye(len(numbers), dtype=torch.bool)]
+    )
+    error = ((len(numbers) - 1) / len(numbers) * (left_out - left_out.mean()).square().sum()).sqrt()
+    sizes = mine.norm(dim=1), true.norm(dim=1)
+    return Agreement(
+        correlation=float(_correlation(mine, true)),
+        standard_error=float(error),
+        slope=float((mine * true).sum() / mine.square().sum()),
+        rank_correlation=float(torch.tensor(spearmanr(sizes[0].numpy(), sizes[1].numpy())[0])),
+        predicted=sizes[0],
+        actual=sizes[1],
+        candidates=numbers,
+    )
+
+
+def _outputs(model: nn.Module, x: Any, strategy: LookAhead) -> Tensor:
+    return linearize(model, readout=Logits(strategy.select)).outputs(x).detach().cpu().double()
+
+
+def _said(outputs: Tensor, strategy: LookAhead) -> Tensor:
+    """What is compared: probabilities, or for square loss the outputs."""
+    return strategy.loss.fitted(outputs)
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a.flatten() - a.mean(), b.flatten() - b.mean()
+    return (a @ b) / (a.norm() * b.norm())

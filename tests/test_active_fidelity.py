@@ -1,0 +1,95 @@
+"""Predicted beside actual changes: the same where the network is linear; a look-ahead that is wrong is seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ntkit.errors import InputError
+from ntkit.uses import active
+from ntkit.uses.active import LookAhead
+from ntkit.uses.active.fidelity import fidelity
+
+N, C, REG = 40, 3, 0.1
+
+
+def pool() -> tuple[Tensor, np.ndarray, np.ndarray]:
+    torch.manual_seed(0)
+    x = torch.randn(N, 5, dtype=torch.float64)
+    classes = x[:, :C].argmax(1).numpy()
+    y = np.full(N, -1)
+    y[:8] = classes[:8]
+    return x, y, classes
+
+
+def ridge(first: np.ndarray):
+    """Fits a linear network exactly, with the ridge that the look-ahead has for the first labels."""
+    x, _, _ = pool()
+    phi = torch.cat([x, torch.ones(N, 1).double()], 1)
+    weight = REG * float(phi[first >= 0].square().sum(1).mean())
+
+    def fit(y: np.ndarray) -> nn.Module:
+        known = torch.from_numpy(y >= 0)
+        some, target = phi[known], torch.eye(C).double()[torch.from_numpy(y)[known]]
+        solution = torch.linalg.solve(some.T @ some + weight * torch.eye(6).double(), some.T @ target)
+        model = nn.Linear(5, C).double().eval()
+        with torch.no_grad():
+            model.weight.copy_(solution[:5].T)
+            model.bias.copy_(solution[5])
+        return model
+
+    return fit
+
+
+def test_exact_where_the_network_is_linear() -> None:
+    """Ridge regression around zero is the fixed point: one label more moves it as the look-ahead from it says.
+
+    The look-ahead's prior is the network, whose own weights pull it back, so the two differ by the shrinking of a label
+    that is fitted already; the new label's own effect is the same.
+    """
+    x, y, classes = pool()
+    rule = LookAhead(loss=active.SquareLoss(), reg=REG, missing_label=-1)
+    numbers = list(range(10, 22))
+    ticks: list[tuple[int, int]] = []
+    found = fidelity(
+        rule, x, y, ridge(y), generator=torch.Generator(), candidates=numbers,
+        labels=[int(classes[i]) for i in numbers], progress=lambda *tick: ticks.append(tick),
+    )  # fmt: skip
+    assert found.correlation > 0.9
+    assert found.rank_correlation > 0.9
+    assert found.standard_error < 0.05
+    assert ticks == [(k, 13) for k in range(1, 14)]
+    assert found.candidates.tolist() == numbers
+    assert "12 retrained networks" in str(found)
+
+
+def test_a_wrong_kernel_is_seen() -> None:
+    x, y, _ = pool()
+    torch.manual_seed(1)
+    noise = active.Given(lambda model, x: active_features(len(x)))
+    good, bad = (
+        fidelity(
+            LookAhead(loss=active.SquareLoss(), kernel=kernel, reg=REG, missing_label=-1), x, y, ridge(y),
+            generator=torch.Generator().manual_seed(0), candidates=10,
+        ).correlation
+        for kernel in (active.LastLayer(), noise)
+    )  # fmt: skip
+    assert good > 0.9
+    assert bad < 0.5
+
+
+def active_features(n: int):
+    from ntkit.kernel.features import FeatureKernel
+
+    return FeatureKernel(torch.randn(n, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+
+
+def test_refusals() -> None:
+    x, y, _ = pool()
+    rule, model = LookAhead(loss=active.SquareLoss(), missing_label=-1), ridge(y)(y)
+    with pytest.raises(InputError, match="nothing changes"):
+        fidelity(rule, x, y, lambda _: model, generator=torch.Generator(), candidates=3)
+    with pytest.raises(InputError, match="expected 2 to 32"):
+        fidelity(rule, x, y, ridge(y), generator=torch.Generator(), candidates=1)
