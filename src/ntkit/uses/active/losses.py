@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Loss(ABC):
         return torch.nn.functional.one_hot(classes, outputs.shape[1]).to(outputs) - self.fitted(outputs)
 
 
+@dataclass(frozen=True)
 class SquareLoss(Loss):
     """1/2 ||f - e_y||^2 with one-hot labels: every label has the precision 1, and a look-ahead is exact."""
 
@@ -46,6 +48,7 @@ class SquareLoss(Loss):
         return outputs
 
 
+@dataclass(frozen=True)
 class CrossEntropy(Loss):
     """-log softmax(f)_y, looked at around the present outputs: curvature diag(p) - p p^T, or its trace 1 - ||p||^2."""
 

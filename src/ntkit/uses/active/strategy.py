@@ -90,14 +90,14 @@ class Strategy(ABC):
 
     @overload
     def query(
-        self, X: Any, y: Any, model: nn.Module, candidates: Sequence[int] | None = None, batch_size: int = 1,
-        sample_weight: Any = None, return_utilities: Literal[False] = False,
+        self, X: Any, y: Any, model: nn.Module, candidates: Sequence[int] | np.ndarray | None = None,
+        batch_size: int = 1, sample_weight: Any = None, return_utilities: Literal[False] = False,
     ) -> np.ndarray: ...  # fmt: skip
 
     @overload
     def query(
-        self, X: Any, y: Any, model: nn.Module, candidates: Sequence[int] | None = None, batch_size: int = 1,
-        sample_weight: Any = None, *, return_utilities: Literal[True],
+        self, X: Any, y: Any, model: nn.Module, candidates: Sequence[int] | np.ndarray | None = None,
+        batch_size: int = 1, sample_weight: Any = None, *, return_utilities: Literal[True],
     ) -> tuple[np.ndarray, np.ndarray]: ...  # fmt: skip
 
     def query(
@@ -105,7 +105,7 @@ class Strategy(ABC):
         X: Any,
         y: Any,
         model: nn.Module,
-        candidates: Sequence[int] | None = None,
+        candidates: Sequence[int] | np.ndarray | None = None,
         batch_size: int = 1,
         sample_weight: Any = None,
         return_utilities: bool = False,

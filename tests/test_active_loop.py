@@ -1,0 +1,218 @@
+"""Sessions: they go on after SIGKILL as if nothing had happened, and refuse what is not theirs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ntkit.errors import InputError, StoreError
+from ntkit.uses.active import LookAhead, SquareLoss
+from ntkit.uses.active.journal import Journal
+from ntkit.uses.active.loop import Loop
+from ntkit.uses.active.uncertainty import Random
+
+N, C = 40, 3
+START = np.full(N, -1)
+START[:3] = [0, 1, 2]
+
+
+def pool() -> tuple[Tensor, np.ndarray]:
+    x = torch.randn(N, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return x, x[:, :C].argmax(1).numpy()
+
+
+def fit(y: np.ndarray) -> nn.Module:
+    """Ridge regression as a linear network."""
+    x, _ = pool()
+    phi = torch.cat([x, torch.ones(N, 1).double()], 1)[torch.from_numpy(y >= 0)]
+    target = torch.eye(C).double()[torch.from_numpy(y[y >= 0])]
+    solution = torch.linalg.solve(phi.T @ phi + 0.1 * torch.eye(5).double(), phi.T @ target)
+    model = nn.Linear(4, C).double().eval()
+    with torch.no_grad():
+        model.weight.copy_(solution[:4].T)
+        model.bias.copy_(solution[4])
+    return model
+
+
+def session(path: Path, **options: Any) -> Loop:
+    defaults: dict[str, Any] = {"strategy": LookAhead(loss=SquareLoss()), "fit": fit, "classes": C, "y": START}
+    return Loop(options.pop("X", pool()[0]), journal=path, **{**defaults, **options})
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    """Without checksums and times."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in e.items() if k != "sha256" and not k.startswith("seconds")} for e in lines]
+
+
+def run(path: Path, rounds: int, pause: float = 0.0) -> Loop:
+    """Rounds of four points, one answer at a time; every eleventh point cannot be labelled."""
+    _, true = pool()
+    loop = session(path)
+    while loop.rounds < rounds or len(loop.waiting):
+        for number in loop.query(4).numbers:
+            time.sleep(pause)
+            loop.skip([number]) if number % 11 == 0 else loop.label([number], [true[number]])
+    return loop
+
+
+def test_killed_sessions_end_as_unbroken_ones(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole.jsonl", 5)
+    command = [
+        sys.executable,
+        "-c",
+        "import sys, pathlib, test_active_loop as t; t.run(pathlib.Path(sys.argv[1]), 5, 0.02)",
+    ]
+    path, kills = tmp_path / "killed.jsonl", 0
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    while True:
+        process = subprocess.Popen([*command, str(path)], env=environment)
+        before = path.stat().st_size if path.exists() else 0
+        if kills < 3:
+            while process.poll() is None and (not path.exists() or path.stat().st_size < before + 700):
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        elif process.wait() == 0:
+            break
+        else:
+            pytest.fail("the session did not go on")
+    assert events(path) == events(tmp_path / "whole.jsonl")
+    assert kills == 3
+    assert np.array_equal(session(path).labels, whole.labels)
+
+
+def test_a_line_torn_at_any_byte_has_not_happened(tmp_path: Path) -> None:
+    run(tmp_path / "whole.jsonl", 2)
+    data = (tmp_path / "whole.jsonl").read_bytes()
+    for size in range(0, len(data), 37):
+        path = tmp_path / "torn.jsonl"
+        path.write_bytes(data[:size])
+        run(path, 2)
+        assert events(path) == events(tmp_path / "whole.jsonl")
+
+
+def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
+    run(tmp_path / "whole.jsonl", 1)
+    data = (tmp_path / "whole.jsonl").read_bytes()
+    for place in range(0, len(data) - 1, 3):
+        path = tmp_path / "flipped.jsonl"
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        before = path.read_bytes()
+        with pytest.raises(StoreError, match="line"):
+            session(path)
+        assert path.read_bytes() == before
+    lines = data.splitlines(keepends=True)
+    (tmp_path / "flipped.jsonl").write_bytes(b"".join(lines[:2] + lines[3:]))
+    with pytest.raises(StoreError, match="line 3"):
+        session(tmp_path / "flipped.jsonl")
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = session(tmp_path / "s.jsonl")
+    asked = loop.query(4).numbers
+    before = (tmp_path / "s.jsonl").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left"):
+        loop.label([asked[0]], [1])
+    assert (tmp_path / "s.jsonl").read_bytes() == before
+    assert loop.labels[asked[0]] == -1
+    monkeypatch.undo()
+    loop.label([asked[0]], [1])
+    assert session(tmp_path / "s.jsonl").labels[asked[0]] == 1
+
+
+def test_questions_and_answers(tmp_path: Path) -> None:
+    loop = session(tmp_path / "s.jsonl")
+    asked = loop.query(4)
+    assert np.array_equal(loop.query(9).numbers, asked.numbers)  # they wait: no others are chosen
+    expected = LookAhead(loss=SquareLoss(), missing_label=-1).query(pool()[0], START, fit(START), batch_size=4)
+    assert np.array_equal(asked.numbers, expected)
+    first, second, third, fourth = asked.numbers.tolist()
+    loop.label([second], [2])
+    loop.skip([first])
+    assert loop.waiting.tolist() == [third, fourth]
+    loop.label([third, fourth, 30], [0, 1, 2])  # one that nobody has asked for
+    assert loop.labels[[second, third, fourth, 30]].tolist() == [2, 0, 1, 2]
+    loop.label([second], [0])
+    loop.unlabel([30])
+    assert (loop.labels[second], loop.labels[30]) == (0, -1)
+    everything = loop.query(N - 7).numbers  # 3 at first, 3 since, 1 skipped
+    assert first not in everything
+    assert 30 in everything
+    with pytest.raises(InputError, match="left without a label"):
+        session(tmp_path / "other.jsonl").query(N - 2)
+    loop.label([first], [1])  # after all
+    assert len(loop.skipped) == 0
+    again = session(tmp_path / "s.jsonl", y=None)
+    assert np.array_equal(again.labels, loop.labels)
+    assert np.array_equal(again.waiting, loop.waiting)
+
+
+def test_a_function_that_answers(tmp_path: Path) -> None:
+    _, true = pool()
+    loop = session(tmp_path / "s.jsonl", strategy=Random())
+    loop.step(lambda numbers: [None if k == 0 else int(true[i]) for k, i in enumerate(numbers)], 5)
+    assert (loop.labels >= 0).sum() == 7
+    assert len(loop.skipped) == 1
+    with pytest.raises(InputError, match="2 answers came"):
+        loop.step(lambda numbers: [0, 1], 5)
+    assert len(loop.waiting) == 5
+
+
+def test_other_sessions_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    session(path).query(2)
+    x, other = pool()[0], START.copy()
+    other[5] = 1
+    for change, message in (
+        ({"X": x[:-1], "y": None}, "another number of points"),
+        ({"classes": 4}, "another number of classes"),
+        ({"X": x + 1e-9}, "another data"),
+        ({"y": other}, "other labels"),
+    ):
+        with pytest.raises(StoreError, match=message):
+            session(path, **change)
+    journal = Journal(path)
+    journal.add("dance")
+    with pytest.raises(StoreError, match="unknown kind 'dance'"):
+        session(path)
+
+
+def test_refusals_are_not_written_down(tmp_path: Path) -> None:
+    loop = session(tmp_path / "s.jsonl")
+    asked = loop.query(3).numbers
+    before = (tmp_path / "s.jsonl").read_bytes()
+    for call, message in (
+        (lambda: loop.label([asked[0]], [3]), "classes from 0 to 2"),
+        (lambda: loop.label([asked[0]], [0.5]), "one class"),
+        (lambda: loop.label([asked[0]], [0, 1]), "one class"),
+        (lambda: loop.label([N], [0]), "from 0 to 39"),
+        (lambda: loop.label([-1], [0]), "from 0 to 39"),
+        (lambda: loop.label([5, 5], [0, 1]), "stands twice"),
+        (lambda: loop.skip([0]), "point 0 has a label"),
+        (lambda: loop.unlabel([asked[0]]), "has no label"),
+        (lambda: loop.skip([0.5]), "numbers"),  # pyright: ignore[reportArgumentType]
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+    assert (tmp_path / "s.jsonl").read_bytes() == before
+    for y in (START.astype(float), START[:-1], np.full(N, 3)):
+        with pytest.raises(InputError, match="labels"):
+            session(tmp_path / "new.jsonl", y=y)
+    assert not (tmp_path / "new.jsonl").exists()
