@@ -268,3 +268,19 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
 def test_more_refusals(make: Any, message: str) -> None:
     with pytest.raises((InputError, ModelError), match=message):
         make()
+
+
+def test_labels_so_far_count_one_each_where_changes_are_compared() -> None:
+    """A network is sure of what it has learned: with the curvature there, next to nothing would hold it in place."""
+    model, (x, y) = network(), pool()
+    f, phi = model(x).detach(), active.LastLayer().of(linearize(model), x).dense()
+    values, vectors = torch.linalg.eigh(phi)
+    phi, known, free = vectors * values.clamp_min(0).sqrt(), ~np.isnan(y), np.isnan(y)
+    ridge = 0.1 * float(phi[known].square().sum(1).mean())
+    p = torch.linalg.inv(ridge * torch.eye(N).double() + phi[known].T @ phi[known])
+    s = phi @ p @ phi.T
+    w = 1 - f.softmax(1).square().sum(1)
+    misfit = (torch.eye(C).double()[f.argmax(1)] - f.softmax(1)).norm(dim=1)
+    expected = s[free].square().sum(0).sqrt() / (1 + w * s.diagonal()) * misfit
+    _, found = LookAhead(active.MostLikelyChange()).query(x, y, model, return_utilities=True)
+    np.testing.assert_allclose(found[0, free], expected[free], rtol=1e-8)
