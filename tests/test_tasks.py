@@ -7,7 +7,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,20 @@ def test_what_a_user_names_as_workers(cluster: Any) -> None:
     assert as_workers(None).count == 1
     own = Processes(4)
     assert as_workers(own) is own
+
+
+def count_threads(folder: Path, name: str) -> Iterator[None]:
+    (folder / name).write_text(str(torch.get_num_threads()))
+    yield
+
+
+@pytest.mark.parametrize("count", [1, 2, 64])
+def test_processes_of_a_pool_share_the_cores(count: int, tmp_path: Path) -> None:
+    with ProcessPoolExecutor(count, get_context("spawn"), torch.set_num_threads, (16,)) as executor:
+        as_workers(executor).run(count_threads, tmp_path, ["a"], lambda: None)
+        after = executor.submit(torch.get_num_threads).result()
+    assert int((tmp_path / "a").read_text()) == min(16, max(1, (os.cpu_count() or 1) // count))
+    assert count > 1 or after == 16  # which is the user's, and put back
 
 
 def test_a_copy_on_a_device_has_the_same_kernel() -> None:

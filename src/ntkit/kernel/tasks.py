@@ -16,6 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,6 +37,9 @@ Tick = Callable[[], None]
 POLL = 0.5
 # Rounds in a row in which workers die and no task is finished, after which it is taken for a fault of the tasks.
 ROUNDS = 5
+# Dask has its workers give memory back to the system at once, as it takes them for idle in between; a task that takes
+# and gives it all the time then needs half as long again (measured). These are the bounds that glibc would arrive at.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(64 * 2**20), "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20)}
 
 
 class Workers(ABC):
@@ -71,6 +75,11 @@ class Here(Workers):
 class _Elsewhere(Workers):
     """Tasks through an executor, which is asked for again when its workers have died."""
 
+    @property
+    def _threads(self) -> int | None:
+        """Of torch in a task; None for what the worker was started with."""
+        return None
+
     @abstractmethod
     def _start(self, parcel: Parcel) -> tuple[Executor, Any]:
         """An executor, and what tasks are given in place of the parcel."""
@@ -100,7 +109,7 @@ class _Elsewhere(Workers):
         executor, handed = self._start(parcel)
         lost, cause, finished = [], None, False
         try:
-            futures = {executor.submit(_work, handed, function, task): task for task in tasks}
+            futures = {executor.submit(_work, handed, function, task, self._threads): task for task in tasks}
             waiting = set(futures)
             while waiting:
                 done, waiting = wait(waiting, timeout=POLL, return_when=FIRST_COMPLETED)
@@ -137,8 +146,7 @@ class Processes(_Elsewhere):
         numbers = context.SimpleQueue()
         for number in range(self.count):
             numbers.put(number)
-        threads = max(1, (os.cpu_count() or 1) // self.count)
-        pool = ProcessPoolExecutor(self.count, context, _settle, (parcel, threads, os.getpid(), numbers))
+        pool = ProcessPoolExecutor(self.count, context, _settle, (parcel, _share(self.count), os.getpid(), numbers))
         return pool, None
 
     def _stop(self, executor: Executor, *, now: bool) -> None:
@@ -155,6 +163,11 @@ class Through(_Elsewhere):
         """Use an executor, which is not shut down."""
         self.executor = executor
         self.count = int(getattr(executor, "_max_workers", 1))
+
+    @property
+    def _threads(self) -> int | None:
+        # processes that each take all cores wait for each other: two on two cores were six times slower (measured)
+        return _share(self.count) if isinstance(self.executor, ProcessPoolExecutor) else None
 
     def _start(self, parcel: Parcel) -> tuple[Executor, Any]:
         return self.executor, parcel
@@ -249,15 +262,31 @@ class _Unpacked:
     lock = threading.Lock()
 
 
-def _work(parcel: Parcel | None, function: Function[T], task: T) -> None:
+def _share(count: int) -> int:
+    """Threads of each of several processes on this machine."""
+    return max(1, (os.cpu_count() or 1) // max(1, count))
+
+
+def _work(parcel: Parcel | None, function: Function[T], task: T, threads: int | None = None) -> None:
     """One task in this process."""
-    with _Unpacked.lock:
+    with _Unpacked.lock, _with_threads(threads):
         if parcel is not None and _Unpacked.name != parcel.name:
             _Unpacked.name, _Unpacked.value = "", None  # two of them might not fit
             _Unpacked.value = pickle.loads(parcel.content)
             _Unpacked.name = parcel.name
         for _ in function(_Unpacked.value, task):
             pass
+
+
+@contextmanager
+def _with_threads(count: int | None) -> Iterator[None]:
+    """No more threads than so many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else min(before, count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _settle(parcel: Parcel, threads: int, parent: int, numbers: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from ntkit.errors import InputError
 from ntkit.kernel.forecast import Forecast, forecast, measure
 from ntkit.kernel.saved import begun, layout_of, unfinished
 from ntkit.kernel.store import DTYPES, Store, check_place
+from ntkit.kernel.tasks import KEEP_MEMORY
 from ntkit.report.files import check_file
 
 if TYPE_CHECKING:
@@ -100,12 +102,15 @@ class Disk:
             yield self.workers
             return
         try:
+            import dask.config
             from distributed import Client, LocalCluster
         except ModuleNotFoundError as error:
             raise InputError("--dask needs distributed: pip install 'ntkit[scale]'") from error
         if self.dask == "local":
             count = self.workers or 1
+            threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
             with (
+                dask.config.set({"distributed.nanny.pre-spawn-environ": {**KEEP_MEMORY, **threads}}),
                 LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
                 Client(cluster) as client,
             ):
