@@ -295,7 +295,7 @@ def load_data(path: Path, cut: Cut, dtype: torch.dtype) -> Data:
     """
     if min(cut.train, cut.test) < 2:
         raise InputError(f"a study needs two training and two test examples: got --train {cut.train} --test {cut.test}")
-    with _Arrays(path) as arrays:
+    with Arrays(path) as arrays:
         data = _cut(arrays, path, cut, dtype)
     if min(len(data.x_train), len(data.x_test)) < 2:
         raise InputError(
@@ -304,7 +304,7 @@ def load_data(path: Path, cut: Cut, dtype: torch.dtype) -> Data:
     return data
 
 
-def _cut(arrays: _Arrays, path: Path, cut: Cut, dtype: torch.dtype) -> Data:
+def _cut(arrays: Arrays, path: Path, cut: Cut, dtype: torch.dtype) -> Data:
     generator = torch.Generator().manual_seed(cut.seed)
     names = ("x_train", "y_train", "x_test", "y_test")
     if {"x", "y"} <= arrays.names and not set(names) <= arrays.names:
@@ -350,7 +350,7 @@ def load_examples(path: Path, name: str | None, dtype: torch.dtype) -> Tensor:
     Raises:
         InputError: if there is none, or it cannot be used.
     """
-    with _Arrays(path) as arrays:
+    with Arrays(path) as arrays:
         found = name or next((n for n in ("x_train", "x") if n in arrays.names), None)
         if found is None or found not in arrays.names:
             asked = f"no array {name!r}" if name else "neither x_train nor x"
@@ -399,10 +399,15 @@ def count_outputs(model: nn.Module, x: Tensor) -> int:
         ) from error
 
 
-class _Arrays:
+class Arrays:
     """The arrays of an `.npz` file, read one by one."""
 
     def __init__(self, path: Path) -> None:
+        """Open the file.
+
+        Raises:
+            InputError: if it is none.
+        """
         self._path = path
         if not path.is_file():
             raise InputError(f"there is no file of data {path}")
@@ -415,7 +420,7 @@ class _Arrays:
         self._archive = archive
         self.names = set(archive.files)
 
-    def __enter__(self) -> _Arrays:
+    def __enter__(self) -> Arrays:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -431,6 +436,11 @@ class _Arrays:
         return found
 
     def examples(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Inputs of a network: floating point as `dtype`, or token numbers.
+
+        Raises:
+            InputError: if the array is of another type, or not finite.
+        """
         found = self._read(name)
         if found.dtype == np.uint8:
             raise InputError(
@@ -446,7 +456,28 @@ class _Arrays:
             raise InputError(f"{name} of {self._path} has entries that are not finite (NaN or infinity)")
         return x
 
+    def labels(self, name: str) -> np.ndarray:
+        """Classes, -1 where there is none, (N,).
+
+        Raises:
+            InputError: if there is no such array, or it holds something else.
+        """
+        if name not in self.names:
+            raise InputError(f"{self._path} has no array {name!r}: it holds {', '.join(sorted(self.names))}")
+        found = self._read(name)
+        if found.ndim != 1 or found.dtype.kind not in "iu" or int(found.min()) < -1:
+            raise InputError(
+                f"{name} of {self._path} is {found.dtype} of shape {found.shape}: expected classes (integers, (N,)), "
+                "-1 where there is none"
+            )
+        return found.astype(np.int64)
+
     def targets(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Classes (N,), or floating point targets (N, C).
+
+        Raises:
+            InputError: if the array holds something else.
+        """
         found = self._read(name)
         if found.ndim == 2 and found.shape[1] == 1 and found.dtype.kind in "iu":
             found = found[:, 0]

@@ -1,7 +1,14 @@
 """Which labels to buy next: what a linearised model would learn from each, for a whole pool and without training."""
 
+from ntkit.uses.active.comparison import Comparison, compare
+from ntkit.uses.active.designs import LCMD, Bait, CoreSet, FrankWolfe, KMeansPlusPlus, MaxDet, MaxDiag
+from ntkit.uses.active.exchange import CSV, Argilla, LabelStudio
+from ntkit.uses.active.fidelity import Agreement, fidelity
 from ntkit.uses.active.geometry import Exact, Geometry, Given, LastLayer, Sketched
+from ntkit.uses.active.gradients import BADGE
+from ntkit.uses.active.learned import LearnedLoss
 from ntkit.uses.active.lookahead import LookAhead
+from ntkit.uses.active.loop import Asked, Loop, UntrainedWarning
 from ntkit.uses.active.losses import CrossEntropy, Loss, SquareLoss
 from ntkit.uses.active.objectives import (
     BrierReduction,
@@ -16,29 +23,88 @@ from ntkit.uses.active.objectives import (
     Variance,
 )
 from ntkit.uses.active.picks import Greedy, Power, RedundantBatchWarning, TopK
+from ntkit.uses.active.registry import NAMES, strategy
+from ntkit.uses.active.sampled import BALD, EPIG, Dropout, Ensemble
+from ntkit.uses.active.state import LookAheadState
+from ntkit.uses.active.stopping import (
+    Budget,
+    Kappa,
+    MaxPredictedChange,
+    MeanUncertainty,
+    Plateau,
+    StoppingRule,
+    Target,
+)
+from ntkit.uses.active.strategy import Strategy
+from ntkit.uses.active.training import Refit, Training, as_network
+from ntkit.uses.active.typical import TypiClust
+from ntkit.uses.active.uncertainty import Entropy, LeastConfidence, Margin, PowerMargin, Random
 
 __all__ = [
+    "BADGE",
+    "BALD",
+    "CSV",
+    "EPIG",
+    "LCMD",
+    "NAMES",
+    "Agreement",
+    "Argilla",
+    "Asked",
+    "Bait",
     "BrierReduction",
+    "Budget",
+    "Comparison",
+    "CoreSet",
     "CrossEntropy",
+    "Dropout",
+    "Ensemble",
+    "Entropy",
     "EntropyReduction",
     "ErrorReduction",
     "Exact",
     "ExpectedChange",
     "Flips",
+    "FrankWolfe",
     "Geometry",
     "Given",
     "Greedy",
     "Information",
     "IntegratedVariance",
+    "KMeansPlusPlus",
+    "Kappa",
+    "LabelStudio",
     "LastLayer",
+    "LearnedLoss",
+    "LeastConfidence",
     "LookAhead",
+    "LookAheadState",
+    "Loop",
     "Loss",
+    "Margin",
+    "MaxDet",
+    "MaxDiag",
+    "MaxPredictedChange",
+    "MeanUncertainty",
     "MostLikelyChange",
     "Objective",
+    "Plateau",
     "Power",
+    "PowerMargin",
+    "Random",
     "RedundantBatchWarning",
+    "Refit",
     "Sketched",
     "SquareLoss",
+    "StoppingRule",
+    "Strategy",
+    "Target",
     "TopK",
+    "Training",
+    "TypiClust",
+    "UntrainedWarning",
     "Variance",
+    "as_network",
+    "compare",
+    "fidelity",
+    "strategy",
 ]

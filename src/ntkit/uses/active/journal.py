@@ -67,6 +67,21 @@ class Journal:
         self._digest = digest
         self.events.append(event)
 
+    def check(self) -> None:
+        """See whether the next event could be written.
+
+        Raises:
+            StoreError: if not.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab"):
+                pass
+        except OSError as error:
+            raise StoreError(
+                f"{self.path}: cannot write the session down ({error}). Nothing is lost; try again"
+            ) from error
+
     def _read(self) -> None:
         try:
             lines = self.path.read_bytes().split(b"\n")

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntkit.errors import InputError, StoreError
+from ntkit.errors import InputError, ModelError, StoreError
 from ntkit.tangent.examples import Examples
-from ntkit.tangent.identity import content
+from ntkit.tangent.identity import architecture, content, digest
 from ntkit.uses.active.journal import VERSION, Journal
+from ntkit.uses.active.stopping import Finding, StoppingRule
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ntkit.uses.active.strategy import Strategy
+    from ntkit.uses.active.strategy import Round, Strategy
 
 # From classes (n,), -1 where there is none, to a network trained on those that are there, in evaluation mode.
 Fit = Callable[[np.ndarray], "nn.Module"]
+# What a network is worth, by name: accuracy on a test set, say.
+Evaluate = Callable[["nn.Module"], Mapping[str, float]]
+
+
+class UntrainedWarning(UserWarning):
+    """Labels have come, and the network is still the one before."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +39,20 @@ class Asked:
     Attributes:
         numbers: points that still wait for a label, best first.
         scores: what each was worth when it was chosen.
+        guesses: the class that the network thought likeliest.
         seconds_fit: of training before the question; 0 if it had been asked before.
         seconds_query: of choosing.
+        metrics: of the network that was asked.
+        reasons: why one may as well stop, by the session's rules.
     """
 
     numbers: np.ndarray
     scores: np.ndarray
+    guesses: np.ndarray
     seconds_fit: float
     seconds_query: float
+    metrics: Mapping[str, float]
+    reasons: tuple[str, ...]
 
 
 class Loop:
@@ -57,6 +71,9 @@ class Loop:
         journal: str | os.PathLike[str],
         classes: int,
         y: Any = None,
+        evaluate: Evaluate | None = None,
+        stop: Sequence[StoppingRule] = (),
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin a session, or go on with the one that is in the journal.
 
@@ -67,21 +84,28 @@ class Loop:
             journal: the file of the session; a new one is begun if there is none.
             classes: number of classes C.
             y: labels to begin with, (n,), -1 where there is none. When a session goes on: None, or the same.
+            evaluate: measures every trained network; what it returns is written down.
+            stop: rules that say when to stop. They only say so: `query` answers all the same, `run` ends.
+            settings: of whoever begins the session, as JSON: written down, and given back when it goes on.
 
         Raises:
-            InputError: if the labels do not fit.
+            InputError: if the labels do not fit, or two rules of one kind would measure under one name.
             StoreError: if the journal is damaged, or of other points, classes or first labels.
         """
         self.strategy, self.fit, self.X = strategy, fit, X
+        self.evaluate, self.rules = evaluate, tuple(stop)
+        names = [rule.name for rule in self.rules if type(rule).measure is not StoppingRule.measure]
+        if len(set(names)) < len(names):
+            raise InputError(f"one rule of each kind that measures: got {', '.join(sorted(names))}")
         self.n, self.classes = len(Examples(X)), classes
         self._journal = Journal(journal)
         self._labels = np.full(self.n, -1)
         self._skipped: set[int] = set()
-        self._pending: list[tuple[int, float]] = []
+        self._pending: list[tuple[int, float, int]] = []
         facts = {"version": VERSION, "points": self.n, "classes": classes, "data": content(Examples(X))}
         first = [] if y is None else self._first(y)
         if not self._journal.events:
-            self._journal.add("start", **facts, strategy=repr(strategy), labels=first)
+            self._journal.add("start", **facts, strategy=repr(strategy), labels=first, settings=dict(settings or {}))
         begun = self._journal.events[0]
         for name, meaning in (("points", "number of points"), ("classes", "number of classes"), ("data", "data")):
             if begun.get(name) != facts[name]:
@@ -104,7 +128,7 @@ class Loop:
     @property
     def waiting(self) -> np.ndarray:
         """Points that have been asked for and have no answer yet, best first."""
-        return np.array([number for number, _ in self._pending], dtype=np.int64)
+        return np.array([number for number, *_ in self._pending], dtype=np.int64)
 
     @property
     def skipped(self) -> np.ndarray:
@@ -116,6 +140,28 @@ class Loop:
         """Questions so far."""
         return sum(event["event"] == "query" for event in self._journal.events)
 
+    @property
+    def history(self) -> list[Finding]:
+        """What every question has found, the present last."""
+        return [
+            Finding(event["spent"], event["metrics"], event["measured"], event["seconds_fit"], event["seconds_query"])
+            for event in self._journal.events
+            if event["event"] == "query"
+        ]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was written down when the session began."""
+        return dict(self._journal.events[0]["settings"])
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why one may as well stop, as of the last question."""
+        history = self.history
+        if not history:
+            return ()
+        return tuple(reason for rule in self.rules if (reason := rule.reason(history)) is not None)
+
     def query(self, size: int) -> Asked:
         """Points to be labelled next: those that still wait, or else new ones, for which the network is trained.
 
@@ -124,23 +170,45 @@ class Loop:
 
         Raises:
             InputError: if more are asked for than are left.
-            ModelError: if the network has not what the strategy needs.
+            ModelError: if the network has not what the strategy needs, or is built in another way than before.
+            StoreError: if the journal cannot be written.
         """
-        if not self._pending:
-            free = np.setdiff1d(np.flatnonzero(self._labels < 0), self.skipped)
-            if not 1 <= size <= len(free):
-                raise InputError(f"{size} points are asked for, {len(free)} are left without a label")
-            start = time.perf_counter()
-            model = self.fit(self.labels)
-            trained = time.perf_counter()
-            y = np.where(self._labels < 0, np.nan, self._labels)
-            numbers, utilities = self._asking().query(self.X, y, model, free, size, return_utilities=True)
-            done = time.perf_counter()
-            scores = [float(utilities[k, number]) for k, number in enumerate(numbers)]
-            facts = {"seconds_fit": trained - start, "seconds_query": done - trained}
-            self._happen("query", numbers=numbers.tolist(), scores=scores, **facts)
-            return Asked(self.waiting, np.array(scores), trained - start, done - trained)
-        return Asked(self.waiting, np.array([score for _, score in self._pending]), 0.0, 0.0)
+        if self._pending:
+            return self._asked(0.0, 0.0)
+        free = np.setdiff1d(np.flatnonzero(self._labels < 0), self.skipped)
+        if not 1 <= size <= len(free):
+            raise InputError(f"{size} points are asked for, {len(free)} are left without a label")
+        self._journal.check()  # before the network is trained for nothing
+        start = time.perf_counter()
+        model = self.fit(self.labels)
+        trained = time.perf_counter()
+        network = self._network(model)
+        y = np.where(self._labels < 0, np.nan, self._labels)
+        now = replace(self.strategy, missing_label=float("nan")).round(self.X, y, model, free, size)
+        picked = self.strategy.choose(now)
+        done = time.perf_counter()
+        places = np.searchsorted(now.candidates.numpy(), picked.numbers.numpy())
+        scores = picked.utilities[range(size), places].tolist()
+        guesses = now.outputs()[picked.numbers].argmax(1).tolist()
+        seconds = {"seconds_fit": trained - start, "seconds_query": done - trained}
+        self._happen(
+            "query",
+            numbers=picked.numbers.tolist(),
+            scores=scores,
+            guesses=guesses,
+            **seconds,
+            network=network,
+            **self._found(model, now),
+        )
+        return self._asked(**seconds)
+
+    def _asked(self, seconds_fit: float, seconds_query: float) -> Asked:
+        """The present question."""
+        _, scores, guesses = zip(*self._pending, strict=True)
+        metrics = self.history[-1].metrics
+        return Asked(
+            self.waiting, np.array(scores), np.array(guesses), seconds_fit, seconds_query, metrics, self.reasons
+        )
 
     def label(self, numbers: Sequence[int], classes: Sequence[int]) -> None:
         """Answers, asked for or not; a point that has a label gets the new one.
@@ -148,15 +216,7 @@ class Loop:
         Raises:
             InputError: if a number or a class is out of range, or there is not one for each; nothing is kept then.
         """
-        points, found = self._points(numbers), [int(c) for c in np.asarray(classes).ravel()]
-        if len(points) != len(found) or any(c != v for c, v in zip(found, np.asarray(classes).ravel(), strict=True)):
-            raise InputError(
-                f"every point has one class: got {len(points)} points and {list(np.asarray(classes).ravel())}"
-            )
-        bad = [c for c in found if not 0 <= c < self.classes]
-        if bad:
-            raise InputError(f"labels are classes from 0 to {self.classes - 1}: got {bad[0]}")
-        self._happen("label", numbers=points, labels=found)
+        self.tell(numbers, classes)
 
     def skip(self, numbers: Sequence[int]) -> None:
         """Points that cannot be labelled: not asked for again, unless somebody labels them after all.
@@ -164,11 +224,7 @@ class Loop:
         Raises:
             InputError: if a number is out of range or has a label.
         """
-        points = self._points(numbers)
-        labelled = [i for i in points if self._labels[i] >= 0]
-        if labelled:
-            raise InputError(f"point {labelled[0]} has a label: unlabel it first")
-        self._happen("skip", numbers=points)
+        self.tell([], [], skipped=numbers)
 
     def unlabel(self, numbers: Sequence[int]) -> None:
         """Take labels back; the points can be asked for again.
@@ -176,11 +232,38 @@ class Loop:
         Raises:
             InputError: if a number is out of range or has no label.
         """
-        points = self._points(numbers)
-        without = [i for i in points if self._labels[i] < 0]
-        if without:
-            raise InputError(f"point {without[0]} has no label")
-        self._happen("unlabel", numbers=points)
+        self.tell([], [], unlabelled=numbers)
+
+    def tell(
+        self,
+        numbers: Sequence[int],
+        classes: Sequence[int],
+        *,
+        skipped: Sequence[int] = (),
+        unlabelled: Sequence[int] = (),
+    ) -> None:
+        """All three at once: everything is kept, or nothing if one is wrong.
+
+        Raises:
+            InputError: as `label`, `skip` and `unlabel` do, or if a point stands in two of them.
+        """
+        points, given = self._points(numbers), np.asarray(classes).ravel()
+        found = [int(c) for c in given if float(c).is_integer()]
+        if len(points) != len(given) or len(found) != len(given):
+            raise InputError(f"every point has one class: got {len(points)} points and {list(given)}")
+        bad = [c for c in found if not 0 <= c < self.classes]
+        if bad:
+            raise InputError(f"labels are classes from 0 to {self.classes - 1}: got {bad[0]}")
+        without, back = self._points(skipped), self._points(unlabelled)
+        labelled = [i for i in without if self._labels[i] >= 0]
+        if labelled:
+            raise InputError(f"point {labelled[0]} has a label: unlabel it first")
+        missing = [i for i in back if self._labels[i] < 0]
+        if missing:
+            raise InputError(f"point {missing[0]} has no label")
+        self._points([*points, *without, *back])  # none twice
+        if points or without or back:
+            self._happen("tell", numbers=points, labels=found, skipped=without, unlabelled=back)
 
     def step(self, oracle: Callable[[np.ndarray], Sequence[int | None]], size: int) -> Asked:
         """Ask, and take the answers of a function; None skips a point.
@@ -189,20 +272,86 @@ class Loop:
             InputError: if an answer is no class, or there is not one for each point.
         """
         asked = self.query(size)
+        self._answer(asked, oracle)
+        return asked
+
+    def run(
+        self,
+        oracle: Callable[[np.ndarray], Sequence[int | None]],
+        size: int,
+        *,
+        rounds: int | None = None,
+        progress: Callable[[Asked], None] | None = None,
+    ) -> tuple[str, ...]:
+        """Step after step until a rule says stop, all points have labels, or so many questions have been asked.
+
+        Args:
+            oracle: as for `step`.
+            size: of a batch; the last may be smaller.
+            rounds: questions of the session, those before a crash included.
+            progress: called after every question.
+
+        Returns:
+            Why it ended, in words.
+
+        Raises:
+            InputError: if an answer is no class.
+        """
+        while True:
+            left = int((self._labels < 0).sum()) - len(self._skipped)
+            if not self._pending and not left:
+                return ("every point has a label or was skipped",)
+            if not self._pending and rounds is not None and self.rounds >= rounds:
+                return (f"{self.rounds} rounds",)
+            asked = self.query(min(size, left))
+            if progress is not None:
+                progress(asked)
+            if asked.reasons:
+                return asked.reasons
+            self._answer(asked, oracle)
+
+    def _answer(self, asked: Asked, oracle: Callable[[np.ndarray], Sequence[int | None]]) -> None:
         answers = list(oracle(asked.numbers))
         if len(answers) != len(asked.numbers):
             raise InputError(f"{len(asked.numbers)} points were asked for, {len(answers)} answers came")
         known = [(int(i), a) for i, a in zip(asked.numbers, answers, strict=True) if a is not None]
-        self.label([i for i, _ in known], [a for _, a in known])
         unknown = [int(i) for i, a in zip(asked.numbers, answers, strict=True) if a is None]
-        if unknown:
-            self.skip(unknown)
-        return asked
+        self.tell([i for i, _ in known], [a for _, a in known], skipped=unknown)
 
-    def _asking(self) -> Strategy:
-        from dataclasses import replace
+    def _network(self, model: nn.Module) -> dict[str, str]:
+        """What a network is, beside that of the questions before.
 
-        return replace(self.strategy, missing_label=float("nan"))
+        Raises:
+            ModelError: if it is built in another way.
+        """
+        mine = {
+            "built": architecture(model),
+            "parameters": digest([item for pair in model.state_dict().items() for item in pair]),
+        }
+        before = [event for event in self._journal.events if event["event"] == "query"]
+        if before and before[-1]["network"]["built"] != mine["built"]:
+            raise ModelError(
+                "the network is built in another way than at the last question of this session: go on with the same "
+                "modules, or begin a session with Loop(y=loop.labels) in another journal"
+            )
+        trained_before = before and before[-1]["network"]["parameters"] == mine["parameters"]
+        if trained_before and before[-1]["spent"] != int((self._labels >= 0).sum()):
+            warnings.warn(
+                "labels have come since the last question, and the network is the same as then: does fit(labels) train "
+                "it?",
+                UntrainedWarning,
+                stacklevel=3,
+            )
+        return mine
+
+    def _found(self, model: nn.Module, now: Round) -> dict[str, Any]:
+        """What is measured at a question."""
+        metrics = {} if self.evaluate is None else {k: float(v) for k, v in self.evaluate(model).items()}
+        bad = [name for name, value in metrics.items() if not np.isfinite(value)]
+        if bad:
+            raise InputError(f"evaluate gives {bad[0]} = {metrics[bad[0]]}: expected a finite number")
+        measured = {rule.name: found for rule in self.rules if (found := rule.measure(now)) is not None}
+        return {"spent": len(now.labelled), "metrics": metrics, "measured": measured}
 
     def _happen(self, kind: str, **facts: Any) -> None:
         self._journal.add(kind, **facts)
@@ -215,18 +364,15 @@ class Loop:
                 self._labels[number] = label
             return
         if kind == "query":
-            self._pending = list(zip(numbers, event["scores"], strict=True))
+            self._pending = list(zip(numbers, event["scores"], event["guesses"], strict=True))
             return
-        if kind == "label":
-            self._labels[numbers] = event["labels"]
-            self._skipped -= set(numbers)
-        elif kind == "skip":
-            self._skipped |= set(numbers)
-        elif kind == "unlabel":
-            self._labels[numbers] = -1
-        else:
+        if kind != "tell":
             raise StoreError(f"{self._journal.path}: an event of unknown kind {kind!r}; a newer version has written it")
-        answered = set(numbers)
+        without, back = event["skipped"], event["unlabelled"]
+        self._labels[numbers] = event["labels"]
+        self._labels[back] = -1
+        self._skipped = (self._skipped | set(without)) - set(numbers)
+        answered = {*numbers, *without, *back}
         self._pending = [one for one in self._pending if one[0] not in answered]
 
     def _points(self, numbers: Sequence[int]) -> list[int]:

@@ -13,6 +13,10 @@ class Loss(ABC):
     """How a label pulls at outputs f of shape (n, C)."""
 
     @abstractmethod
+    def value(self, outputs: Tensor, classes: Tensor) -> Tensor:
+        """What training makes small: the mean over (n, C) outputs and their classes (n,)."""
+
+    @abstractmethod
     def probabilities(self, outputs: Tensor) -> Tensor:
         """What the outputs say about the classes, (n, C), on the simplex."""
 
@@ -33,6 +37,10 @@ class Loss(ABC):
 class SquareLoss(Loss):
     """1/2 ||f - e_y||^2 with one-hot labels: every label has the precision 1, and a look-ahead is exact."""
 
+    def value(self, outputs: Tensor, classes: Tensor) -> Tensor:  # noqa: D102
+        target = torch.nn.functional.one_hot(classes, outputs.shape[1]).to(outputs)
+        return 0.5 * (outputs - target).square().sum(1).mean()
+
     def probabilities(self, outputs: Tensor) -> Tensor:
         """The nearest point of the simplex (Duchi et al. 2008, algorithm 1)."""
         ordered = outputs.sort(1, descending=True).values
@@ -51,6 +59,9 @@ class SquareLoss(Loss):
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
     """-log softmax(f)_y, looked at around the present outputs: curvature diag(p) - p p^T, or its trace 1 - ||p||^2."""
+
+    def value(self, outputs: Tensor, classes: Tensor) -> Tensor:  # noqa: D102
+        return torch.nn.functional.cross_entropy(outputs, classes)
 
     def probabilities(self, outputs: Tensor) -> Tensor:  # noqa: D102
         return outputs.softmax(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -50,19 +51,23 @@ class Round:
         return (self.labels >= 0).nonzero()[:, 0]
 
     def outputs(self) -> Tensor:
-        """The network's logits, (n, C), float64.
+        """The network's logits, (n, C), float64; computed once.
 
         Raises:
             InputError: if a label is none of its classes.
             ModelError: if an output is not finite.
         """
-        outputs = self.tangent.outputs(self.x).detach().cpu().double()
+        outputs = self._outputs
         if int(self.labels.max()) >= outputs.shape[1]:
             raise InputError(
                 f"labels are classes from 0 to {outputs.shape[1] - 1}, one for each of the network's "
                 f"{outputs.shape[1]} outputs: got {int(self.labels.max())}"
             )
         return outputs
+
+    @cached_property
+    def _outputs(self) -> Tensor:
+        return self.tangent.outputs(self.x).detach().cpu().double()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,16 +131,33 @@ class Strategy(ABC):
                 that are not finite.
             ModelError: if the network has not what the strategy needs.
         """
+        now = self.round(X, y, model, candidates, batch_size, sample_weight)
+        picked = self.choose(now)
+        if not return_utilities:
+            return picked.numbers.numpy()
+        utilities = np.full((batch_size, len(now.labels)), np.nan)
+        found = picked.utilities.numpy()
+        utilities[:, now.candidates.numpy()] = np.where(np.isneginf(found), np.nan, found)
+        return picked.numbers.numpy(), utilities
+
+    def round(
+        self,
+        X: Any,
+        y: Any,
+        model: nn.Module,
+        candidates: Sequence[int] | np.ndarray | None = None,
+        batch_size: int = 1,
+        sample_weight: Any = None,
+    ) -> Round:
+        """What `query` is asked, checked and in the form that `choose` takes.
+
+        Raises:
+            InputError: if anything does not fit.
+        """
         tangent = linearize(model, readout=Logits(self.select))
         n = len(tangent.examples(X))
         labels = as_labels(y, n, self.missing_label)
         numbers = as_candidates(candidates, labels, batch_size)
         weights = torch.ones(n, dtype=torch.float64) if sample_weight is None else as_weights(sample_weight, n)
         generator = torch.Generator().manual_seed(draw(self.random_state, labels))
-        picked = self.choose(Round(tangent, X, labels, weights, numbers, batch_size, generator))
-        if not return_utilities:
-            return picked.numbers.numpy()
-        utilities = np.full((batch_size, n), np.nan)
-        found = picked.utilities.numpy()
-        utilities[:, numbers.numpy()] = np.where(np.isneginf(found), np.nan, found)
-        return picked.numbers.numpy(), utilities
+        return Round(tangent, X, labels, weights, numbers, batch_size, generator)

@@ -1,4 +1,4 @@
-"""The command line: `ntkit demo`, `ntkit report`, `ntkit kernel`, `ntkit plan`.
+"""The command line: `ntkit demo`, `ntkit report`, `ntkit kernel`, `ntkit plan`, `ntkit active`.
 
 What is heavy (torch, matplotlib) is imported inside the commands, so that `ntkit --help` answers at once.
 """
@@ -8,27 +8,31 @@ What is heavy (torch, matplotlib) is imported inside the commands, so that `ntki
 
 from __future__ import annotations
 
-import sys
 import time
-import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from ntkit.errors import InputError, NtkitError
+from ntkit.cli import active
+from ntkit.cli.options import (
+    READOUT_HELP,
+    ArrayDataArgument,
+    ColsOption,
+    FactoryArgument,
+    ForceOption,
+    MemoryOption,
+    RowsOption,
+    SeedOption,
+    TraceOption,
+    TypeOption,
+    WeightsOption,
+)
+from ntkit.cli.terminal import Terminal, in_plain_words, needs_report, print_table, say
+from ntkit.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ntkit.kernel.empirical import TangentKernel
-    from ntkit.report import page
 
 app = typer.Typer(
     help="The tangent kernel of a PyTorch network: exact, fast, and what it says about the network.",
@@ -37,45 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-FACTORY_HELP = (
-    "MODULE:FUNCTION or path/file.py:FUNCTION; the function takes no argument and returns a torch.nn.Module whose "
-    "output is (N, C). It is put into evaluation mode."
-)
-READOUT_HELP = (
-    "Which scalars are differentiated: 'logits' (full kernel), 'sum' (pNTK), 'trace', 'single:3' (one logit, counted "
-    "from 0), 'random:4' (mean over 4 random-sign combinations)."
-)
-MEMORY_HELP = (
-    "Working space for computing a kernel, beside the matrix itself: 500MB, 2GB. Default: an eighth of the machine."
-)
-FactoryArgument = Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help=FACTORY_HELP, show_default=False)]
-WeightsOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Trained weights: .safetensors, or a state dict saved by torch.save (.pt, .pth).",
-        show_default=False,
-    ),
-]
-TypeOption = Annotated[str, typer.Option(metavar="TYPE", help="float32 or float64, for the network and its kernel.")]
-MemoryOption = Annotated[str | None, typer.Option(metavar="SIZE", help=MEMORY_HELP, show_default=False)]
-SeedOption = Annotated[int, typer.Option(help="Of every random choice, the factory's included.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
-ArrayDataArgument = Annotated[
-    Path,
-    typer.Argument(
-        metavar="DATA.npz", help="Arrays of examples: floating point, or token numbers.", show_default=False
-    ),
-]
-RowsOption = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Array of the rows. Default: x_train, or else x.", show_default=False),
-]
-ColsOption = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Array of the columns. Default: the rows again.", show_default=False),
-]
-TraceOption = Annotated[bool, typer.Option("--trace", help="Average over the scalars of an example: one row for each.")]
+app.add_typer(active.app, name="active")
 
 
 @app.callback(invoke_without_command=True)
@@ -100,16 +66,16 @@ def demo(
     force: ForceOption = False,
 ) -> None:
     """Train a small network on handwritten digits and show what its kernels say (under 3 minutes on 2 cores)."""
-    with _in_plain_words(), _needs_report():
+    with in_plain_words(), needs_report():
         from ntkit.report.demo import run_demo
         from ntkit.report.story import summary
 
         with Terminal() as terminal:
             result = run_demo(out, force=force, listener=terminal)
-        _print_table(summary(result.study))
+        print_table(summary(result.study))
         slope = result.convergence.sum_slope
-        _say(f"pNTK against the full kernel: error ~ width^({slope.value:.2f} ± {slope.standard_error:.2f})")
-        _say(f"{out / 'index.html'} and results.json written after {result.seconds:.0f} s")
+        say(f"pNTK against the full kernel: error ~ width^({slope.value:.2f} ± {slope.standard_error:.2f})")
+        say(f"{out / 'index.html'} and results.json written after {result.seconds:.0f} s")
 
 
 @app.command()
@@ -142,7 +108,7 @@ def report(
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Working space for a kernel, beside the matrix.")] = "1GB",
 ) -> None:
     """Study the kernels of your own network on your own data, as built and with trained weights; writes a page."""
-    with _in_plain_words(), _needs_report():
+    with in_plain_words(), needs_report():
         from ntkit.report.files import check_folder
 
         check_folder(out, force=force)  # before torch is imported
@@ -162,8 +128,8 @@ def report(
         )
         with Terminal() as terminal:
             result = run_report(out, own, force=force, listener=terminal)
-        _print_table(summary(result.study))
-        _say(f"{out / 'index.html'} and results.json written after {result.seconds:.0f} s")
+        print_table(summary(result.study))
+        say(f"{out / 'index.html'} and results.json written after {result.seconds:.0f} s")
 
 
 @app.command()
@@ -208,7 +174,7 @@ def kernel(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and compute nothing.")] = False,
 ) -> None:
     """Compute a kernel matrix and save it; rows are example-major (row n*K + k is scalar k of example n)."""
-    with _in_plain_words():
+    with in_plain_words():
         from ntkit.report.disk import Disk
 
         disk = Disk.parse(out, workers=workers, dask=dask, dtype=disk_type, force=force, dry_run=dry_run)
@@ -225,7 +191,7 @@ def kernel(
             else:
                 disk.save(found, terminal.part)
         stored = dtype if disk_type is None else disk_type
-        _say(f"{out}: {found.shape[0]:,} x {found.shape[1]:,} {stored}, {time.perf_counter() - start:.1f} s")
+        say(f"{out}: {found.shape[0]:,} x {found.shape[1]:,} {stored}, {time.perf_counter() - start:.1f} s")
 
 
 def _save_array(out: Path, found: TangentKernel) -> None:
@@ -273,7 +239,7 @@ def plan(
 
     Every way is listed, in memory, on disk and by features, and which of them fit. Nothing large is computed.
     """
-    with _in_plain_words():
+    with in_plain_words():
         measured = times and cols in {None, rows}
         limits = _limits(ram, disk, workers, measured=measured)
         found = _kernel(factory, data, weights, readout, trace, rows, cols, seed, dtype, memory, None)
@@ -343,105 +309,3 @@ def _kernel(
         memory=budget,
         progress=None if terminal is None else terminal.part,
     )
-
-
-# ---------------------------------------------------------------- what the user sees
-
-
-class Terminal:
-    """Progress for people: one line for each finished step, and a bar for the present one. A `study.Listener`."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task: Any = None
-        self._message = ""
-        self._start = 0.0
-
-    def __enter__(self) -> Terminal:
-        self._progress.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._finish()
-        self._progress.stop()
-
-    def step(self, message: str) -> None:
-        """Begin a step; the one before is done."""
-        self._finish()
-        self._message, self._start = message, time.perf_counter()
-        self._task = self._progress.add_task(escape(message), total=None)
-
-    def part(self, done: int, total: int) -> None:
-        """Move the bar of the present step."""
-        if self._task is not None:
-            self._progress.update(self._task, completed=done, total=total)
-
-    def _finish(self) -> None:
-        if self._task is None:
-            return
-        seconds = time.perf_counter() - self._start
-        self._progress.remove_task(self._task)
-        self._progress.console.print(f"[dim]{seconds:6.1f} s[/dim]  {escape(self._message)}", highlight=False)
-        self._task = None
-
-
-def _print_table(table: page.Table) -> None:
-    shown = Table(caption=table.caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for number, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
-    for row in table.rows:
-        heading = not any(row[1:])
-        shown.add_row(*map(escape, row if heading else (f"  {row[0]}", *row[1:])), style="bold" if heading else None)
-    Console(highlight=False).print(shown)
-
-
-def _say(message: str) -> None:
-    Console(highlight=False, soft_wrap=True).print(escape(message))
-
-
-@contextmanager
-def _in_plain_words() -> Iterator[None]:
-    """Errors that are the user's to mend become one line and exit code 2; warnings one line each."""
-    before = warnings.showwarning
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
-        try:
-            yield
-        except (NtkitError, OSError) as error:
-            typer.echo(f"error: {_one_line(error)}", err=True)
-            raise typer.Exit(2) from None
-        finally:
-            warnings.showwarning = before
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    if category.__module__.startswith("ntkit"):
-        typer.echo(f"note: {_one_line(message)}", err=True)
-
-
-def _one_line(message: object) -> str:
-    text = " ".join(str(message).split())
-    return text if len(text) <= 700 else text[:700] + " ..."
-
-
-@contextmanager
-def _needs_report() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name not in {"matplotlib", "jinja2"}:
-            raise
-        typer.echo(f"error: reports need {error.name}: pip install 'ntkit[report]'", err=True)
-        raise typer.Exit(2) from None
-
-
-if __name__ == "__main__":
-    sys.exit(app())

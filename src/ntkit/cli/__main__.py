@@ -1,0 +1,5 @@
+"""`python -m ntkit.cli`."""
+
+from ntkit.cli.main import app
+
+app()

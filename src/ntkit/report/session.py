@@ -1,0 +1,237 @@
+"""A session of active learning as the command line keeps it: everything that it needs is in its journal."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ntkit.errors import InputError, StoreError
+from ntkit.report.inputs import Arrays, load_factory, load_weights, parse_dtype
+from ntkit.report.page import Table
+from ntkit.tangent.linearize import linearize
+from ntkit.tangent.readout import Logits
+from ntkit.uses.active.exchange import CSV, Argilla, Exchange, LabelStudio
+from ntkit.uses.active.journal import Journal
+from ntkit.uses.active.loop import Loop
+from ntkit.uses.active.losses import CrossEntropy, Loss, SquareLoss
+from ntkit.uses.active.registry import strategy
+from ntkit.uses.active.stopping import Budget, Kappa, Plateau, StoppingRule
+from ntkit.uses.active.training import Training
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ntkit.uses.active.loop import Asked
+    from ntkit.uses.active.strategy import Strategy
+
+LOSSES: dict[str, type[Loss]] = {"cross-entropy": CrossEntropy, "square": SquareLoss}
+FORMATS: dict[str, type[Exchange]] = {"csv": CSV, "labelstudio": LabelStudio, "argilla": Argilla}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is said once, when a session begins.
+
+    Attributes:
+        factory: of the network, MODULE:FUNCTION or path.py:FUNCTION.
+        data: the `.npz` file, absolute.
+        x: name of the array of the pool, or None for x_train or x.
+        names: of the classes, or None for their numbers.
+        strategy: by name.
+        loss: "cross-entropy" or "square".
+        steps: of training.
+        batch_size: of training.
+        lr: learning rate of Adam.
+        seed: of training and of what is drawn.
+        dtype: "float32" or "float64".
+        budget: labels to stop at, or None.
+        plateau: rounds without progress on the test examples to stop at, or None.
+        kappa: agreement of rounds to stop at, or None.
+    """
+
+    factory: str
+    data: str
+    x: str | None = None
+    names: list[str] | None = None
+    strategy: str = "curvature-ivr"
+    loss: str = "cross-entropy"
+    steps: int = 1000
+    batch_size: int = 64
+    lr: float = 1e-3
+    seed: int = 0
+    dtype: str = "float32"
+    budget: int | None = None
+    plateau: int | None = None
+    kappa: float | None = None
+
+
+class Session:
+    """A session on disk, with its pool and its network."""
+
+    def __init__(self, settings: Settings, journal: Path, *, labels: str | None = None) -> None:
+        """Read the pool, and the journal if there is one.
+
+        Args:
+            settings: those of the session.
+            journal: its file.
+            labels: name of the array of labels to begin with.
+
+        Raises:
+            InputError: if anything does not fit.
+            StoreError: if the journal is damaged, or of other points.
+        """
+        if settings.loss not in LOSSES:
+            raise InputError(f"unknown loss {settings.loss!r}: expected {' or '.join(LOSSES)}")
+        self.settings, self._dtype = settings, parse_dtype(settings.dtype)
+        self._factory = load_factory(settings.factory)
+        path, y = Path(settings.data), None
+        with Arrays(path) as arrays:
+            name = settings.x or next((n for n in ("x_train", "x") if n in arrays.names), None)
+            if name is None or name not in arrays.names:
+                raise InputError(
+                    f"{path} has no array {settings.x or 'x_train or x'}: it holds {', '.join(sorted(arrays.names))}"
+                )
+            self.x = arrays.examples(name, self._dtype)
+            self._test = None
+            if {"x_test", "y_test"} <= arrays.names:
+                self._test = arrays.examples("x_test", self._dtype), torch.from_numpy(arrays.labels("y_test"))
+            if labels is not None:
+                y = arrays.labels(labels)
+        if settings.plateau is not None and self._test is None:
+            raise InputError(f"a plateau is one of the accuracy on x_test and y_test, which {path} has not")
+        model = self._factory.build(seed=settings.seed, dtype=self._dtype)
+        classes = linearize(model, readout=Logits()).outputs(self.x[:2]).shape[1]
+        if settings.names is not None and len(settings.names) != classes:
+            raise InputError(f"the network has {classes} outputs, one for each class: got {len(settings.names)} names")
+        self.loop = Loop(
+            self.x,
+            self._strategy(settings.strategy),
+            self._train,
+            journal=journal,
+            classes=classes,
+            y=y,
+            evaluate=None if self._test is None else self._evaluate,
+            stop=self._rules(),
+            settings=dataclasses.asdict(settings),
+        )
+
+    @classmethod
+    def resume(cls, journal: Path) -> Session:
+        """The session of a journal.
+
+        Raises:
+            InputError: if there is none, or what it needs has gone.
+            StoreError: if it is damaged, or was not begun here.
+        """
+        if not journal.is_file():
+            raise InputError(f"there is no session {journal}: begin one with `ntkit active start {journal} ...`")
+        kept = Journal(journal).events[0].get("settings", {})
+        fields = {field.name for field in dataclasses.fields(Settings)}
+        if set(kept) != fields:
+            raise StoreError(f"{journal}: this session was begun in Python, or by another version: go on there")
+        return cls(Settings(**kept), journal)
+
+    def ask(self, count: int, weights: Path | None = None) -> Asked:
+        """Points to be labelled; the network is trained here, or read from a file.
+
+        Raises:
+            InputError: if anything does not fit.
+        """
+        if weights is not None:
+            self.loop.fit = partial(self._load, weights)
+        elif not (self.loop.labels >= 0).any():
+            self.loop.fit = lambda _: self._factory.build(seed=self.settings.seed, dtype=self._dtype)
+            self.loop.strategy = self._strategy("typiclust")
+        return self.loop.query(count)
+
+    def label(self, text: str) -> tuple[int, int]:
+        """NUMBER=CLASS, with the class by name or number.
+
+        Raises:
+            InputError: if it is something else.
+        """
+        number, _, name = text.partition("=")
+        if not number.isdigit() or not name:
+            raise InputError(f"a label is written NUMBER=CLASS: got {text!r}")
+        return int(number), CSV(self.settings.names).parse(name)
+
+    def exchange(self, name: str | None, path: Path) -> Exchange:
+        """The kind of a file, by name or by the end of its path.
+
+        Raises:
+            InputError: if it is not known.
+        """
+        found = name or ("csv" if path.suffix == ".csv" else None)
+        if found not in FORMATS:
+            raise InputError(f"the kind of {path}: got {found or path.suffix!r}, say --format {', '.join(FORMATS)}")
+        return FORMATS[found](self.settings.names)
+
+    def status(self) -> Table:
+        """What has happened so far."""
+        loop, names = self.loop, self.settings.names
+        labels = loop.labels
+        rows: list[tuple[str, ...]] = [
+            ("points", f"{loop.n:,}", "", "", ""),
+            ("with a label", f"{int((labels >= 0).sum()):,}", "", "", ""),
+            ("waiting for an answer", f"{len(loop.waiting):,}", "", "", ""),
+            ("skipped", f"{len(loop.skipped):,}", "", "", ""),
+            ("labels by class", "", "", "", ""),
+        ]
+        for c in range(loop.classes):
+            rows.append((str(c if names is None else names[c]), f"{int((labels == c).sum()):,}", "", "", ""))
+        if loop.history:
+            rows.append(("questions", "", "", "", ""))
+        for k, asked in enumerate(loop.history, 1):
+            accuracy = asked.metrics.get("accuracy")
+            rows.append((
+                f"question {k}", f"{asked.labels:,}", f"{asked.seconds_fit:.1f} s", f"{asked.seconds_query:.1f} s",
+                "" if accuracy is None else f"{accuracy:.1%}",
+            ))  # fmt: skip
+        return Table(
+            f"{self.settings.strategy}, {self.settings.data}",
+            ("", "labels", "fit", "query", "test accuracy"),
+            tuple(rows),
+        )
+
+    def _strategy(self, name: str) -> Strategy:
+        return strategy(name, loss=LOSSES[self.settings.loss](), random_state=self.settings.seed)
+
+    def _rules(self) -> list[StoppingRule]:
+        said = self.settings
+        rules: list[StoppingRule] = []
+        if said.budget is not None:
+            rules.append(Budget(said.budget))
+        if said.plateau is not None:
+            rules.append(Plateau("accuracy", rounds=said.plateau))
+        if said.kappa is not None:
+            rules.append(Kappa(least=said.kappa))
+        return rules
+
+    def _train(self, labels: np.ndarray) -> nn.Module:
+        said = self.settings
+        return Training(
+            self.x,
+            partial(self._factory.build, seed=said.seed, dtype=self._dtype),
+            loss=LOSSES[said.loss](),
+            optimizer=partial(torch.optim.Adam, lr=said.lr),
+            steps=said.steps,
+            batch_size=said.batch_size,
+            seed=said.seed,
+        )(labels)
+
+    def _load(self, weights: Path, _: np.ndarray) -> nn.Module:
+        model = self._factory.build(seed=self.settings.seed, dtype=self._dtype)
+        load_weights(model, weights)
+        return model
+
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        assert self._test is not None
+        x, y = self._test
+        right: Tensor = linearize(model, readout=Logits()).outputs(x).argmax(1).cpu() == y
+        return {"accuracy": float(right.double().mean())}

@@ -1,0 +1,189 @@
+"""Ready answers to `fit(labels)`: a network trained afresh by an optimiser, or a scikit-learn or skorch classifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ntkit.errors import InputError
+from ntkit.tangent.examples import Examples
+from ntkit.tangent.readout import logits
+from ntkit.uses.active.losses import CrossEntropy, Loss
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ntkit.tangent.readout import Select
+
+# scikit-learn's names of what stands between the layers of its multi-layer perceptron.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "identity": nn.Identity,
+    "logistic": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """Trains a new network from scratch, always with the same number of steps; the same labels give the same network.
+
+    Attributes:
+        X: all n points.
+        network: makes a new one; what it draws at random follows `seed`.
+        loss: cross-entropy or square loss.
+        optimizer: from parameters to an optimiser; Adam by default, as torch has it.
+        schedule: from that optimiser to a scheduler of its learning rate, stepped after every batch; none by default.
+        steps: batches in all.
+        batch_size: examples of one.
+        seed: of initial weights, dropout and the order of examples.
+        select: takes the (n, C) logits out of the network's output, if it is not a tensor.
+    """
+
+    X: Any
+    network: Callable[[], nn.Module]
+    loss: Loss = field(default_factory=CrossEntropy)
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
+    schedule: Callable[[torch.optim.Optimizer], Any] | None = None
+    steps: int = 1000
+    batch_size: int = 64
+    seed: int = 0
+    select: Select | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            InputError: if they are not positive.
+        """
+        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise InputError(f"{name}: got {value!r}, expected a positive number")
+
+    def __call__(self, labels: np.ndarray) -> nn.Module:
+        """A network in evaluation mode.
+
+        Args:
+            labels: (n,), -1 where there is none.
+
+        Raises:
+            InputError: if there is no label, or there are not n numbers.
+        """
+        examples, known = Examples(self.X), _known(labels, len(Examples(self.X)))
+        classes = torch.from_numpy(np.asarray(labels)[known.numpy()]).long()
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(self.seed)
+            model = self.network().train()
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            optimizer = self.optimizer(model.parameters())
+            scheduler = None if self.schedule is None else self.schedule(optimizer)
+            for some in self._batches(len(known)):
+                batch = examples.batch(known[some].tolist(), device)
+                optimizer.zero_grad()
+                self.loss.value(logits(batch.call(model), self.select), classes[some].to(device)).backward()
+                optimizer.step()
+                if scheduler is not None:
+                    scheduler.step()
+        return model.eval()
+
+    def _batches(self, n: int) -> Iterator[torch.Tensor]:
+        """Places of the examples of every step: all of them in a random order, and again."""
+        generator, left = torch.Generator().manual_seed(self.seed), torch.empty(0, dtype=torch.int64)
+        size = min(self.batch_size, n)
+        for _ in range(self.steps):
+            if len(left) < size:
+                left = torch.randperm(n, generator=generator)
+            some, left = left[:size], left[size:]
+            yield some
+
+
+@dataclass(frozen=True, eq=False)
+class Refit:
+    """Fits a clone of a scikit-learn or skorch classifier, and gives it as a network of logits.
+
+    skorch's `NeuralNetClassifier` (with nn.CrossEntropyLoss, so that its module gives logits), scikit-learn's
+    `MLPClassifier` and `LogisticRegression`.
+
+    Attributes:
+        estimator: not changed. With a number for its `random_state` the same labels give the same network.
+        X: all n points, as the estimator takes them.
+        classes: C; scikit-learn's estimators must have seen each once.
+    """
+
+    estimator: Any
+    X: Any
+    classes: int
+
+    def __call__(self, labels: np.ndarray) -> nn.Module:
+        """A network in evaluation mode.
+
+        Raises:
+            InputError: if there is no label, or the estimator cannot be made a network.
+        """
+        from sklearn.base import clone
+
+        known = _known(labels, len(self.X)).numpy()
+        fresh: Any = clone(self.estimator)
+        return as_network(fresh.fit(self.X[known], np.asarray(labels)[known]), self.classes)
+
+
+def as_network(fitted: Any, classes: int) -> nn.Module:
+    """A fitted classifier as a network that gives its logits, (n, C), in evaluation mode.
+
+    Raises:
+        InputError: if it is none of those that are known here, or has not seen all classes.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neural_network import MLPClassifier
+
+    module = getattr(fitted, "module_", None)
+    if isinstance(module, nn.Module):
+        criterion = getattr(fitted, "criterion_", None)
+        if isinstance(criterion, nn.NLLLoss):
+            raise InputError(
+                "the module of a skorch classifier gives probabilities where its criterion is NLLLoss, expected "
+                "logits: use criterion=nn.CrossEntropyLoss and a module without softmax"
+            )
+        return module.eval()
+    seen = getattr(fitted, "classes_", None)
+    if seen is not None and not np.array_equal(seen, np.arange(classes)):
+        raise InputError(
+            f"{type(fitted).__name__} gives outputs for the classes that it has seen alone, {list(seen)} of "
+            f"{classes}: label one point of each class first, or train with Training(...)"
+        )
+    if isinstance(fitted, MLPClassifier):
+        weights, biases, between = list(fitted.coefs_), list(fitted.intercepts_), ACTIVATIONS[fitted.activation]
+    elif isinstance(fitted, LogisticRegression):
+        weights, biases, between = [fitted.coef_.T], [fitted.intercept_], nn.Identity
+    else:
+        raise InputError(
+            f"cannot read a network out of {type(fitted).__name__}: expected a skorch NeuralNetClassifier, "
+            "MLPClassifier or LogisticRegression; write fit(labels) yourself for others"
+        )
+    if weights[-1].shape[1] == 1:  # two classes by one output: the other's logit is 0
+        weights[-1] = np.concatenate([np.zeros_like(weights[-1]), weights[-1]], 1)
+        biases[-1] = np.concatenate([np.zeros_like(biases[-1]), biases[-1]])
+    layers: list[nn.Module] = []
+    for weight, bias in zip(weights, biases, strict=True):
+        layer = nn.Linear(*weight.shape)
+        layer.weight = nn.Parameter(torch.from_numpy(np.ascontiguousarray(weight.T)))
+        layer.bias = nn.Parameter(torch.from_numpy(np.array(bias, dtype=weight.dtype)))
+        layers += [layer, between()]
+    return nn.Sequential(*layers[:-1]).eval()
+
+
+def _known(labels: np.ndarray, n: int) -> torch.Tensor:
+    values = np.asarray(labels)
+    if values.shape != (n,):
+        raise InputError(f"labels: got shape {values.shape}, expected ({n},), -1 where there is none")
+    known = torch.from_numpy(np.flatnonzero(values >= 0))
+    if not len(known):
+        raise InputError(
+            "there is no label to train on: begin with some, chosen by Random() or TypiClust() with a network that is "
+            "not trained"
+        )
+    return known

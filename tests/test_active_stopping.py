@@ -1,0 +1,134 @@
+"""Stopping rules: on histories written by hand, and in sessions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_active_loop import START, fit, pool, session
+
+from ntkit.errors import InputError
+from ntkit.uses.active import LookAhead, MostLikelyChange, SquareLoss
+from ntkit.uses.active.stopping import (
+    Budget,
+    Finding,
+    Kappa,
+    MaxPredictedChange,
+    MeanUncertainty,
+    Plateau,
+    StoppingRule,
+    Target,
+)
+from ntkit.uses.active.uncertainty import Random
+
+
+def told(values: list[float], name: str = "accuracy") -> list[Finding]:
+    return [Finding(10 * (k + 1), {name: value}, {}) for k, value in enumerate(values)]
+
+
+def stops_at(rule: StoppingRule, history: list[Finding]) -> int | None:
+    """The first round in which it says stop, from 1."""
+    return next((k for k in range(1, len(history) + 1) if rule.reason(history[:k]) is not None), None)
+
+
+def test_budgets_and_targets() -> None:
+    history = told([0.5, 0.7, 0.8, 0.75])
+    assert stops_at(Budget(30), history) == 3
+    assert stops_at(Budget(31), history) == 4
+    assert stops_at(Budget(41), history) is None
+    assert stops_at(Target("accuracy", 0.8), history) == 3
+    assert stops_at(Target("accuracy", 0.7, smaller_is_better=True), history) == 1
+    assert stops_at(Target("accuracy", 0.4, smaller_is_better=True), history) is None
+    assert "0.8" in str(Target("accuracy", 0.8).reason(history[:3]))
+    with pytest.raises(InputError, match="'loss'; the session measures accuracy"):
+        Target("loss", 0.1).reason(history)
+
+
+def test_a_plateau_is_rounds_without_progress() -> None:
+    history = told([0.5, 0.7, 0.6, 0.71, 0.71, 0.705, 0.71])
+    assert stops_at(Plateau("accuracy", rounds=2), history) == 6
+    assert stops_at(Plateau("accuracy", rounds=3), history) == 7
+    assert stops_at(Plateau("accuracy", rounds=2, least=0.02), history) == 4
+    assert stops_at(Plateau("accuracy", rounds=1, smaller_is_better=True), history) == 2
+    assert stops_at(Plateau("accuracy", rounds=7), history) is None
+    with pytest.raises(InputError, match="rounds"):
+        Plateau("accuracy", rounds=0)
+
+
+def test_kappa_is_the_agreement_beyond_chance() -> None:
+    def said(*classes: list[int]) -> list[Finding]:
+        return [Finding(10 * (k + 1), {}, {"Kappa": c}) for k, c in enumerate(classes)]
+
+    first, second = [0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]
+    agreed, chance = 7 / 8, (3 * 2 + 5 * 6) / 64
+    kappa = (agreed - chance) / (1 - chance)
+    assert Kappa(least=kappa - 1e-12, rounds=1).reason(said(first, second)) is not None
+    assert Kappa(least=kappa + 1e-12, rounds=1).reason(said(first, second)) is None
+    history = said(first, second, second, second, first)
+    assert stops_at(Kappa(least=0.99, rounds=1), history) == 3
+    assert stops_at(Kappa(least=0.99, rounds=2), history) == 4
+    assert stops_at(Kappa(least=(kappa + 1) / 2, rounds=2), history) == 3  # the mean of both
+    assert stops_at(Kappa(least=1.0, rounds=1), said([2] * 5, [2] * 5)) == 2  # one class alone
+
+
+def test_uncertainty_and_predicted_change_are_those_of_the_network() -> None:
+    x, _ = pool()
+    rule = LookAhead(objective=MostLikelyChange(), loss=SquareLoss(), missing_label=-1)
+    model = fit(START)
+    now = rule.round(x, START, model)
+    p = SquareLoss().probabilities(model(x).detach())[START < 0]
+    entropy = -(p * p.clamp_min(1e-300).log()).sum(1).mean() / np.log(3)
+    assert MeanUncertainty(loss=SquareLoss()).measure(now) == pytest.approx(float(entropy), rel=1e-12)
+    free = np.flatnonzero(START < 0)
+    scene, changes = rule.look(now), []
+    for i in free.tolist():  # how the outputs would move, point by point
+        misfit = torch.eye(3).double()[scene.outputs[i].argmax()] - scene.outputs[i]
+        moved = scene.posterior.response(i)[:, 0] * misfit
+        changes.append(float(moved[free].square().sum(1).mean().sqrt()))
+    found = MaxPredictedChange(0.1, rule).measure(now)
+    assert found == pytest.approx(max(changes), rel=1e-10)
+    history = [Finding(3, {}, {"MaxPredictedChange": found})]
+    assert MaxPredictedChange(found * 1.01, rule).reason(history) is not None
+    assert MaxPredictedChange(found * 0.99, rule).reason(history) is None
+    assert MaxPredictedChange(1.0, rule).reason(told([0.5])) is None  # came into the session later
+    with pytest.raises(InputError, match="MostLikelyChange"):
+        MaxPredictedChange(0.1, LookAhead())
+
+
+def test_sessions_stop_and_say_why(tmp_path: Path) -> None:
+    _, true = pool()
+    x, calls = pool()[0], []
+
+    def accuracy(model: torch.nn.Module) -> dict[str, float]:
+        calls.append(1)
+        return {"accuracy": float((model(x).argmax(1).numpy() == true).mean())}
+
+    rules = [Budget(30), Target("accuracy", 2.0), Kappa(rounds=50), MeanUncertainty(most=-1.0)]
+    options: dict[str, Any] = {"strategy": Random(), "stop": rules, "evaluate": accuracy}
+    loop = session(tmp_path / "s.jsonl", **options)
+    reasons = loop.run(lambda numbers: true[numbers].tolist(), 6)
+    assert reasons == ("33 labels of a budget of 30",)
+    assert [found.labels for found in loop.history] == [3, 9, 15, 21, 27, 33]
+    assert all(set(found.measured) == {"Kappa", "MeanUncertainty"} for found in loop.history)
+    assert len(calls) == 6
+    again = session(tmp_path / "s.jsonl", **options)  # nothing is trained or measured again
+    assert again.run(lambda numbers: true[numbers].tolist(), 6) == reasons
+    assert len(calls) == 6
+    assert again.history == loop.history
+    with pytest.raises(InputError, match="one rule of each kind"):
+        session(tmp_path / "t.jsonl", stop=[Kappa(), Kappa(rounds=2)])
+    other = session(tmp_path / "u.jsonl", strategy=Random(), stop=[Target("accuracy", 0.9)])
+    with pytest.raises(InputError, match="measures nothing"):
+        other.run(lambda numbers: true[numbers].tolist(), 6)
+
+
+def test_sessions_end_when_nothing_is_left(tmp_path: Path) -> None:
+    _, true = pool()
+    loop = session(tmp_path / "s.jsonl", strategy=Random())
+    assert loop.run(lambda numbers: true[numbers].tolist(), 15, rounds=2) == ("2 rounds",)
+    assert loop.run(lambda numbers: true[numbers].tolist(), 15) == ("every point has a label or was skipped",)
+    assert [found.labels for found in loop.history] == [3, 18, 33]
+    assert np.array_equal(loop.labels, np.where(START >= 0, START, true))
