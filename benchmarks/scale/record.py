@@ -14,10 +14,10 @@ from benchmarks.machine import environment
 RESULTS = Path(__file__).parent / "results"
 
 
-def record(name: str, found: dict[str, Any]) -> Path:
+def record(name: str, found: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write what was found, with the machine it was found on."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     described = {"run": name, "environment": environment(torch.get_num_threads(), "cpu"), **found}
     path.write_text(json.dumps(described, indent=1) + "\n")
     return path

@@ -75,7 +75,7 @@ class Design(Strategy):
 
     def choose(self, now: Round) -> Picked:  # noqa: D102
         n = len(now.labels)
-        kernel = self.kernel.of(now.tangent, now.x)
+        kernel = now.kernel(self.kernel)
         columns = KernelColumns(kernel, n)  # which checks the kernel
         one = 1 / scale(kernel, now.labelled, torch.ones(n, 1, 1, dtype=torch.float64))
         if self.sigma is not None and len(now.labelled):
@@ -320,7 +320,7 @@ class Bait(Strategy):
 
     def choose(self, now: Round) -> Picked:  # noqa: D102
         n = len(now.labels)
-        kernel = self.kernel.of(now.tangent, now.x)
+        kernel = now.kernel(self.kernel)
         KernelColumns(kernel, n)  # which checks the kernel
         ones = torch.ones(n, 1, 1, dtype=torch.float64)
         points = torch.zeros_like(ones)

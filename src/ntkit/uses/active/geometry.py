@@ -60,7 +60,7 @@ class LastLayer(Geometry):
             seen[:] = [(module, inputs[0].detach(), output.detach())]
 
         hooks = [m.register_forward_hook(note) for m in tangent.model.modules() if isinstance(m, nn.Linear)]
-        examples, parts = tangent.examples(x), []
+        examples, parts, outs = tangent.examples(x), [], []
         try:
             for start in range(0, len(examples), BATCH):
                 stop = min(start + BATCH, len(examples))
@@ -70,13 +70,27 @@ class LastLayer(Geometry):
                         "the network's outputs are not those of an nn.Linear, so that it has no last layer here: use "
                         "Sketched(...), or Given(...) with features of your own"
                     )
-                layer, hidden, _ = seen[0]
+                layer, hidden, said = seen[0]
+                outs.append(said.reshape(len(said), -1).cpu())
                 bias = [] if layer.bias is None else [hidden.new_ones(len(hidden), 1)]
                 parts.append(torch.cat([hidden.reshape(len(hidden), -1), *bias], 1).cpu())
         finally:
             for hook in hooks:
                 hook.remove()
-        return FeatureKernel(torch.cat(parts))
+        return WithOutputs(torch.cat(parts), torch.cat(outs))
+
+
+class WithOutputs(FeatureKernel):
+    """Features of points, from a pass that has seen the network's outputs as well.
+
+    Attributes:
+        outputs: (n, C).
+    """
+
+    def __init__(self, features: Tensor, outputs: Tensor) -> None:
+        """Keep both."""
+        super().__init__(features)
+        self.outputs = outputs
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class BADGE(Strategy):
     kernel: Geometry = field(default_factory=LastLayer)
 
     def choose(self, now: Round) -> Picked:  # noqa: D102
-        outputs, features = now.outputs(), self.kernel.of(now.tangent, now.x)
+        features, outputs = now.kernel(self.kernel), now.outputs()
         if not isinstance(features, FeatureKernel) or features.shape[0] != len(outputs):
             raise InputError(
                 f"BADGE needs one row of features for each point: got {type(features).__name__} of {features.shape[0]} "

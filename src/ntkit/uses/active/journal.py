@@ -25,21 +25,21 @@ class Journal:
     """The events of one session, in order.
 
     Attributes:
-        path: the file.
+        path: the file; None for a session that nobody goes on with.
         events: what is in it, without checksums.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
         """Read what is there; nothing is written before the first event.
 
         Raises:
             StoreError: if the file is damaged before its last line, or of another format.
         """
-        self.path = Path(path)
+        self.path = None if path is None else Path(path)
         self.events: list[dict[str, Any]] = []
         self._digest = ""
-        if self.path.exists():
-            self._read()
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
 
     def add(self, kind: str, **facts: Any) -> None:
         """One event more; it is on disk when this returns.
@@ -50,20 +50,8 @@ class Journal:
         event = {"event": kind, **facts}
         body = json.dumps(event, sort_keys=True, allow_nan=False)
         digest = _chained(self._digest, body)
-        line = _HEAD % digest + body[1:] + "\n"
-        before = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write(line.encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            if self.path.exists() and self.path.stat().st_size > before and os.access(self.path, os.W_OK):
-                os.truncate(self.path, before)  # half a line, as of a full disk
-            raise StoreError(
-                f"{self.path}: cannot write the session down ({error}). Nothing is lost; try again"
-            ) from error
+        if self.path is not None:
+            _append(self.path, _HEAD % digest + body[1:] + "\n")
         self._digest = digest
         self.events.append(event)
 
@@ -73,20 +61,14 @@ class Journal:
         Raises:
             StoreError: if not.
         """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab"):
-                pass
-        except OSError as error:
-            raise StoreError(
-                f"{self.path}: cannot write the session down ({error}). Nothing is lost; try again"
-            ) from error
+        if self.path is not None:
+            _append(self.path, "")
 
-    def _read(self) -> None:
+    def _read(self, path: Path) -> None:
         try:
-            lines = self.path.read_bytes().split(b"\n")
+            lines = path.read_bytes().split(b"\n")
         except OSError as error:
-            raise StoreError(f"{self.path}: cannot read the session ({error})") from error
+            raise StoreError(f"{path}: cannot read the session ({error})") from error
         torn, whole = lines[-1], lines[:-1]
         for number, line in enumerate(whole, 1):
             # the very bytes are summed up: two ways to write a number would read the same
@@ -95,15 +77,34 @@ class Journal:
             event = _parsed(body) if line.startswith((_HEAD % digest).encode()) else None
             if event is None:
                 raise StoreError(
-                    f"{self.path}: line {number} is not what was written there, or one before it is missing. Restore "
+                    f"{path}: line {number} is not what was written there, or one before it is missing. Restore "
                     "the file from a copy, or cut it off before that line to go on from there"
                 )
             self._digest = digest
             self.events.append(event)
         if self.events and self.events[0].get("version") != VERSION:
-            raise StoreError(f"{self.path}: a session of format {self.events[0].get('version')}, this is {VERSION}")
+            raise StoreError(f"{path}: a session of format {self.events[0].get('version')}, this is {VERSION}")
         if torn:  # killed while writing: that event has not happened
-            os.truncate(self.path, len(b"\n".join(whole)) + (1 if whole else 0))
+            os.truncate(path, len(b"\n".join(whole)) + (1 if whole else 0))
+
+
+def _append(path: Path, line: str) -> None:
+    """Add to a file; it is on disk when this returns.
+
+    Raises:
+        StoreError: if it cannot be written; what was there before is kept.
+    """
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if path.exists() and path.stat().st_size > before and os.access(path, os.W_OK):
+            os.truncate(path, before)  # half a line, as of a full disk
+        raise StoreError(f"{path}: cannot write the session down ({error}). Nothing is lost; try again") from error
 
 
 def _chained(before: str, body: str) -> str:

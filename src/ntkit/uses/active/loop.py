@@ -68,7 +68,7 @@ class Loop:
         strategy: Strategy,
         fit: Fit,
         *,
-        journal: str | os.PathLike[str],
+        journal: str | os.PathLike[str] | None,
         classes: int,
         y: Any = None,
         evaluate: Evaluate | None = None,
@@ -81,7 +81,8 @@ class Loop:
             X: all n points.
             strategy: chooses points; its `missing_label` is not used here.
             fit: trains a network on the labels so far. After the same labels it should give the same network.
-            journal: the file of the session; a new one is begun if there is none.
+            journal: the file of the session; a new one is begun if there is none. None for a session that ends with
+                this process.
             classes: number of classes C.
             y: labels to begin with, (n,), -1 where there is none. When a session goes on: None, or the same.
             evaluate: measures every trained network; what it returns is written down.

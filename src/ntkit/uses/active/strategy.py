@@ -13,6 +13,7 @@ import torch
 from ntkit.errors import InputError
 from ntkit.tangent.linearize import Tangent, linearize
 from ntkit.tangent.readout import Logits
+from ntkit.uses.active.geometry import Geometry, WithOutputs
 from ntkit.uses.active.labels import as_candidates, as_labels, as_weights, draw
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from ntkit.kernel.base import Kernel
     from ntkit.uses.active.picks import Picked
 
 
@@ -64,6 +66,18 @@ class Round:
                 f"{outputs.shape[1]} outputs: got {int(self.labels.max())}"
             )
         return outputs
+
+    def kernel(self, geometry: Geometry) -> Kernel:
+        """The kernel of all points.
+
+        Raises:
+            InputError: if the points do not fit.
+            ModelError: if the network has not what the kernel needs.
+        """
+        found = geometry.of(self.tangent, self.x)
+        if isinstance(found, WithOutputs):  # one forward pass is enough
+            vars(self).setdefault("_outputs", found.outputs.double())
+        return found
 
     @cached_property
     def _outputs(self) -> Tensor:

@@ -37,7 +37,7 @@ class TypiClust(Strategy):
         """Cost: that of k-means with as many clusters as labels and picks, and the square of the largest cluster."""
         from sklearn.cluster import KMeans, MiniBatchKMeans
 
-        kernel, n = self.kernel.of(now.tangent, now.x), len(now.labels)
+        kernel, n = now.kernel(self.kernel), len(now.labels)
         if not isinstance(kernel, FeatureKernel) or kernel.shape[0] != n:
             raise InputError(
                 f"TypiClust needs one row of features for each point: got {type(kernel).__name__} of "
