@@ -284,3 +284,25 @@ def test_labels_so_far_count_one_each_where_changes_are_compared() -> None:
     expected = s[free].square().sum(0).sqrt() / (1 + w * s.diagonal()) * misfit
     _, found = LookAhead(active.MostLikelyChange()).query(x, y, model, return_utilities=True)
     np.testing.assert_allclose(found[0, free], expected[free], rtol=1e-8)
+
+
+def test_one_pass_over_the_pool_is_enough() -> None:
+    x, y, model = torch.randn(40, 5), np.where(np.arange(40) < 6, np.arange(40) % 3, -1), network_with_count()
+    active.LookAhead(missing_label=-1).query(x, y, model, batch_size=3)
+    assert model.seen == 40
+    active.strategy("badge", missing_label=-1).query(x, y, model, batch_size=3)
+    assert model.seen == 80
+
+
+def network_with_count() -> Any:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+            self.seen = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += len(x)
+            return self.layer(x)
+
+    return Counts().eval()

@@ -163,3 +163,30 @@ def test_refusals_leave_the_state_as_it_was() -> None:
             call()
     assert torch.equal(state.predict(), before)
     assert np.array_equal(state.labels, y)
+
+
+def test_a_warm_start_ends_where_training_from_scratch_does() -> None:
+    """Of a linearised network, by gradient descent; it is what a label more does to the state as the ridge vanishes."""
+    (x, y), model = pool(), network()
+    hidden = torch.cat([model[:2](x), torch.ones(N, 1).double()], 1).detach()
+    f0, more, label = model(x).detach(), 6, 2
+
+    def trained(start: Tensor, labels: np.ndarray) -> Tensor:
+        known = torch.from_numpy(labels >= 0).nonzero()[:, 0]
+        phi, target = hidden[known], torch.eye(C).double()[torch.from_numpy(labels)[known]] - f0[known]
+        rate, theta = 1 / float(torch.linalg.matrix_norm(phi, 2)) ** 2, start
+        for _ in range(60_000):
+            theta = theta - rate * phi.T @ (phi @ theta - target)
+        assert float((phi @ theta - target).abs().max()) < 1e-11
+        return theta
+
+    nothing = torch.zeros(hidden.shape[1], C, dtype=torch.float64)
+    with_more = np.where(np.arange(N) == more, label, y)
+    first = trained(nothing, y)
+    warm, scratch = trained(first, with_more), trained(nothing, with_more)
+    torch.testing.assert_close(hidden @ warm, hidden @ scratch, rtol=1e-8, atol=1e-9)
+    strategy = LookAhead(loss=active.SquareLoss(), missing_label=-1, reg=1e-6)
+    change = LookAheadState(strategy, x, y, model).change(more, label)
+    torch.testing.assert_close(change, hidden @ (warm - first), rtol=1e-3, atol=1e-3)
+    other = LookAheadState(LookAhead(loss=active.SquareLoss(), missing_label=-1, reg=1e-1), x, y, model)
+    assert float((other.change(more, label) - hidden @ (warm - first)).abs().max()) > 1e-2
