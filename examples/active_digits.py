@@ -59,7 +59,7 @@ shown = ("curvature-ivr", "margin", "random")
 rows = right.subplots(len(shown), 10)
 for row, name in zip(rows, shown, strict=True):
     for place, point in zip(row, asked[name].tolist(), strict=True):
-        place.imshow(data.x_train[point, 0], cmap="gray_r")
+        place.imshow(data.x_train[point, 0].numpy(), cmap="gray_r")
         place.set_title(f"{int(model(x[point][None]).argmax())} / {truth[point]}", fontsize=8)
         place.set(xticks=[], yticks=[])
     row[0].set_ylabel(name, fontsize=8)

@@ -185,8 +185,9 @@ def test_a_warm_start_ends_where_training_from_scratch_does() -> None:
     first = trained(nothing, y)
     warm, scratch = trained(first, with_more), trained(nothing, with_more)
     torch.testing.assert_close(hidden @ warm, hidden @ scratch, rtol=1e-8, atol=1e-9)
-    strategy = LookAhead(loss=active.SquareLoss(), missing_label=-1, reg=1e-6)
+    last = active.LastLayer()
+    strategy = LookAhead(loss=active.SquareLoss(), kernel=last, missing_label=-1, reg=1e-6)
     change = LookAheadState(strategy, x, y, model).change(more, label)
     torch.testing.assert_close(change, hidden @ (warm - first), rtol=1e-3, atol=1e-3)
-    other = LookAheadState(LookAhead(loss=active.SquareLoss(), missing_label=-1, reg=1e-1), x, y, model)
+    other = LookAheadState(LookAhead(loss=active.SquareLoss(), kernel=last, missing_label=-1, reg=1e-1), x, y, model)
     assert float((other.change(more, label) - hidden @ (warm - first)).abs().max()) > 1e-2

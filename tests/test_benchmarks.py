@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import measure, peers, run, table, workloads
+from benchmarks.active import results as bought
 from benchmarks.cases import CASES, OURS, PARAMETERS, PEERS
 from benchmarks.machine import environment, slug
 from benchmarks.record import Checksum, Job, Record, Sample
@@ -320,6 +321,18 @@ def test_readme_has_the_newest_results() -> None:
     newest = Record.read(max(run.RESULTS.glob("*-cores.json")))
     rows = [table.reduce(case, newest.samples) for case in CASES]
     assert table.markdown(rows) in (run.ROOT / "README.md").read_text()
+
+
+def test_the_page_on_active_learning_has_what_was_found() -> None:
+    page = (run.ROOT / "docs/active.md").read_text()
+    tables = (
+        bought.tasks_table(), bought.strategies_table("digits"), bought.strategies_table("fashion"),
+        bought.trust_table(), bought.speed_table(),
+    )  # fmt: skip
+    for table in tables:
+        assert len(table) > 2
+        for line in table:
+            assert line in page
 
 
 def test_pages_have_what_the_large_runs_found() -> None:

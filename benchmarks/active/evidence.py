@@ -97,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--tasks", default=";".join(TASKS), help="separated by semicolons")
+    parser.add_argument("--strategies", default="", help="separated by semicolons; all by default")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     options = parser.parse_args()
@@ -108,7 +109,7 @@ def main() -> None:
         for task in options.tasks.split(";")
         for seed in SEEDS[: options.seeds]
         for name in strategies(TASKS[task])
-        if (task, name, seed) not in done
+        if (task, name, seed) not in done and (not options.strategies or name in options.strategies.split(";"))
     ]
     os.environ["OMP_NUM_THREADS"] = "1"
     start = time.perf_counter()

@@ -101,6 +101,36 @@ def tasks_table() -> list[str]:
     return rows
 
 
+def trust_table() -> list[str]:
+    """Foreseen changes beside those of networks that were really trained."""
+    path = RESULTS / "trust.json"
+    if not path.exists():
+        return []
+    rows = [
+        "| loss | weight decay | kernel | correlation of all entries | of the order of points |",
+        "|---|---|---|---|---|",
+    ]
+    for line in json.loads(path.read_text())["lines"]:
+        loss = {"CrossEntropy": "cross-entropy", "SquareLoss": "square loss"}[line["loss"]]
+        correlation = f"{line['correlation']:.2f} ± {line['standard_error']:.2f}"
+        rows.append(
+            f"| {loss} | {line['weight_decay']} | {line['kernel']} | {correlation} | {line['rank_correlation']:.2f} |"
+        )
+    return rows
+
+
+def speed_table() -> list[str]:
+    """Queries of large pools."""
+    rows = ["| points | features | labels | picks | time | memory |", "|---|---|---|---|---|---|"]
+    for name in ("million", "hundred-thousand"):
+        path = RESULTS / f"speed-{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            counts = " | ".join(f"{found[key]:,}" for key in ("points", "features", "labels", "batch"))
+            rows.append(f"| {counts} | {found['seconds']:.1f} s | {found['peak_mb'] * 2**20 / 1e9:.1f} GB |")
+    return rows
+
+
 def _beside(found: Any) -> str:
     if found is None:
         return ""
@@ -116,7 +146,8 @@ def main() -> None:
         from benchmarks.active.evidence import read as read_runs
 
         write(read_runs(options.folder / "runs.jsonl"))
-    print("\n".join([*tasks_table(), "", *strategies_table("digits"), "", *strategies_table("fashion")]))
+    tables = (tasks_table(), strategies_table("digits"), strategies_table("fashion"), trust_table(), speed_table())
+    print("\n\n".join("\n".join(table) for table in tables))
 
 
 if __name__ == "__main__":

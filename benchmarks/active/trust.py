@@ -19,7 +19,7 @@ from benchmarks.scale.record import record
 from ntkit.uses import active
 
 LABELS, CANDIDATES, STEPS = 100, 40, 300
-KERNELS = {"last layer": active.LastLayer(), "sketched, D = 2,048": active.Sketched(2048)}
+KERNELS = {"hidden layers": active.Hidden(), "last layer": active.LastLayer(), "sketched": active.Sketched(2048)}
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from ntkit.uses.active.comparison import Comparison, compare
 from ntkit.uses.active.designs import LCMD, Bait, CoreSet, FrankWolfe, KMeansPlusPlus, MaxDet, MaxDiag
 from ntkit.uses.active.exchange import CSV, Argilla, LabelStudio
 from ntkit.uses.active.fidelity import Agreement, fidelity
-from ntkit.uses.active.geometry import Exact, Geometry, Given, LastLayer, Sketched
+from ntkit.uses.active.geometry import Exact, Geometry, Given, Hidden, LastLayer, Sketched
 from ntkit.uses.active.gradients import BADGE
 from ntkit.uses.active.learned import LearnedLoss
 from ntkit.uses.active.lookahead import LookAhead
@@ -68,6 +68,7 @@ __all__ = [
     "Geometry",
     "Given",
     "Greedy",
+    "Hidden",
     "Information",
     "IntegratedVariance",
     "KMeansPlusPlus",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits, Readout
 from ntkit.tangent.sketch import Sketch
 from ntkit.tangent.untouched import untouched
+from ntkit.uses.active.layers import layer_inputs
 from ntkit.uses.active.posterior import FeaturePosterior, KernelPosterior, Posterior
 
 if TYPE_CHECKING:
@@ -78,6 +79,49 @@ class LastLayer(Geometry):
             for hook in hooks:
                 hook.remove()
         return WithOutputs(torch.cat(parts), torch.cat(outs))
+
+
+@dataclass(frozen=True)
+class Hidden(Geometry):
+    """What comes into the last layers, side by side, each scaled to a mean square of 1, and 1 for biases.
+
+    The tangent kernel of a layer's parameters is (a^T a') (g^T g') with inputs a and backward signals g. Here the
+    signals are taken for equal: what is left is as cheap as the last layer alone, and served better (measured).
+    Convolutions count by the mean of their inputs over places.
+
+    Attributes:
+        depth: so many linear and convolution modules, the last that are called.
+        layers: names of modules instead.
+    """
+
+    depth: int = 2
+    layers: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the number.
+
+        Raises:
+            InputError: if it is not positive.
+        """
+        if self.depth < 1:
+            raise InputError(f"depth is a number of layers: got {self.depth!r}, expected a positive one")
+
+    def of(self, tangent: Tangent, x: Any) -> Kernel:
+        """Cost: a forward pass.
+
+        Raises:
+            ModelError: if the network has no such layers, or nothing comes into them.
+        """
+        seen = layer_inputs(tangent, x, self.layers)
+        chosen = list(seen.inputs.values())[-self.depth :] if self.layers is None else list(seen.inputs.values())
+        sizes = [float(part.double().square().sum(1).mean().sqrt()) for part in chosen]
+        parts = [part / size for part, size in zip(chosen, sizes, strict=True) if size > 0]
+        if not parts:
+            raise ModelError(
+                "nothing comes into the network's last linear and convolution modules: use Sketched(...), or "
+                "Given(...) with features of your own"
+            )
+        return WithOutputs(torch.cat([*parts, parts[0].new_ones(len(parts[0]), 1)], 1), seen.outputs)
 
 
 class WithOutputs(FeatureKernel):

@@ -9,14 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError
+from ntkit.uses.active.layers import layer_inputs
 from ntkit.uses.active.losses import CrossEntropy, Loss
 from ntkit.uses.active.picks import Picked, one_after_the_other
 from ntkit.uses.active.strategy import Round, Strategy
-
-# Examples of one forward pass.
-BATCH = 256
-# Modules whose inputs are read, where nothing else is said.
-_LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
@@ -29,8 +25,8 @@ class LearnedLoss(Strategy):
 
     Attributes:
         loss: that the network is trained with.
-        layers: names of the modules whose inputs are read; all linear, convolution and layer normalization modules but
-            the first by default.
+        layers: names of the modules whose inputs are read; all linear and convolution modules but the first by
+            default.
         width: of the linear layers.
         steps: of Adam.
         batch_size: labelled points of a step, an even number; they are compared in pairs.
@@ -77,42 +73,15 @@ class LearnedLoss(Strategy):
 
     def _inputs(self, now: Round) -> list[Tensor]:
         """What comes into every layer that is read, (n, channels)."""
-        modules = dict(now.tangent.model.named_modules())
+        parts = list(layer_inputs(now.tangent, now.x, self.layers).inputs.values())
         if self.layers is None:
-            chosen = [module for module in modules.values() if isinstance(module, _LEAVES)][1:]
-        else:
-            unknown = [name for name in self.layers if name not in modules]
-            if unknown:
-                raise ModelError(f"the network has no module {unknown[0]!r}: expected some of {', '.join(modules)}")
-            chosen = [modules[name] for name in self.layers]
-        if not chosen:
+            parts = parts[1:]
+        if not parts:
             raise ModelError(
-                "the network has fewer than two linear, convolution or normalization modules: say layers=[...], the "
-                "names of modules whose inputs tell something"
+                "the network has fewer than two linear or convolution modules: say layers=[...], the names of modules "
+                "whose inputs tell something"
             )
-        found: dict[nn.Module, Tensor] = {}
-
-        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[module] = _pooled(inputs[0].detach().float(), module)
-
-        hooks = [module.register_forward_pre_hook(note) for module in chosen]
-        parts: list[list[Tensor]] = []
-        examples = now.tangent.examples(now.x)
-        try:
-            for start in range(0, len(examples), BATCH):
-                stop = min(start + BATCH, len(examples))
-                now.tangent.outputs(examples.pick(range(start, stop)), batch=BATCH)
-                if len(found) < len(chosen) or any(len(part) != stop - start for part in found.values()):
-                    raise ModelError(
-                        "some of the layers are not called once for each example: say layers=[...], the names of "
-                        "modules that are"
-                    )
-                parts.append([found[module].cpu() for module in chosen])
-                found.clear()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
+        return [part.float() for part in parts]
 
 
 class _Judge(nn.Module):
@@ -132,12 +101,3 @@ def ranking_loss(said: Tensor, true: Tensor, margin: float) -> Tensor:
     half = len(said) // 2
     sign = torch.sign(true[:half] - true[half:])
     return (margin - sign * (said[:half] - said[half:])).clamp_min(0).mean()
-
-
-def _pooled(x: Tensor, module: nn.Module) -> Tensor:
-    """Averaged over all axes but examples and channels: the second axis for convolutions, the last for others."""
-    if x.ndim == 2:
-        return x
-    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    axes = tuple(range(2, x.ndim)) if convolution else tuple(range(1, x.ndim - 1))
-    return x.mean(axes)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ntkit.errors import InputError
 from ntkit.kernel.base import DenseKernel
 from ntkit.kernel.features import FeatureKernel
-from ntkit.uses.active.geometry import LEAST, Geometry, LastLayer, posterior, scale
+from ntkit.uses.active.geometry import LEAST, Geometry, Hidden, posterior, scale
 from ntkit.uses.active.losses import CrossEntropy, Loss
 from ntkit.uses.active.objectives import IntegratedVariance, Objective, Scene
 from ntkit.uses.active.picks import Greedy, Picked, Picks
@@ -39,7 +39,7 @@ class LookAhead(Strategy):
 
     objective: Objective = field(default_factory=IntegratedVariance)
     loss: Loss = field(default_factory=CrossEntropy)
-    kernel: Geometry = field(default_factory=LastLayer)
+    kernel: Geometry = field(default_factory=Hidden)
     reg: float = 0.1
     batch: Picks = field(default_factory=Greedy)
     targets: Sequence[int] | None = None
