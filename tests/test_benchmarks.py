@@ -329,10 +329,8 @@ def test_the_page_on_active_learning_has_what_was_found() -> None:
         bought.tasks_table(), bought.strategies_table("digits"), bought.strategies_table("fashion"),
         bought.trust_table(), bought.speed_table(),
     )  # fmt: skip
-    for table in tables:
-        assert len(table) > 2
-        for line in table:
-            assert line in page
+    assert all(len(rows) > 2 for rows in tables)
+    assert not [line for rows in tables for line in rows if line not in page]
 
 
 def test_pages_have_what_the_large_runs_found() -> None:

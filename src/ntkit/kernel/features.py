@@ -237,8 +237,13 @@ class FeatureKernel(Kernel):
         return self.features(rows) @ self.features(cols).T
 
     def diagonal(self) -> Tensor:
-        """Squared lengths of the features."""
-        return torch.cat([self.features(strip).square().sum(1) for strip in strips(self.shape[0])])
+        """Squared lengths of the features, in float32 at least: half precision overflows at lengths of 256."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        # in one piece from the start: small results between large temporaries would keep those from being given back
+        out = torch.empty(self.shape[0], dtype=dtype, device=self.device)
+        for strip in strips(self.shape[0]):
+            torch.sum(self.features(strip).to(dtype).square(), 1, out=out[strip])
+        return out
 
     def __matmul__(self, other: Tensor) -> Tensor:
         """Phi (Phi^T other). Cost: N*D numbers read twice, 4 N D R FLOPs."""

@@ -140,14 +140,24 @@ class Tangent:
     def outputs(self, x: Any, *, batch: int = 256) -> Tensor:
         """The scalars themselves, (N, K). Cost: N forward passes."""
         examples = self.examples(x)
-        parts = []
+        found: Tensor | None = None
         with untouched(self.model), torch.no_grad():
             for start in range(0, len(examples), batch):
                 some = examples.batch(slice(start, start + batch), self.device)
                 scalars = self.readout.scalars(run_model(self.model, self.selection, some), some.targets)
                 check_scalars(scalars, some)
-                parts.append(scalars)
-        return torch.cat(parts)
+                if found is None:
+                    # in one piece from the start: small results between the temporaries of a model keep those from
+                    # being given back, a GB of them for a million examples
+                    found = scalars.new_empty(len(examples), scalars.shape[1])
+                if scalars.shape[1] != found.shape[1]:
+                    raise InputError(
+                        f"the first examples have {found.shape[1]} scalars each, those from {start} on "
+                        f"{scalars.shape[1]}: a kernel needs as many of each"
+                    )
+                found[start : start + some.size] = scalars
+        assert found is not None  # there is at least one example
+        return found
 
     def anatomy(self, x: Any) -> Anatomy:
         """What the trial run on the first examples finds: the script, the scalars K, the sizes of all uses."""
