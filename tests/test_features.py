@@ -209,3 +209,10 @@ def test_gradients_that_are_not_finite_are_said() -> None:
     x[3] = float("inf")
     with pytest.raises(ModelError):
         ntkit.features(tangent(), x, size=5, generator=seeded())
+
+
+def test_lengths_of_features_in_half_precision_do_not_overflow() -> None:
+    phi = torch.full((3, 8), 200.0, dtype=torch.float16)
+    found = making.FeatureKernel(phi).diagonal()
+    assert found.dtype == torch.float32
+    assert found.tolist() == [320_000.0] * 3

@@ -326,3 +326,16 @@ def test_slow_route_is_said_once_per_tangent() -> None:
         kernel = ntkit.TangentKernel(tangent, X)
     kernel.dense()  # a second warning would be an error
     ntkit.TangentKernel(tangent, X[:3], X).dense()
+
+
+def test_examples_with_another_number_of_scalars_are_named() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)[:, : 4 if len(x) == 256 else 1]
+
+    with pytest.raises(InputError, match="4 scalars each, those from 256 on 1"):
+        ntkit.linearize(Wide().eval()).outputs(torch.randn(300, 3))
