@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ def record(name: str, found: dict[str, Any], folder: Path = RESULTS) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
     described = {"run": name, "environment": environment(torch.get_num_threads(), "cpu"), **found}
-    path.write_text(json.dumps(described, indent=1) + "\n")
+    text = json.dumps(described, indent=1)
+    flat = re.sub(r"\[\s*([^\[\]{}\"]*?)\s*\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text)
+    path.write_text(flat + "\n")  # a list of numbers on one line
     return path
 
 
