@@ -65,6 +65,38 @@ def test_exact_where_the_network_is_linear() -> None:
     assert "12 retrained networks" in str(found)
 
 
+class Table(nn.Module):
+    """Gives each point the logits that it has been given: its number stands in the first place."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits[x[:, 0].long()]
+
+
+@pytest.mark.parametrize("loss", [active.CrossEntropy(), active.SquareLoss()])
+@pytest.mark.parametrize("factor", [0.3, 3.0])
+def test_further_in_the_same_direction(loss: active.Loss, factor: float) -> None:
+    """A network that moves as is foreseen, only further: the slope says so, and the correlation is whole."""
+    x, y, _ = pool()
+    x[:, 0] = torch.arange(N)
+    rule = LookAhead(loss=loss, kernel=active.Given(lambda model, x: active_features(len(x))), missing_label=-1)
+    first = torch.randn(N, C, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    state = active.LookAheadState(rule, x, y, Table(first))
+
+    def fit(labels: np.ndarray) -> nn.Module:
+        new = np.flatnonzero(labels != y)
+        return Table(first + sum(factor * state.change(int(i), int(labels[i])) for i in new)).eval()
+
+    found = fidelity(rule, x, y, fit, generator=torch.Generator().manual_seed(0), candidates=6)
+    assert found.slope == pytest.approx(factor, rel=1e-4)
+    assert found.correlation == pytest.approx(1.0, abs=1e-6)
+    assert found.unscaled <= found.correlation + 1e-9
+    assert found.standard_error < 1e-6
+
+
 def test_a_wrong_kernel_is_seen() -> None:
     x, y, _ = pool()
     torch.manual_seed(1)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ntkit.errors import InputError
+from ntkit.solve.losses import CrossEntropy, Loss, SquareLoss
 from ntkit.uses.active import objectives
-from ntkit.uses.active.losses import CrossEntropy, Loss, SquareLoss
 from ntkit.uses.active.objectives import (
     BrierReduction,
     EntropyReduction,

@@ -15,7 +15,7 @@ from torch import Tensor
 import ntkit
 from ntkit.errors import InputError, NotPositiveDefiniteError
 from ntkit.kernel import base
-from ntkit.solve import inplace
+from ntkit.solve import blocked, inplace
 from ntkit.solve.inplace import CholeskyInPlace
 from ntkit.solve.ridge import Absolute
 from tests.cases import normal
@@ -32,6 +32,8 @@ def test_it_is_the_dense_solve(n: int, r: int, ridge: float, half: bool, seed: i
     matrix, y = spd(n, seed), normal(r, seed=seed + 1)(n).double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inplace, "strips", lambda n: base.strips(n, 16))
+        for name, size in (("BLOCK", 8), ("INNER", 12), ("ACROSS", 10)):
+            patch.setattr(blocked, name, size)
         solver = CholeskyInPlace(torch.float32 if half else torch.float64, tolerance=1e-12)
         matrix = matrix.float().double()  # what float32 holds exactly
         factored = solver.factor(matrix, Absolute(ridge))

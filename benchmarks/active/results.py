@@ -10,6 +10,7 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -107,14 +108,19 @@ def trust_table() -> list[str]:
     if not path.exists():
         return []
     rows = [
-        "| loss | weight decay | kernel | correlation of all entries | of the order of points |",
-        "|---|---|---|---|---|",
+        "| loss | weight decay | kernel | correlation of all entries (each draw) | slope | unscaled | of the order |",
+        "|---|---|---|---|---|---|---|",
     ]
+    groups: dict[tuple[str, float, str], list[dict[str, float]]] = {}
     for line in json.loads(path.read_text())["lines"]:
-        loss = {"CrossEntropy": "cross-entropy", "SquareLoss": "square loss"}[line["loss"]]
-        correlation = f"{line['correlation']:.2f} ± {line['standard_error']:.2f}"
+        groups.setdefault((line["loss"], line["weight_decay"], line["kernel"]), []).append(line)
+    for (loss, decay, kernel), lines in groups.items():
+        name = {"CrossEntropy": "cross-entropy", "SquareLoss": "square loss"}[loss]
+        mean = {key: fmean(line[key] for line in lines) for key in lines[0] if key not in ("loss", "kernel")}
+        each = ", ".join(f"{line['correlation']:.2f}" for line in lines)
         rows.append(
-            f"| {loss} | {line['weight_decay']} | {line['kernel']} | {correlation} | {line['rank_correlation']:.2f} |"
+            f"| {name} | {decay} | {kernel} | {mean['correlation']:.2f} ({each}) | {mean['slope']:.1f} | "
+            f"{mean['unscaled']:.2f} | {mean['rank_correlation']:.2f} |"
         )
     return rows
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.linalg.lapack import get_lapack_funcs
 from torch import Tensor
 
 from ntkit.errors import InputError, NotPositiveDefiniteError
 from ntkit.kernel.base import Kernel, strips
+from ntkit.solve import blocked
 from ntkit.solve.iterative import ConjugateGradients, IterativeSolution
 from ntkit.solve.ridge import Absolute, FixedRidge, as_fixed_ridge
 from ntkit.solve.symmetric import as_kernel
@@ -91,12 +91,10 @@ class InPlaceFactorization:
 
     def _apply(self, right: Tensor) -> Tensor:
         """(L L^T)^-1 in the factor's own precision."""
-        (potrs,) = get_lapack_funcs(("potrs",), (self.array,))
         # scaled, so that a small residual does not vanish in float32
         scale = right.abs().amax(0).clamp_min(torch.finfo(torch.float64).tiny)
-        found, info = potrs(self.array.T, (right / scale).numpy().astype(self.array.dtype), lower=1)
-        assert info == 0
-        return torch.from_numpy(np.ascontiguousarray(found)).double() * scale
+        array = torch.from_numpy(self.array)
+        return blocked.solve(array, (right / scale).to(array.dtype)).double() * scale
 
 
 @dataclass(frozen=True)
@@ -158,14 +156,11 @@ class CholeskyInPlace:
         diagonal = array.diagonal().astype("f8")
         value = fixed.absolute(float(diagonal.mean()))
         np.fill_diagonal(array, diagonal + value)
-        (potrf,) = get_lapack_funcs(("potrf",), (array,))
-        # the transpose of an array in C order is in the order of LAPACK, whose lower triangle is our upper one
-        factor, info = potrf(array.T, lower=1, clean=0, overwrite_a=1)
-        assert np.shares_memory(factor, array)
-        if info:
+        stopped = blocked.factor(torch.from_numpy(array))
+        if stopped >= 0:
             raise NotPositiveDefiniteError(
                 f"the kernel plus ridge {value:.3e} is not positive definite in {array.dtype}: Cholesky stops at row "
-                f"{info - 1} of {n}. Use a larger ridge" + (", or float64" if self.dtype == torch.float32 else ""),
+                f"{stopped} of {n}. Use a larger ridge" + (", or float64" if self.dtype == torch.float32 else ""),
                 smallest_eigenvalue=float("nan"),
                 suggested_ridge=max(10 * value, 1e-6 * float(diagonal.mean())),
             )

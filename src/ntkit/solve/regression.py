@@ -72,22 +72,7 @@ class RegressionFit:
         Raises:
             InputError: if the shapes do not fit the training data, or `prior` is missing or superfluous.
         """
-        cross = as_kernel(cross)
-        examples, outputs = self.coefficients.shape
-        columns = self.coefficients.reshape(-1, 1) if self.full else self.coefficients
-        if cross.shape[1] != len(columns) or (self.full and cross.shape[0] % outputs):
-            raise InputError(
-                f"a kernel between new and training examples has shape ({'M*C, N*C' if self.full else 'M, N'}) with "
-                f"N={examples}, C={outputs}: got {cross.shape}"
-            )
-        if (prior is not None) != self.around:
-            raise InputError(
-                "the fit is around predictions f0: pass f0 of the new examples as `prior`"
-                if self.around
-                else "the fit was not given f0, so `prior` must be left out here too"
-            )
-        change = (cross @ columns).to(torch.float64).reshape(-1, outputs)
-        return change if prior is None else as_targets(prior, "prior", change.shape).to(change.device) + change
+        return evaluate(cross, self.coefficients, prior, full=self.full, around=self.around)
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,6 +312,44 @@ def regress(
         full=block > 1,
         around=prior is not None,
     )
+
+
+def evaluate(
+    cross: Kernel | Tensor | np.ndarray,
+    coefficients: Tensor,
+    prior: Tensor | np.ndarray | None,
+    *,
+    full: bool,
+    around: bool,
+) -> Tensor:
+    """f0(x) + K(x, X) a on M examples, (M, C), float64; `cross` is read in strips of rows, never whole.
+
+    Args:
+        cross: the kernel between the M examples (rows) and the training examples (columns): (M, N), or (M*C, N*C).
+        coefficients: a, (N, C).
+        prior: f0 on the M examples, (M, C).
+        full: whether the kernel couples the outputs.
+        around: whether there has to be a prior.
+
+    Raises:
+        InputError: if the shapes do not fit the training data, or `prior` is missing or superfluous.
+    """
+    cross = as_kernel(cross)
+    examples, outputs = coefficients.shape
+    columns = coefficients.reshape(-1, 1) if full else coefficients
+    if cross.shape[1] != len(columns) or (full and cross.shape[0] % outputs):
+        raise InputError(
+            f"a kernel between new and training examples has shape ({'M*C, N*C' if full else 'M, N'}) with "
+            f"N={examples}, C={outputs}: got {cross.shape}"
+        )
+    if (prior is not None) != around:
+        raise InputError(
+            "the fit is around predictions f0: pass f0 of the new examples as `prior`"
+            if around
+            else "the fit was not given f0, so `prior` must be left out here too"
+        )
+    change = (cross @ columns).to(torch.float64).reshape(-1, outputs)
+    return change if prior is None else as_targets(prior, "prior", change.shape).to(change.device) + change
 
 
 def _system(

@@ -47,6 +47,21 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(copy)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules in evaluation mode inside; outside, also after an error, each and the random numbers as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    random = torch.get_rng_state()
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        torch.set_rng_state(random)
+
+
 def check_evaluation(model: nn.Module) -> None:
     """Refuse modules whose training-mode behaviour makes a per-example derivative meaningless.
 

@@ -1,5 +1,6 @@
 """Which labels to buy next: what a linearised model would learn from each, for a whole pool and without training."""
 
+from ntkit.solve.losses import CrossEntropy, Loss, SquareLoss
 from ntkit.uses.active.comparison import Comparison, compare
 from ntkit.uses.active.designs import LCMD, Bait, CoreSet, FrankWolfe, KMeansPlusPlus, MaxDet, MaxDiag
 from ntkit.uses.active.exchange import CSV, Argilla, LabelStudio
@@ -9,7 +10,6 @@ from ntkit.uses.active.gradients import BADGE
 from ntkit.uses.active.learned import LearnedLoss
 from ntkit.uses.active.lookahead import LookAhead
 from ntkit.uses.active.loop import Asked, Loop, UntrainedWarning
-from ntkit.uses.active.losses import CrossEntropy, Loss, SquareLoss
 from ntkit.uses.active.objectives import (
     BrierReduction,
     EntropyReduction,

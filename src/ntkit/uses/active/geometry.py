@@ -114,7 +114,7 @@ class Hidden(Geometry):
         """
         seen = layer_inputs(tangent, x, self.layers)
         chosen = list(seen.inputs.values())[-self.depth :] if self.layers is None else list(seen.inputs.values())
-        sizes = [float(part.double().square().sum(1).mean().sqrt()) for part in chosen]
+        sizes = [float(part.norm(dtype=torch.float64)) / len(part) ** 0.5 for part in chosen]
         parts = [part / size for part, size in zip(chosen, sizes, strict=True) if size > 0]
         if not parts:
             raise ModelError(

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from ntkit.errors import InputError
 from ntkit.kernel.features import FeatureKernel
+from ntkit.solve.losses import CrossEntropy, Loss
 from ntkit.uses.active.columns import Columns, ProductColumns
 from ntkit.uses.active.designs import Scattered, in_turn
 from ntkit.uses.active.geometry import Geometry, LastLayer
-from ntkit.uses.active.losses import CrossEntropy, Loss
 from ntkit.uses.active.strategy import Round, Strategy
 
 if TYPE_CHECKING:

@@ -67,7 +67,10 @@ def layer_inputs(tangent: Tangent, x: Any, names: Sequence[str] | None = None) -
                 raise ModelError(f"the module {lost[0]!r} does not see each example once: name others, or none")
             if start == 0:
                 parts = {name: [] for name in whole}
-            parts = {name: [*before, whole[name].cpu()] for name, before in parts.items() if name in whole}
+            for name in [name for name in parts if name not in whole]:
+                del parts[name]
+            for name, column in parts.items():
+                column.append(whole[name].cpu())
             found.clear()
     finally:
         for hook in hooks:

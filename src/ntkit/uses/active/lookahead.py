@@ -11,8 +11,8 @@ from torch import Tensor
 from ntkit.errors import InputError
 from ntkit.kernel.base import DenseKernel
 from ntkit.kernel.features import FeatureKernel
+from ntkit.solve.losses import CrossEntropy, Loss
 from ntkit.uses.active.geometry import LEAST, Geometry, Hidden, posterior, scale
-from ntkit.uses.active.losses import CrossEntropy, Loss
 from ntkit.uses.active.objectives import IntegratedVariance, Objective, Scene
 from ntkit.uses.active.picks import Greedy, Picked, Picks
 from ntkit.uses.active.strategy import Round, Strategy

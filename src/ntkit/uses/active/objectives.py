@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ntkit.errors import InputError
-from ntkit.uses.active.losses import Loss
+from ntkit.solve.losses import Loss
 from ntkit.uses.active.posterior import Posterior, inverse, root_of, times
 
 # Numbers in a tensor of (targets, candidates, C).

@@ -227,11 +227,11 @@ class FeaturePosterior(Posterior):
         self._p = torch.cholesky_inverse(lower)
         self._g = targets
         self.own, self.shared = (torch.empty(n, c, c, dtype=torch.float64) for _ in range(2))
-        both = torch.cat([self._p, self._p @ targets @ self._p], 1).to(self._dtype)
+        p, g = self._p.to(self._dtype), targets.to(self._dtype)
         for some, block in self._strips():
-            inner = (block.reshape(-1, size) @ both).view(*block.shape[:2], 2, size)
-            self.own[some] = _grams(inner[:, :, 0], block)
-            self.shared[some] = _grams(inner[:, :, 1], block)
+            inner = (block.reshape(-1, size) @ p).view_as(block)
+            self.own[some] = _grams(inner, block)
+            self.shared[some] = _grams((inner.reshape(-1, size) @ g).view_as(block), inner)
 
     def between(self, rows: Tensor, cols: Tensor) -> Tensor:  # noqa: D102
         left, right = self._rows(rows), self._rows(cols)

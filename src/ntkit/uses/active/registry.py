@@ -6,8 +6,8 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ntkit.errors import InputError
+from ntkit.solve.losses import CrossEntropy, Loss
 from ntkit.uses.active import designs, gradients, learned, lookahead, objectives, sampled, typical, uncertainty
-from ntkit.uses.active.losses import CrossEntropy, Loss
 
 if TYPE_CHECKING:
     from ntkit.uses.active.strategy import Strategy

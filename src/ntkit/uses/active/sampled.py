@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError
+from ntkit.solve.losses import CrossEntropy, Loss
 from ntkit.tangent.readout import logits
-from ntkit.uses.active.losses import CrossEntropy, Loss
 from ntkit.uses.active.picks import Picked, one_after_the_other
 from ntkit.uses.active.strategy import Round, Strategy
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ntkit.errors import InputError
+from ntkit.solve.losses import CrossEntropy, Loss
 from ntkit.uses.active.lookahead import LookAhead
-from ntkit.uses.active.losses import CrossEntropy, Loss
 from ntkit.uses.active.objectives import MostLikelyChange
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ntkit.errors import InputError
+from ntkit.solve.losses import CrossEntropy, Loss
 from ntkit.tangent.examples import Examples
 from ntkit.tangent.readout import logits
-from ntkit.uses.active.losses import CrossEntropy, Loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

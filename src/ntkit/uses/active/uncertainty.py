@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ntkit.errors import InputError
-from ntkit.uses.active.losses import CrossEntropy, Loss
+from ntkit.solve.losses import CrossEntropy, Loss
 from ntkit.uses.active.picks import Picked, drawn_by_power, one_after_the_other
 from ntkit.uses.active.strategy import Round, Strategy
 

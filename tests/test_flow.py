@@ -1,0 +1,239 @@
+"""Closed forms of training with a fixed kernel: against explicit iteration of a linear model, and laws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ntkit.errors import InputError
+from ntkit.solve.course import Converged, Course, GradientDescent, GradientFlow, MomentumDescent, Ridge
+from ntkit.solve.flow import KernelFlow
+from ntkit.solve.regression import KernelRegression, regress
+from tests.test_regression import Problem
+
+few = settings(max_examples=20, deadline=None)
+problems = st.builds(
+    Problem, n=st.integers(2, 7), m=st.integers(1, 4), c=st.integers(1, 3), p=st.just(60), seed=st.integers(0, 2**16)
+)
+shapes = pytest.mark.parametrize("full", [False, True], ids=["reduced", "full"])
+means = pytest.mark.parametrize("mean", [False, True], ids=["sum", "mean"])
+
+
+class Linear:
+    """f(x) = f0(x) + phi(x) w with the features behind a problem's full kernel, trained by torch."""
+
+    def __init__(self, problem: Problem) -> None:
+        generator = torch.Generator().manual_seed(1)
+        n, m, c = problem.n, problem.m, problem.c
+        self.phi = torch.randn(n * c, 60, generator=generator, dtype=torch.float64)
+        self.phi_new = torch.randn(m * c, 60, generator=generator, dtype=torch.float64)
+        self.problem = problem
+        self.kernel, self.cross = self.phi @ self.phi.T, self.phi_new @ self.phi.T
+
+    def train(self, steps: int, rate: float, *, mean: bool, **options: float | bool) -> tuple[Tensor, Tensor, float]:
+        """Outputs on old and new examples, and how far the weights have moved."""
+        w = torch.nn.Parameter(torch.zeros(60, dtype=torch.float64))
+        optimizer = torch.optim.SGD([w], lr=rate, **options)  # type: ignore[arg-type]
+        p = self.problem
+        for _ in range(steps):
+            optimizer.zero_grad()
+            misfit = (self.phi @ w).view(p.n, p.c) + p.f0 - p.y
+            loss = 0.5 * misfit.square().sum() / (p.n if mean else 1)
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            old, new = (self.phi @ w).view(p.n, p.c) + p.f0, (self.phi_new @ w).view(p.m, p.c) + p.f0_new
+            return old, new, float(w.norm())
+
+
+@means
+@pytest.mark.parametrize(
+    ("steps", "options"),
+    [(0, {}), (1, {}), (40, {}), (40, {"momentum": 0.9}), (40, {"momentum": 0.8, "nesterov": True})],
+)  # fmt: skip
+def test_steps_of_torch(mean: bool, steps: int, options: dict) -> None:
+    """t steps of `torch.optim.SGD` on the linear model, to 1e-12: outputs, new outputs, parameters, loss."""
+    problem = Problem()
+    linear = Linear(problem)
+    flow = KernelFlow.decompose(linear.kernel, problem.y, prior=problem.f0, mean=mean)
+    rate = 0.7 * flow.largest_learning_rate()
+    course: Course = MomentumDescent(steps, rate, **options) if options else GradientDescent(steps, rate)
+    old, new, distance = linear.train(steps, rate, mean=mean, **options)
+    scale = float(problem.y.abs().max())
+    torch.testing.assert_close(problem.y - flow.residuals(course), old, rtol=0, atol=1e-12 * scale)
+    torch.testing.assert_close(flow.predict(linear.cross, course, problem.f0_new), new, rtol=0, atol=1e-11 * scale)
+    assert flow.displacement(course) == pytest.approx(distance, rel=1e-9, abs=1e-12)
+    loss = 0.5 * float((old - problem.y).square().sum()) / (problem.n if mean else 1)
+    assert flow.loss(course) == pytest.approx(loss, rel=1e-9)
+
+
+@means
+def test_flow_is_the_limit_of_small_steps(mean: bool) -> None:
+    problem = Problem()
+    linear = Linear(problem)
+    flow = KernelFlow.decompose(linear.kernel, problem.y, prior=problem.f0, mean=mean)
+    time = 3 * flow.largest_learning_rate()
+    exact = flow.predict(linear.cross, GradientFlow(time), problem.f0_new)
+    errors = []
+    for steps in (1000, 2000):
+        old, new, _ = linear.train(steps, time / steps, mean=mean)
+        errors.append(float((new - exact).norm()))
+        assert float((old - problem.y + flow.residuals(GradientFlow(time))).norm()) < 0.1
+    assert 0.4 < errors[1] / errors[0] < 0.6  # first order in the step
+
+
+@shapes
+@few
+@given(problem=problems, times=st.tuples(st.floats(0, 3), st.floats(0, 3)))
+def test_semigroup(full: bool, problem: Problem, times: tuple[float, float]) -> None:
+    """Training for s and then for t is training for s + t."""
+    kernel, _ = problem.kernels(full)
+    unit = 1 / float(torch.linalg.eigvalsh(kernel).max())
+    s, t = (time * unit for time in times)
+    first = KernelFlow.decompose(kernel, problem.y, prior=problem.f0, mean=False)
+    there = problem.y - first.residuals(GradientFlow(s))
+    second = KernelFlow.decompose(kernel, problem.y, prior=there, mean=False)
+    torch.testing.assert_close(
+        second.residuals(GradientFlow(t)), first.residuals(GradientFlow(s + t)), rtol=1e-9, atol=1e-10
+    )
+
+
+@shapes
+@few
+@given(problem=problems)
+def test_begins_at_the_network_and_ends_at_the_solve(full: bool, problem: Problem) -> None:
+    kernel, cross = problem.kernels(full)
+    flow = KernelFlow.decompose(kernel, problem.y, prior=problem.f0)
+    start = flow.predict(cross, GradientFlow(0.0), problem.f0_new)
+    torch.testing.assert_close(start, problem.f0_new)
+    end = regress(kernel, problem.y, 0.0, prior=problem.f0).predict(cross, problem.f0_new)
+    late = flow.predict(cross, GradientFlow(1e3 / float(flow.eigenvalues.min())), problem.f0_new)
+    for found in (late, flow.predict(cross, Converged(), problem.f0_new)):
+        torch.testing.assert_close(found, end, rtol=1e-6, atol=1e-6 * float(end.abs().max()))
+
+
+@few
+@given(problem=problems, exponent=st.floats(-3, 1))
+def test_ridge_is_a_course(problem: Problem, exponent: float) -> None:
+    ridge = 10.0**exponent
+    flow = KernelFlow.decompose(problem.reduced, problem.y, prior=problem.f0, mean=False)
+    found = KernelRegression.decompose(problem.reduced, problem.y, prior=problem.f0)
+    torch.testing.assert_close(flow.coefficients(Ridge(ridge)), found.coefficients(ridge), rtol=1e-8, atol=1e-10)
+    assert flow.gcv(Ridge(ridge)) == pytest.approx(found.gcv(ridge), rel=1e-8)
+
+
+def test_one_example_by_hand() -> None:
+    """f_t = y + (f0 - y) exp(-k t)."""
+    flow = KernelFlow.decompose(torch.tensor([[2.0]]).double(), torch.tensor([3.0]), prior=torch.tensor([1.0]))
+    found = 3.0 - float(flow.residuals(GradientFlow(0.4)))
+    assert found == pytest.approx(3 - 2 * torch.exp(torch.tensor(-0.8).double()).item())
+
+
+def test_repeated_examples() -> None:
+    """A singular kernel: the mode that no data moves stays, and nothing is divided by zero."""
+    x = torch.tensor([[1.0], [1.0]]).double()
+    flow = KernelFlow.decompose(x @ x.T, torch.tensor([[1.0], [3.0]]).double(), mean=False)
+    for course in (Converged(), GradientFlow(1e6), GradientDescent(10**6, 0.5), MomentumDescent(10**6, 0.5, 0.5)):
+        fitted = torch.tensor([[1.0], [3.0]]).double() - flow.residuals(course)
+        torch.testing.assert_close(fitted, torch.full((2, 1), 2.0).double(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(flow.predict(x @ x.T, course), fitted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("course", [GradientDescent(7, 0.01), MomentumDescent(7, 0.01, 0.9), GradientFlow(0.07)])
+def test_small_eigenvalues_lose_nothing(course: Course) -> None:
+    """(1 - left) / l is smooth at zero: its value at 1e-12 is its limit."""
+    values = torch.tensor([0.0, 1e-12, 1e-9], dtype=torch.float64)
+    moved = course.moved(values)
+    torch.testing.assert_close(moved[1:], moved[:1].expand(2), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_largest_learning_rate(momentum: float, nesterov: bool) -> None:
+    problem = Problem()
+    flow = KernelFlow.decompose(problem.reduced, problem.y)
+    limit = flow.largest_learning_rate(momentum, nesterov=nesterov)
+    for factor, diverges in ((0.99, False), (1.01, True)):
+        left = MomentumDescent(5000, factor * limit, momentum, nesterov).left(flow.eigenvalues)
+        assert bool((left.abs().max() > 1) | left.isnan().any()) == diverges
+
+
+def test_gcv_by_the_definition() -> None:
+    """n mean ||(I - S) r||^2 / tr(I - S)^2 with the matrix S that makes fits of residuals."""
+    problem = Problem()
+    flow = KernelFlow.decompose(problem.reduced, problem.y, prior=problem.f0)
+    course = GradientFlow(2 * flow.largest_learning_rate())
+    rest = torch.linalg.matrix_exp(-problem.reduced / problem.n * course.time)
+    residual = rest @ (problem.y - problem.f0)
+    expected = float(residual.square().sum(1).mean()) / float(rest.diagonal().mean()) ** 2
+    assert flow.gcv(course) == pytest.approx(expected, rel=1e-10)
+
+
+def test_stops_where_new_examples_are_predicted_best() -> None:
+    """Noisy targets: training to the end costs much, and GCV stops near the best time without seeing a test set."""
+    generator = torch.Generator().manual_seed(0)
+    n, p = 120, 400
+    spread = torch.arange(1, p + 1, dtype=torch.float64).pow(-1.0)
+    phi = torch.randn(2 * n, p, generator=generator, dtype=torch.float64) * spread
+    truth = torch.randn(p, 1, generator=generator, dtype=torch.float64)
+    clean = phi @ truth
+    y = clean[:n] + 0.5 * clean.std() * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    flow = KernelFlow.decompose(phi[:n] @ phi[:n].T, y)
+    stop = flow.best()
+
+    def error(course: Course) -> float:
+        return float((flow.predict(phi[n:] @ phi[:n].T, course) - clean[n:]).square().mean())
+
+    errors = torch.tensor([error(course) for course in stop.courses])
+    assert error(stop.course) < 1.3 * float(errors.min())
+    assert error(Converged()) > 2 * error(stop.course)
+    noise = 0.25 * float(clean.std()) ** 2
+    assert stop.gcv == pytest.approx(error(stop.course) + noise, rel=0.3)  # noise included
+
+
+def test_ensemble_covariance() -> None:
+    """The covariance of f0(x) - F f0(X) for any joint covariance of f0; that of the training examples goes to zero."""
+    problem = Problem()
+    flow = KernelFlow.decompose(problem.reduced, problem.y)
+    n, m = problem.n, problem.m
+    root = torch.randn(n + m, n + m, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    first = root @ root.T
+    course = GradientFlow(3 * flow.largest_learning_rate())
+    linear = torch.stack(
+        [flow_of(problem.reduced, column, problem.cross, course) for column in torch.eye(n).double()], 1
+    )
+    both = torch.cat([-linear, torch.eye(m).double()], 1)
+    found = flow.covariance(course, problem.cross, first[:n, :n], first[n:, :n], first[n:, n:])
+    torch.testing.assert_close(found, both @ first @ both.T)
+    late = flow.covariance(Converged(), problem.reduced, first[:n, :n], first[:n, :n], first[:n, :n])
+    assert float(late.abs().max()) < 1e-6 * float(first.abs().max())
+
+
+def flow_of(kernel: Tensor, targets: Tensor, cross: Tensor, course: Course) -> Tensor:
+    return KernelFlow.decompose(kernel, targets).predict(cross, course)[:, 0]
+
+
+def test_bad_input() -> None:
+    problem = Problem()
+    flow = KernelFlow.decompose(problem.reduced, problem.y, prior=problem.f0)
+    with pytest.raises(InputError, match="pass f0 of the new examples"):
+        flow.predict(problem.cross, GradientFlow(1.0))
+    with pytest.raises(InputError, match="diverges"):
+        flow.residuals(GradientDescent(10**6, 100 * flow.largest_learning_rate()))
+    with pytest.raises(InputError, match="Converged"):
+        GradientFlow(float("inf"))
+    with pytest.raises(InputError, match="steps"):
+        GradientDescent(-1, 0.1)
+    with pytest.raises(InputError, match="learning_rate"):
+        GradientDescent(1, 0.0)
+    with pytest.raises(InputError, match="momentum"):
+        MomentumDescent(1, 0.1, 1.0)
+    with pytest.raises(InputError, match="ridge"):
+        Ridge(0.0)
+    with pytest.raises(InputError, match="at least one course"):
+        flow.best([])
+    with pytest.raises(InputError, match="first_cross"):
+        flow.covariance(GradientFlow(1.0), problem.cross, problem.reduced, problem.reduced, problem.reduced)
