@@ -1,0 +1,235 @@
+"""Recording learning paths through any training loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import weakref
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkit.errors import InputError, ModelError, StoreError
+from ntkit.tangent.examples import Examples
+from ntkit.tangent.identity import architecture, content
+from ntkit.tangent.readout import logits
+from ntkit.tangent.untouched import evaluating
+from ntkit.uses.dynamics.paths import Paths
+from ntkit.uses.dynamics.schedules import Every, Schedule
+
+if TYPE_CHECKING:
+    from ntkit.tangent.readout import Select
+
+VERSION = 1
+# Examples of one forward pass.
+BATCH = 256
+# Of one record: its step, and the checksum of all of it.
+_STEP, _SUM = struct.Struct("<q"), struct.Struct("<I")
+
+
+class PathRecorder:
+    """Notes what a network says about some probes, in evaluation mode, while it is trained.
+
+        recorder = PathRecorder(x_probe, labels=y_probe, folder="paths")
+        recorder.record(model, 0)
+        for step, (x, y) in enumerate(loader, 1):
+            ...  # any training step
+            recorder.record(model, step)
+
+    With a folder every record is on disk when `record` returns, and a killed run loses none; a new recorder on the same
+    folder goes on from there. Model, training mode and random numbers are left as they are.
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        *,
+        labels: Tensor | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        schedule: Schedule | None = None,
+        select: Select | None = None,
+    ) -> None:
+        """Look at the probes, and at what the folder holds.
+
+        Args:
+            x: the n probes.
+            labels: classes that they are trained to, or were given, (n,).
+            folder: to keep the records in; None for memory alone.
+            schedule: when to look; after every step by default.
+            select: takes the (n, C) logits out of the network's output, if it is not a tensor.
+
+        Raises:
+            InputError: if labels do not fit.
+            StoreError: if the folder holds records of other probes, or cannot be read or written.
+        """
+        self._examples = Examples(x)
+        self._labels = None if labels is None else torch.as_tensor(labels).cpu().long()
+        if self._labels is not None and self._labels.shape != (len(self._examples),):
+            raise InputError(f"labels are {len(self._examples)} classes: got shape {tuple(self._labels.shape)}")
+        self.schedule = Every() if schedule is None else schedule
+        self._select = select
+        self._digest = content(self._examples)
+        self._steps: list[int] = []
+        self._records: list[Tensor] = []
+        self._architecture: str | None = None
+        self._known: weakref.ref[nn.Module] | None = None
+        self._folder = None if folder is None else Path(folder)
+        if self._folder is not None and (self._folder / "probes.json").exists():
+            self._resume(self._folder)
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self._steps)
+
+    @property
+    def last(self) -> int | None:
+        """The last step that was recorded."""
+        return self._steps[-1] if self._steps else None
+
+    def record(self, model: nn.Module, step: int) -> bool:
+        """Note what the network says, if the schedule has it so. Cost: a forward pass of the n probes.
+
+        Args:
+            model: in whatever mode.
+            step: number of updates done.
+
+        Returns:
+            Whether it was due.
+
+        Raises:
+            InputError: if the step is not after the last one (see `rewind`).
+            ModelError: if the model is another one than before, or its outputs are not finite.
+            StoreError: if it cannot be written; what was recorded is kept.
+        """
+        if not self.schedule.due(step):
+            return False
+        if self.last is not None and step <= self.last:
+            raise InputError(
+                f"step {step} is not after step {self.last}, the last of the records. For a run that goes on from an "
+                f"earlier checkpoint call rewind({step}); for a new run take another folder"
+            )
+        self._check(model)
+        with evaluating(model), torch.no_grad():
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            parts = [
+                logits(self._examples.batch(slice(start, start + BATCH), device).call(model), self._select)
+                for start in range(0, len(self._examples), BATCH)
+            ]
+        found = torch.cat(parts).float().cpu()
+        if len(found) != len(self._examples):
+            raise ModelError(f"the network gives {len(found)} outputs for {len(self._examples)} probes")
+        if self._records and found.shape != self._records[0].shape:
+            raise ModelError(f"the network has {found.shape[1]} outputs, before it had {self._records[0].shape[1]}")
+        if not bool(torch.isfinite(found).all()):
+            raise ModelError(
+                f"outputs at step {step} are not finite: training has diverged. The {len(self)} records before are kept"
+            )
+        if self._folder is not None:
+            self._write(self._folder, step, found)
+        self._steps.append(step)
+        self._records.append(found)
+        return True
+
+    def paths(self) -> Paths:
+        """What has been recorded.
+
+        Raises:
+            InputError: if nothing has.
+        """
+        if not self._steps:
+            raise InputError("nothing has been recorded yet")
+        return Paths(torch.tensor(self._steps), torch.stack(self._records), self._labels, self._digest)
+
+    def rewind(self, step: int) -> None:
+        """Go on from an earlier checkpoint: records of this step and later are set aside (`replaced-*.bin`).
+
+        Raises:
+            StoreError: if the files cannot be changed.
+        """
+        keep = sum(done < step for done in self._steps)
+        if keep == len(self._steps):
+            return
+        if self._folder is not None:
+            path = self._folder / "records.bin"
+            size = self._size()
+            try:
+                whole = path.read_bytes()
+                aside = self._folder / f"replaced-{self._steps[keep]}-{self._steps[-1]}.bin"
+                aside.write_bytes(whole[keep * size :])
+                os.truncate(path, keep * size)
+            except OSError as error:
+                raise StoreError(f"{path}: cannot set records aside ({error})") from error
+        del self._steps[keep:], self._records[keep:]
+
+    def _size(self) -> int:
+        return _STEP.size + 4 * self._records[0].numel() + _SUM.size
+
+    def _check(self, model: nn.Module) -> None:
+        if self._known is not None and model is self._known():
+            return
+        found = architecture(model)
+        if self._architecture is not None and found != self._architecture:
+            raise ModelError(
+                "this is another network than the one whose paths are recorded here (its modules differ): take another "
+                "folder, or a new recorder"
+            )
+        self._architecture, self._known = found, weakref.ref(model)
+
+    def _write(self, folder: Path, step: int, found: Tensor) -> None:
+        body = _STEP.pack(step) + found.contiguous().numpy().astype("<f4").tobytes()
+        path = folder / "records.bin"
+        try:
+            if not self._steps:
+                folder.mkdir(parents=True, exist_ok=True)
+                facts = {
+                    "version": VERSION, "probes": self._digest, "architecture": self._architecture,
+                    "shape": list(found.shape), "labels": None if self._labels is None else self._labels.tolist(),
+                }  # fmt: skip
+                part = folder / "probes.json.part"
+                part.write_text(json.dumps(facts))
+                part.replace(folder / "probes.json")
+                path.write_bytes(b"")
+            with path.open("ab") as file:
+                before = file.tell()
+                try:
+                    file.write(body + _SUM.pack(zlib.crc32(body)))
+                    file.flush()
+                except OSError:
+                    os.truncate(path, before)  # half a record, as of a full disk
+                    raise
+        except OSError as error:
+            raise StoreError(f"{path}: cannot write the record ({error}). Those before are kept") from error
+
+    def _resume(self, folder: Path) -> None:
+        try:
+            facts = json.loads((folder / "probes.json").read_text())
+            raw = (folder / "records.bin").read_bytes() if (folder / "records.bin").exists() else b""
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{folder}: cannot read the recorded paths ({error})") from error
+        if facts.get("version") != VERSION:
+            raise StoreError(f"{folder}: paths of format {facts.get('version')}, this is {VERSION}")
+        labels = None if self._labels is None else self._labels.tolist()
+        for name, mine in (("probes", self._digest), ("labels", labels)):
+            if facts[name] != mine:
+                raise StoreError(f"{folder} holds paths of other {name}: take another folder, or the same {name}")
+        shape = tuple(facts["shape"])
+        size = _STEP.size + 4 * shape[0] * shape[1] + _SUM.size
+        for start in range(0, len(raw), size):
+            body, tail = raw[start : start + size - _SUM.size], raw[start + size - _SUM.size : start + size]
+            if len(tail) < _SUM.size:  # killed while writing: that record has not happened
+                os.truncate(folder / "records.bin", start)
+                break
+            if _SUM.unpack(tail)[0] != zlib.crc32(body):
+                raise StoreError(
+                    f"{folder / 'records.bin'}: record {start // size} is damaged. Restore the file from a copy, or "
+                    f"cut it off after {start} bytes to go on from there"
+                )
+            self._steps.append(_STEP.unpack(body[: _STEP.size])[0])
+            values = np.frombuffer(body[_STEP.size :], "<f4").reshape(shape)
+            self._records.append(torch.from_numpy(values.astype(np.float32)))
+        self._architecture = facts["architecture"]

@@ -1,0 +1,150 @@
+"""The kernel in motion, the linearised network, influence along a path: against definitions and real training."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ntkit.errors import InputError, ModelError
+from ntkit.solve.course import GradientDescent
+from ntkit.solve.flow import KernelFlow
+from ntkit.solve.losses import CrossEntropy, Loss, SquareLoss
+from ntkit.uses.dynamics import Every, KernelRecorder, Linearized, constancy, influence, one_step
+from tests import oracles
+
+
+def network(width: int = 16, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3)).double().eval()
+
+
+def data(seed: int = 1, n: int = 6, m: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, new = (torch.randn(k, 4, generator=generator, dtype=torch.float64) for k in (n, m))
+    return x, torch.randint(3, (n,), generator=generator), new
+
+
+def kernel_of(model: nn.Module, x1: Tensor, x2: Tensor) -> Tensor:
+    return oracles.entk(model, x1, x2, lambda z: z, list(model.parameters()))
+
+
+def test_the_linearised_network_trains_as_the_flow_says() -> None:
+    """Steps of torch on `Linearized` are the closed form with the first kernel, to 1e-10."""
+    model, (x, y, new) = network(), data()
+    target = nn.functional.one_hot(y, 3).double()
+    straight = Linearized(model)
+    assert [name for name, _ in straight.named_parameters()] == ["change"]
+    torch.testing.assert_close(straight(new), model(new))
+    flow = KernelFlow.decompose(kernel_of(model, x, x), target, prior=model(x).detach())
+    rate = 0.5 * flow.largest_learning_rate()
+    optimizer = torch.optim.SGD(straight.parameters(), lr=rate)
+    for _ in range(30):
+        optimizer.zero_grad()
+        (0.5 * (straight(x) - target).square().sum() / len(x)).backward()
+        optimizer.step()
+    expected = flow.predict(kernel_of(model, new, x), GradientDescent(30, rate), model(new).detach())
+    torch.testing.assert_close(straight(new).detach(), expected, rtol=0, atol=1e-10)
+    assert float(straight.change.detach().norm()) == pytest.approx(
+        flow.displacement(GradientDescent(30, rate)), rel=1e-9
+    )
+    with pytest.raises(ModelError, match=r"model.eval\(\)"):
+        Linearized(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)))
+
+
+def test_kernel_recorder_by_the_definitions() -> None:
+    model, (x, y, _) = network(), data()
+    recorder = KernelRecorder(x, labels=y, trace=False, schedule=Every())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    kernels = []
+    for step in range(4):
+        recorder.record(model.train(), step)
+        assert model.training
+        kernels.append(kernel_of(model, x, x))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    path = recorder.path(eigenvalues=3)
+    for step, k in enumerate(kernels):
+        assert float(path.drift[step]) == pytest.approx(float((k - kernels[0]).norm() / kernels[0].norm()), abs=1e-9)
+        if step:
+            before = kernels[step - 1]
+            assert float(path.velocity[step]) == pytest.approx(float((k - before).norm() / before.norm()), rel=1e-6)
+        values = torch.linalg.eigvalsh(k).flip(0)
+        torch.testing.assert_close(path.largest[step], values[:3])
+        ratio = values.sum() ** 2 / values.square().sum()
+        torch.testing.assert_close(path.effective_rank[step], ratio)
+    assert float(path.similarity[0]) == pytest.approx(1.0)
+    assert bool((path.similarity[1:] < 1).all())
+    with pytest.raises(InputError, match="rewind"):
+        recorder.record(model, 2)
+    recorder.rewind(2)
+    assert recorder.steps == [0, 1]
+    with pytest.raises(InputError, match="nothing"):
+        KernelRecorder(x).path()
+
+
+def test_velocity_counts_steps() -> None:
+    model, (x, _, _) = network(), data()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin[0].weight.mul_(1.1)
+    one, five = (KernelRecorder(x, schedule=Every()) for _ in range(2))
+    for recorder, gap in ((one, 1), (five, 5)):
+        recorder.record(model, 10)
+        recorder.record(twin, 10 + gap)
+    assert float(one.path().velocity[1]) == pytest.approx(5 * float(five.path().velocity[1]))
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), SquareLoss()])
+def test_influence_is_one_step_of_one_example(loss: Loss) -> None:
+    """At one checkpoint it is what a step on each example alone would do, to first order."""
+    model, (x, y, new) = network(), data()
+    found = influence([(model, 0.05)], (x, y), (new[:1], 2), loss=loss)
+    for n in range(len(x)):
+        step = one_step(model, (x[n : n + 1], y[n : n + 1]), new[:1], 0.05, loss=loss)
+        change = step.in_probability if step.in_log_probability is None else step.in_log_probability
+        assert float(found.total[n]) == pytest.approx(float(change.predicted[0, 2]), rel=1e-9)
+
+
+def test_influence_adds_up_to_what_happened() -> None:
+    """Full-batch training in small steps: the influences of all examples sum to the change of the log-probability."""
+    model, (x, y, new) = network(), data()
+    rate, checkpoints = 1e-3, []
+    first = float(model(new[:1]).detach().log_softmax(1)[0, 1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    for _ in range(100):
+        checkpoints.append((copy.deepcopy(model), rate / len(x)))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    found = influence(checkpoints, (x, y), (new[:1], 1))
+    last = float(model(new[:1]).detach().log_softmax(1)[0, 1])
+    assert float(found.total.sum()) == pytest.approx(last - first, rel=1e-2)
+    assert found.each.shape == (100, len(x))
+    assert found.strongest(2).tolist() == found.total.abs().topk(2).indices.tolist()
+    with pytest.raises(InputError, match="one probe"):
+        influence(checkpoints[:1], (x, y), (new, 1))
+    with pytest.raises(InputError, match="classes are numbers"):
+        influence(checkpoints[:1], (x, y), (new[:1], 3))
+    with pytest.raises(InputError, match="at least one checkpoint"):
+        influence([], (x, y), (new[:1], 1))
+
+
+def test_wide_networks_follow_the_flow() -> None:
+    """The kernel moves less and the gap to the flow falls with width, as 1/sqrt(width) or faster, within noise."""
+    x, y, new = data(n=5)
+    target = nn.functional.one_hot(y, 3).double()
+    ticks: list[tuple[int, int]] = []
+    found = constancy(
+        lambda width: network(width, int(torch.initial_seed()) % 2**31), (32, 128, 512), (x, target), new,
+        generator=torch.Generator().manual_seed(0), steps=60, seeds=2, progress=lambda *tick: ticks.append(tick),
+    )  # fmt: skip
+    assert found.drift_slope < -0.35
+    assert found.gap_slope < -0.35
+    assert ticks[-1] == (6, 6)
+    assert max(one.gap for one in found.networks if one.width == 512) < 0.1
+    with pytest.raises(InputError, match="two widths"):
+        constancy(network, (16,), (x, target), new, generator=torch.Generator())

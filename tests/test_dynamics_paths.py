@@ -1,0 +1,347 @@
+"""Recorded paths: what a recorder keeps, through kills and checkpoints, and what the paths say."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ntkit.errors import InputError, ModelError, StoreError
+from ntkit.uses.dynamics import (
+    Every,
+    Logarithmic,
+    PathRecorder,
+    Paths,
+    lightning_callback,
+    merge,
+    ranking_quality,
+    trainer_callback,
+    triangle,
+)
+
+few = settings(max_examples=25, deadline=None)
+
+
+def network(seed: int = 0, outputs: int = 4) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, outputs))
+
+
+def probes(n: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, 3, generator=generator), torch.randint(4, (n,), generator=generator)
+
+
+def train(model: nn.Module, recorder: PathRecorder | None, steps: int, start: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(32, 3, generator=generator), torch.randint(4, (32,), generator=generator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(start + 1, start + steps + 1):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model.train()(x), y).backward()
+        optimizer.step()
+        if recorder is not None:
+            recorder.record(model, step)
+    return model
+
+
+def made(q: Tensor, labels: Tensor | None = None, steps: Tensor | None = None) -> Paths:
+    """Paths with given probabilities (T, n, C)."""
+    return Paths(torch.arange(len(q)) if steps is None else steps, q.log(), labels, "made")
+
+
+def test_recording_does_not_change_training() -> None:
+    """Same random numbers, same running statistics, same mode: the network ends where it would have ended."""
+    x, y = probes()
+    plain, recorder = train(network(), None, 10), PathRecorder(x, labels=y)
+    watched = train(network(), recorder, 10)  # `network` seeds the random numbers, dropout's too
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, watched.state_dict()[name])
+    assert watched.training
+    assert len(recorder) == 10
+    expected = watched.eval()(x).detach()
+    torch.testing.assert_close(recorder.paths().logits[-1], expected)
+
+
+def test_goes_on_after_a_kill(tmp_path: Path) -> None:
+    """A new recorder has all records, a torn last one is cut off, and the paths are those of one run."""
+    x, y = probes()
+    whole = PathRecorder(x, labels=y)
+    train(network(), whole, 6)
+    first = PathRecorder(x, labels=y, folder=tmp_path / "paths")
+    model = train(network(), first, 4)
+    with (tmp_path / "paths" / "records.bin").open("ab") as file:
+        file.write(b"half a record")
+    second = PathRecorder(x, labels=y, folder=tmp_path / "paths")
+    assert second.last == 4
+    torch.manual_seed(0)
+    train(model, second, 2, start=4)
+    third = PathRecorder(x, labels=y, folder=tmp_path / "paths")
+    assert third.paths().steps.tolist() == whole.paths().steps.tolist()
+    assert torch.equal(third.paths().logits[:4], whole.paths().logits[:4])
+    assert torch.equal(third.paths().logits, second.paths().logits)
+
+
+def test_rewinding_loses_nothing(tmp_path: Path) -> None:
+    x, y = probes()
+    recorder = PathRecorder(x, labels=y, folder=tmp_path)
+    model = train(network(), recorder, 6)
+    before = (tmp_path / "records.bin").read_bytes()
+    with pytest.raises(InputError, match=r"rewind\(4\)"):
+        recorder.record(model, 4)
+    recorder.rewind(4)
+    assert recorder.last == 3
+    recorder.record(model, 4)
+    kept = (tmp_path / "records.bin").read_bytes()
+    assert kept[: len(before) // 2] == before[: len(before) // 2]
+    assert (tmp_path / "replaced-4-6.bin").read_bytes() == before[len(before) // 2 :]
+    assert PathRecorder(x, labels=y, folder=tmp_path).paths().steps.tolist() == [1, 2, 3, 4]
+
+
+def test_what_does_not_belong_is_refused(tmp_path: Path) -> None:
+    x, y = probes()
+    recorder = PathRecorder(x, labels=y, folder=tmp_path)
+    train(network(), recorder, 2)
+    with pytest.raises(StoreError, match="other probes"):
+        PathRecorder(x + 1, labels=y, folder=tmp_path)
+    with pytest.raises(StoreError, match="other labels"):
+        PathRecorder(x, labels=(y + 1) % 4, folder=tmp_path)
+    again = PathRecorder(x, labels=y, folder=tmp_path)
+    with pytest.raises(ModelError, match="another network"):
+        again.record(network(outputs=5), 3)
+    broken = network()
+    with torch.no_grad():
+        broken[0].weight.fill_(math.nan)
+    with pytest.raises(ModelError, match="not finite"):
+        again.record(broken, 3)
+    assert len(again) == 2
+    raw = bytearray((tmp_path / "records.bin").read_bytes())
+    raw[12] ^= 1
+    (tmp_path / "records.bin").write_bytes(bytes(raw))
+    with pytest.raises(StoreError, match="record 0 is damaged"):
+        PathRecorder(x, labels=y, folder=tmp_path)
+    with pytest.raises(InputError, match="5 classes"):
+        PathRecorder(x, labels=y[:2])
+    with pytest.raises(InputError, match="nothing has been recorded"):
+        PathRecorder(x).paths()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    x, _ = probes()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write"):
+        PathRecorder(x, folder=tmp_path / "file" / "paths").record(network(), 0)
+
+
+def test_saved_paths(tmp_path: Path) -> None:
+    x, y = probes()
+    recorder = PathRecorder(x, labels=y)
+    train(network(), recorder, 3)
+    paths = recorder.paths()
+    paths.save(tmp_path / "paths.npz")
+    found = Paths.load(tmp_path / "paths.npz")
+    assert torch.equal(found.logits, paths.logits)
+    assert torch.equal(found.labels, y)
+    assert found.probes == paths.probes
+    (tmp_path / "none.npz").write_bytes(b"no")
+    with pytest.raises(StoreError, match="no recorded paths"):
+        Paths.load(tmp_path / "none.npz")
+
+
+def test_merged() -> None:
+    x, y = probes()
+    all_of_them, early, late = PathRecorder(x, labels=y), PathRecorder(x, labels=y), PathRecorder(x, labels=y)
+    left, right = PathRecorder(x[:2], labels=y[:2]), PathRecorder(x[2:], labels=y[2:])
+    model = network()
+    for step in range(1, 5):
+        train(model, None, 1)
+        for recorder in (all_of_them, left, right, early if step < 3 else late):
+            recorder.record(model, step)
+    whole = all_of_them.paths()
+    for found in (merge(late.paths(), early.paths()), merge(left.paths(), right.paths())):
+        torch.testing.assert_close(found.logits, whole.logits)
+        assert torch.equal(found.labels, y)
+        assert found.steps.tolist() == [1, 2, 3, 4]
+    with pytest.raises(InputError, match="in common"):
+        merge(whole, early.paths())
+    with pytest.raises(InputError, match="same steps"):
+        merge(left.paths(), late.paths())
+
+
+def test_schedules() -> None:
+    assert [step for step in range(10) if Every(3).due(step)] == [0, 3, 6, 9]
+    assert [step for step in range(20) if Logarithmic(50).due(step)] == list(range(20))
+    due = [step for step in range(100_001) if Logarithmic(10).due(step)]
+    counts = [sum(10**k <= step < 10 ** (k + 1) for step in due) for k in (2, 3, 4)]
+    assert counts == [10, 10, 10]
+    with pytest.raises(InputError):
+        Every(0)
+
+
+# ---------------------------------------------------------------- what paths say
+
+
+paths_of = st.builds(
+    lambda seed, t, n: torch.randn(t, n, 4, generator=torch.Generator().manual_seed(seed)).softmax(2),
+    st.integers(0, 2**16), st.integers(2, 12), st.integers(1, 4),
+)  # fmt: skip
+
+
+@few
+@given(q=paths_of, weight=st.floats(0.05, 1.0))
+def test_smoothing_by_its_sum(q: Tensor, weight: float) -> None:
+    found = made(q).smoothed(weight)
+    t = len(q) - 1
+    weights = torch.tensor([(1 - weight) ** t] + [weight * (1 - weight) ** (t - k) for k in range(1, t + 1)])
+    torch.testing.assert_close(found[-1], (weights[:, None, None] * q).sum(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.sum(2), torch.ones(found.shape[:2]))
+
+
+@few
+@given(q=paths_of)
+def test_detours_are_at_least_straight(q: Tensor) -> None:
+    assert float(made(q).detour().min()) >= 1 - 1e-9
+
+
+def test_straight_and_bent_paths() -> None:
+    """A straight path has the detour 1 and goes nowhere astray; one by way of another class does both."""
+    corners = torch.eye(3).clamp_min(1e-6)
+    corners = corners / corners.sum(1, keepdim=True)
+    part = torch.linspace(0, 1, 400)[:, None]
+    start = torch.full((3,), 1 / 3)
+    straight = (1 - part) * start + part * corners[0]
+    bent = torch.cat([(1 - part) * start + part * corners[1], (1 - part) * corners[1] + part * corners[0]])
+    labels = torch.tensor([0])
+    one, two = (made(q[:, None], labels) for q in (straight, bent))
+    assert float(one.detour()) == pytest.approx(1.0, abs=1e-3)
+    length = (corners[1] - start).norm() + (corners[0] - corners[1]).norm()
+    assert float(two.detour()) == pytest.approx(float(length / (corners[0] - start).norm()), rel=0.05)
+    assert float(one.astray()) == pytest.approx(0.0, abs=1e-6)
+    assert float(two.astray()) == pytest.approx(2 / 3, rel=0.05)
+    assert float(one.area()) > float(two.area())
+
+
+def test_area_is_of_training_not_of_records() -> None:
+    """Seen at every step or at few: the same, for a probability that rises evenly."""
+    rising = torch.linspace(0.1, 0.9, 101)
+    q = torch.stack([rising, 1 - rising], 1)[:, None]
+    some = torch.tensor([0, 1, 2, 3, 10, 50, 100])
+    labels = torch.tensor([0])
+    dense, sparse = made(q, labels), made(q[some], labels, some)
+    assert float(dense.area()) == pytest.approx(0.5, abs=1e-6)
+    assert float(sparse.area()) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_learned_and_forgotten() -> None:
+    right, wrong = torch.tensor([0.8, 0.2]), torch.tensor([0.3, 0.7])
+    q = torch.stack(
+        [torch.stack(c) for c in ([wrong, right, wrong, right, right], [right] * 5, [right] * 4 + [wrong])], 1
+    )
+    paths = made(q, torch.tensor([0, 0, 0]), torch.tensor([0, 10, 20, 30, 40]))
+    assert paths.learned_at().tolist() == [30, 0, -1]
+    assert paths.forgotten().tolist() == [1, 0, 1]
+
+
+def test_a_triangle_for_any_number_of_classes() -> None:
+    q = torch.tensor([[0.1, 0.5, 0.3, 0.1], [0.6, 0.2, 0.1, 0.1]])[:, None]
+    found = made(q, torch.tensor([0])).reduced(0)
+    torch.testing.assert_close(found, torch.tensor([[0.1, 0.5, 0.4], [0.6, 0.2, 0.2]]))
+    corners = triangle(torch.eye(3))
+    torch.testing.assert_close((corners[0] - corners[2]).norm(), torch.tensor(1.0))
+    torch.testing.assert_close(triangle(torch.full((3,), 1 / 3)), corners.mean(0))
+    with pytest.raises(InputError, match="three classes"):
+        made(q[:, :, :2].softmax(2), torch.tensor([0])).reduced(0)
+
+
+def test_wrong_labels_are_found() -> None:
+    """Noisy labels in a real run: they are learned late, and the area ranks them first."""
+    from sklearn.datasets import load_digits
+
+    pixels, digits = load_digits(return_X_y=True)
+    x, truth = torch.tensor(pixels[:600] / 16).float(), torch.tensor(digits[:600])
+    generator = torch.Generator().manual_seed(0)
+    wrong = torch.rand(600, generator=generator) < 0.2
+    given = torch.where(wrong, (truth + torch.randint(1, 10, (600,), generator=generator)) % 10, truth)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    recorder = PathRecorder(x, labels=given, schedule=Every(4))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(601):
+        recorder.record(model, step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), given).backward()
+        optimizer.step()
+    paths = recorder.paths()
+    assert ranking_quality(paths.area(), wrong) > 0.95
+    assert ranking_quality(-paths.astray(), wrong) > 0.9
+    with pytest.raises(InputError, match="wrong labels and right ones"):
+        ranking_quality(paths.area(), torch.zeros(600))
+
+
+# ---------------------------------------------------------------- in other people's loops
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own
+def test_lightning(tmp_path: Path) -> None:
+    """Every step of a Lightning run, and a resumed run goes on; sets aside what was after the checkpoint."""
+    pl = pytest.importorskip("lightning.pytorch")
+    x, y = probes(16)
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def trainer(recorder: PathRecorder, steps: int) -> Any:
+        return pl.Trainer(
+            max_steps=steps, callbacks=[lightning_callback(recorder, network="net")], logger=False, accelerator="cpu",
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+            default_root_dir=tmp_path,
+        )  # fmt: skip
+
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    recorder = PathRecorder(x[:3], labels=y[:3], folder=tmp_path / "paths")
+    run = trainer(recorder, 4)
+    module = Module()
+    run.fit(module, data)
+    assert recorder.paths().steps.tolist() == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(recorder.paths().logits[-1], module.net.eval()(x[:3]).detach())
+    run.save_checkpoint(tmp_path / "checkpoint.ckpt")
+    recorder.record(module.net, 7)  # beyond the checkpoint
+    again = PathRecorder(x[:3], labels=y[:3], folder=tmp_path / "paths")
+    trainer(again, 6).fit(Module(), data, ckpt_path=tmp_path / "checkpoint.ckpt", weights_only=True)
+    assert again.paths().steps.tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_hugging_face(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3,
+        max_position_embeddings=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config)
+    tokens = torch.randint(20, (8, 5))
+    items = [{"input_ids": t, "labels": torch.tensor(k % 3)} for k, t in enumerate(tokens)]
+    recorder = PathRecorder({"input_ids": tokens[:3]}, select=lambda output: output.logits)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    transformers.Trainer(model, arguments, train_dataset=items, callbacks=[trainer_callback(recorder)]).train()
+    assert recorder.paths().steps.tolist() == [0, 1, 2, 3]
+    expected = model.eval()(input_ids=tokens[:3]).logits.detach()
+    torch.testing.assert_close(recorder.paths().logits[-1], expected)
