@@ -1,0 +1,1 @@
+"""Evidence for distillation: which supervision is better, and by how much."""

@@ -1,0 +1,143 @@
+"""The one training loop of these studies, and lines of results on disk.
+
+Like the loop of the papers: every epoch in a new random order, a validation score after each, the first best one kept.
+Many small networks of one shape are trained side by side, because one alone spends its time between the operations:
+each has its own examples, targets, order and weights, and goes exactly where it would go alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+
+from ntkit.uses import distill
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    Attributes:
+        network: makes a new one; what it draws follows the seed.
+        rate: of stochastic gradient descent with momentum 0.9.
+        epochs: passes over the training examples.
+        batch_size: examples of a step; the last, smaller batch of an epoch is used too.
+        decay: of the weights.
+        cosine: whether the rate falls to 0.
+    """
+
+    network: Callable[[], nn.Module]
+    rate: float
+    epochs: int
+    batch_size: int
+    decay: float = 0.0
+    cosine: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to train: on what, towards what, and the tables that take in every batch before the step."""
+
+    x: Tensor
+    targets: distill.Targets
+    validation: tuple[Tensor, Tensor]
+    seed: int
+    tables: dict[str, distill.EMATargets] = field(default_factory=dict)
+
+
+@dataclass
+class Trained:
+    """A network at its last epoch and, within `best`, at its best one, with the tables of that moment."""
+
+    model: nn.Module
+    best: distill.BestSoFar
+
+
+def train(recipe: Recipe, jobs: list[Job]) -> list[Trained]:
+    """Train one network for each job."""
+    trained = [Trained(_made(recipe.network, job.seed), distill.BestSoFar()) for job in jobs]
+    models, taught = [found.model for found in trained], [job.targets.table() for job in jobs]
+    orders = [torch.Generator().manual_seed(job.seed) for job in jobs]
+    weights, _ = stack_module_state(models)
+    bare = copy.deepcopy(models[0])
+    forward = vmap(lambda parameters, x: functional_call(bare, parameters, (x,)))
+    optimizer = torch.optim.SGD(weights.values(), lr=recipe.rate, momentum=0.9, weight_decay=recipe.decay)
+    steps = recipe.epochs * -(-len(jobs[0].x) // recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if recipe.cosine else None
+    for _ in range(recipe.epochs):
+        epoch = [torch.randperm(len(job.x), generator=order) for job, order in zip(jobs, orders, strict=True)]
+        for some in zip(*(order.split(recipe.batch_size) for order in epoch), strict=True):
+            z = forward(weights, torch.stack([job.x[k] for job, k in zip(jobs, some, strict=True)]))
+            for job, numbers, own in zip(jobs, some, z.detach(), strict=True):
+                for table in job.tables.values():
+                    table.update(numbers, own)
+            wanted = torch.stack([p[k] for p, k in zip(taught, some, strict=True)])
+            optimizer.zero_grad()
+            # the sum over networks of each one's mean: none has a part in another's gradient
+            loss = len(jobs) * distill.DistillationLoss()(z.flatten(0, 1), wanted.flatten(0, 1))
+            loss.backward()
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+        _unstack(weights, models)
+        for job, found in zip(jobs, trained, strict=True):
+            score = accuracy(said(found.model, job.validation[0]), job.validation[1])
+            found.best.update(score, model=found.model, **job.tables)
+    return trained
+
+
+def _made(network: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return network()
+
+
+def _unstack(weights: dict[str, Tensor], models: list[nn.Module]) -> None:
+    with torch.no_grad():
+        for k, model in enumerate(models):
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name][k])
+
+
+def said(model: nn.Module, x: Tensor) -> Tensor:
+    """Probabilities, (N, C)."""
+    with torch.no_grad():
+        return torch.cat([model(part).softmax(1) for part in x.split(5000)])
+
+
+def accuracy(p: Tensor, y: Tensor) -> float:
+    return float((p.argmax(1) == y).double().mean())
+
+
+def run(one: Callable[..., list[dict[str, Any]]], jobs: list[tuple], path: Path, workers: int) -> None:
+    """Add the lines of every job to a file as soon as it is done, one thread for each worker."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    start = time.perf_counter()
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool, path.open("a") as file:
+        futures = {pool.submit(one, *job): job for job in jobs}
+        for k, future in enumerate(as_completed(futures), 1):
+            file.write("".join(json.dumps(line) + "\n" for line in future.result()))
+            file.flush()
+            print(f"{k} of {len(jobs)}, {time.perf_counter() - start:.0f} s: {futures[future]}", flush=True)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All lines of a file; one that a killed run left half written is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    if lines[-1]:
+        path.write_text("\n".join([*lines[:-1], ""]))
+    return [json.loads(line) for line in lines[:-1]]
