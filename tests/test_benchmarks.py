@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from benchmarks import measure, peers, run, table, workloads
 from benchmarks.active import results as bought
 from benchmarks.cases import CASES, OURS, PARAMETERS, PEERS
+from benchmarks.distill import results as distilled
+from benchmarks.finetune import results as tuned
 from benchmarks.machine import environment, slug
 from benchmarks.record import Checksum, Job, Record, Sample
 from benchmarks.scale import table as large
@@ -350,3 +352,14 @@ def test_table_for_people_marks_what_was_missed() -> None:
     assert lines[3] == "| times faster than the tutorial | 400 (240) |"
     assert lines[4] == "| times faster than the hand-written way | 100 (150) \N{BALLOT X} |"
     assert lines[5].endswith("| 302 (400) |")
+
+
+def test_pages_on_distillation_and_fine_tuning_have_what_was_found() -> None:
+    page = (run.ROOT / "docs/distill.md").read_text()
+    tables = [distilled.mixed_table(), distilled.named_table()]
+    tables += [distilled.noise_table(task) for task in ("digits, fast", "digits", "fashion")]
+    other = (run.ROOT / "docs/finetune.md").read_text()
+    tuned_tables = (tuned.trends_table(), tuned.foreseen_table(), tuned.backbones_table(), tuned.ranks_table())
+    for text, found in ((page, tables), (other, tuned_tables)):
+        assert all(len(rows) > 2 for rows in found)
+        assert not [line for rows in found for line in rows if line not in text]

@@ -16,6 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import ntkit
+from ntkit import report
 from ntkit.cli import app
 
 FACTORIES = """
@@ -399,6 +400,9 @@ def test_a_kernel_that_fails_leaves_the_old_file(here: Path) -> None:
 
 
 def test_a_missing_extra_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        ntkit, "report", report
+    )  # the package that is imported anew replaces it, until the test is over
     for name in [name for name in sys.modules if name.startswith(("ntkit.report", "matplotlib"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -1,4 +1,4 @@
-"""The command line: `ntkit demo`, `ntkit report`, `ntkit kernel`, `ntkit plan`, `ntkit active`.
+"""The command line: `ntkit demo`, `ntkit report`, `ntkit kernel`, `ntkit plan`, `ntkit paths`, `ntkit active` and more.
 
 What is heavy (torch, matplotlib) is imported inside the commands, so that `ntkit --help` answers at once.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ntkit.cli import active
+from ntkit.cli import active, finetuning
 from ntkit.cli.options import (
     READOUT_HELP,
     ArrayDataArgument,
@@ -42,6 +42,8 @@ app = typer.Typer(
 )
 
 app.add_typer(active.app, name="active")
+app.command()(finetuning.probe)
+app.command()(finetuning.rank_backbones)
 
 
 @app.callback(invoke_without_command=True)
@@ -130,6 +132,54 @@ def report(
             result = run_report(out, own, force=force, listener=terminal)
         print_table(summary(result.study))
         say(f"{out / 'index.html'} and results.json written after {result.seconds:.0f} s")
+
+
+@app.command()
+def paths(
+    factory: FactoryArgument,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA.npz",
+            help="x_train, y_train, x_test, y_test (or x and y, cut at random); y: class numbers.",
+            show_default=False,
+        ),
+    ],
+    weights: WeightsOption = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for index.html, results.json and paths.npz.")] = Path(
+        "paths"
+    ),
+    force: ForceOption = False,
+    steps: Annotated[int, typer.Option(help="Batches to train for.", min=1)] = 1000,
+    batch: Annotated[int, typer.Option(help="Examples of a batch.", min=1)] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Of SGD with momentum 0.9, or of Adam.")] = 0.05,
+    adam: Annotated[bool, typer.Option("--adam", help="Train with Adam instead of SGD.")] = False,
+    probes: Annotated[int, typer.Option(help="Training examples that are watched, at most.", min=2)] = 1000,
+    train: Annotated[int, typer.Option(help="Training examples at most, drawn at random.")] = 10_000,
+    test: Annotated[int, typer.Option(help="Test examples at most, drawn at random.")] = 2_000,
+    seed: SeedOption = 0,
+) -> None:
+    """Train your own network and watch how it learns: paths, easy to hard, doubtful labels, the kernel in motion.
+
+    A killed command goes on where it stopped when it is given again.
+    """
+    with in_plain_words(), needs_report():
+        from ntkit.report.files import check_folder
+
+        check_folder(out, force=force)
+        import torch
+
+        from ntkit.report.inputs import Cut, load_factory
+        from ntkit.report.learning import Learning, run_paths
+
+        own = Learning(
+            factory=load_factory(factory), data=data, weights=weights, cut=Cut(train, test, None, seed), steps=steps,
+            batch_size=batch, learning_rate=learning_rate, adam=adam, probes=probes, dtype=torch.float32,
+        )  # fmt: skip
+        with Terminal() as terminal:
+            result = run_paths(out, own, force=force, listener=terminal)
+        say(f"test accuracy {100 * float(result.test[-1]):.1f}%")
+        say(f"{out / 'index.html'} written after {result.seconds:.0f} s")
 
 
 @app.command()

@@ -74,7 +74,7 @@ def colour(label: str) -> str:
 
 def similarity(facts: Similarity) -> str:
     """The kernel between examples sorted by class: blue for alike, orange for opposite, nothing for unrelated."""
-    with _drawn((4.2, 3.9), "Heat map of the kernel between examples sorted by class") as drawing:
+    with drawn((4.2, 3.9), "Heat map of the kernel between examples sorted by class") as drawing:
         axes = drawing.axes
         values = np.clip(facts.cosines.numpy(), -1, 1)
         image = np.zeros((*values.shape, 4))
@@ -98,7 +98,7 @@ def similarity(facts: Similarity) -> str:
 
 def fidelity(states: Sequence[State]) -> str:
     """Relative error of each reduced kernel, one group of bars per state, with standard errors."""
-    with _drawn(SIZE, "Bars: relative error of each reduced kernel") as drawing:
+    with drawn(SIZE, "Bars: relative error of each reduced kernel") as drawing:
         axes = drawing.axes
         labels = [facts.label for facts in states[0].kernels if facts.fidelity is not None]
         width = 0.8 / len(labels)
@@ -119,7 +119,7 @@ def fidelity(states: Sequence[State]) -> str:
 
 def spectra(state: State, labels: Sequence[str]) -> str:
     """Eigenvalues of k (x) I_C for each kernel, in units of the largest of the first, against their rank."""
-    with _drawn(SIZE, f"Eigenvalues of the kernels {state.name}") as drawing:
+    with drawn(SIZE, f"Eigenvalues of the kernels {state.name}") as drawing:
         axes = drawing.axes
         rows, unit = state.kernel(labels[0]).rows, state.kernel(labels[0]).spectrum.largest
         for label in labels:
@@ -139,7 +139,7 @@ def scores(states: Sequence[State], score_name: str, test_examples: int) -> str:
     """Test score of the network and of each kernel regression: hollow dots for the first state, full for the last."""
     rows = [(fit.label, fit.examples) for fit in states[0].fits]
     shares = score_name == "accuracy"
-    with _drawn((4.6, 0.9 + 0.34 * (len(rows) + 1)), "Test score of the network and of kernel regressions") as drawing:
+    with drawn((4.6, 0.9 + 0.34 * (len(rows) + 1)), "Test score of the network and of kernel regressions") as drawing:
         axes = drawing.axes
         for place, (label, examples) in enumerate(reversed(rows)):
             fits = [state.fit(label, examples) for state in states]
@@ -179,7 +179,7 @@ def _dots(axes: Axes, place: int, points: list[float], shade: str, examples: int
 
 def ridge(check: RidgeCheck, title: str) -> str:
     """Promised and real squared error for each ridge."""
-    with _drawn(SIZE, f"Squared error against the ridge {title}") as drawing:
+    with drawn(SIZE, f"Squared error against the ridge {title}") as drawing:
         axes = drawing.axes
         usable = [i for i, value in enumerate(check.test) if math.isfinite(value)]
         x = [check.relative[i] for i in usable]
@@ -206,7 +206,7 @@ def layers(states: Sequence[State]) -> str:
     names = list(states[0].layers)
     shown = sorted(names, key=lambda name: -max(state.layers[name] for state in states))[:12]
     names = [name for name in names if name in shown]
-    with _drawn((4.6, 0.9 + 0.42 * len(names)), "Share of the kernel that each layer carries") as drawing:
+    with drawn((4.6, 0.9 + 0.42 * len(names)), "Share of the kernel that each layer carries") as drawing:
         axes = drawing.axes
         height = 0.8 / len(states)
         for number, state in enumerate(states):
@@ -224,7 +224,7 @@ def layers(states: Sequence[State]) -> str:
 
 def widths(facts: Convergence) -> str:
     """Error of the pNTK against width, both logarithmic, with the slopes that are expected."""
-    with _drawn(SIZE, "Relative error of the pNTK against width") as drawing:
+    with drawn(SIZE, "Relative error of the pNTK against width") as drawing:
         axes = drawing.axes
         x = np.array(facts.widths, dtype=float)
 
@@ -275,7 +275,7 @@ def thumbnail(image: Tensor) -> str | None:
 
 
 @dataclass
-class _Drawing:
+class Drawing:
     """Axes to draw on, and what has become of them."""
 
     axes: Axes
@@ -283,12 +283,12 @@ class _Drawing:
 
 
 @contextmanager
-def _drawn(size: tuple[float, float], label: str) -> Iterator[_Drawing]:
+def drawn(size: tuple[float, float], label: str) -> Iterator[Drawing]:
     """A drawing of one pair of axes; after the block its `svg` is there. `label` is for those who cannot see it."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
-        drawing = _Drawing(figure.add_subplot())
+        drawing = Drawing(figure.add_subplot())
         drawing.axes.patch.set_alpha(0)
         yield drawing
         FigureCanvasSVG(figure)

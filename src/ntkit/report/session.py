@@ -14,12 +14,12 @@ import torch
 from ntkit.errors import InputError, StoreError
 from ntkit.report.inputs import Arrays, load_factory, load_weights, parse_dtype
 from ntkit.report.page import Table
+from ntkit.solve.losses import CrossEntropy, Loss, SquareLoss
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits
 from ntkit.uses.active.exchange import CSV, Argilla, Exchange, LabelStudio
 from ntkit.uses.active.journal import Journal
 from ntkit.uses.active.loop import Loop
-from ntkit.uses.active.losses import CrossEntropy, Loss, SquareLoss
 from ntkit.uses.active.registry import strategy
 from ntkit.uses.active.stopping import Budget, Kappa, Plateau, StoppingRule
 from ntkit.uses.active.training import Training

@@ -1,0 +1,105 @@
+"""Pictures of learning paths: triangles, curves of easy and hard examples, the kernel in motion."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ntkit.report.pictures import INK, SIZE, drawn
+from ntkit.uses.dynamics import CORNERS, triangle
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from ntkit.uses.dynamics import KernelPath, Paths, Watched
+
+BLUE, ORANGE, GREEN, RED, VIOLET = "#2f80ed", "#e07b00", "#0f9d8a", "#d6457f", "#8b5cf6"
+
+
+def simplex(paths: Paths, probe: int, names: Sequence[str]) -> str:
+    """One path on the triangle of its label, the runner-up and the rest: raw points, smoothed line, start and label."""
+    with drawn((3.4, 3.1), f"Learning path of example {probe} on a triangle") as drawing:
+        axes = drawing.axes
+        corners = np.array([*CORNERS, CORNERS[0]])
+        axes.plot(corners[:, 0], corners[:, 1], color=INK, linewidth=0.8, alpha=0.5)
+        points = paths.reduced(probe)
+        raw = triangle(points).numpy()
+        smooth = triangle(_smoothed(points)).numpy()
+        axes.scatter(raw[:, 0], raw[:, 1], s=5, color=BLUE, alpha=0.35, linewidths=0)
+        axes.plot(smooth[:, 0], smooth[:, 1], color=ORANGE, linewidth=1.6)
+        axes.scatter(*raw[0], marker="D", s=32, color=GREEN, zorder=3)
+        label = 0 if paths.logits.shape[2] > 3 or paths.labels is None else int(paths.labels[probe])
+        axes.scatter(*CORNERS[label], marker="X", s=60, color=RED, zorder=3)
+        for (x, y), name, vertical in zip(CORNERS, names, ("top", "top", "bottom"), strict=True):
+            shift = -0.04 if vertical == "top" else 0.04
+            axes.text(x, y + shift, name, ha="center", va=vertical, fontsize=9)
+        axes.set_aspect("equal")
+        axes.set_xlim(-0.15, 1.15)
+        axes.set_ylim(-0.14, 1.0)
+        axes.axis("off")
+    return drawing.svg
+
+
+def easy_to_hard(paths: Paths) -> str:
+    """The probability of the label through training: the mean of easy, middle and hard thirds of the probes."""
+    with drawn(SIZE, "Probability of the label through training, easy to hard") as drawing:
+        axes = drawing.axes
+        order = paths.area().argsort(descending=True)
+        assert paths.labels is not None
+        q = paths.probabilities.gather(2, paths.labels.expand(len(paths.steps), -1)[..., None])[..., 0]
+        steps = paths.steps.clamp_min(1).numpy()
+        for name, some, colour in zip(
+            ("easiest third", "middle", "hardest third"), order.tensor_split(3), (GREEN, BLUE, RED), strict=True
+        ):
+            low, middle, high = torch.quantile(q[:, some], torch.tensor([0.25, 0.5, 0.75]), dim=1).numpy()
+            axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(steps, middle, color=colour, label=name)
+        axes.set_xscale("log")
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("steps")
+        axes.set_ylabel("probability of the label")
+        axes.grid()
+        axes.legend()
+    return drawing.svg
+
+
+def kernel_motion(path: KernelPath) -> str:
+    """How far the kernel has moved, and how well it agrees with the labels."""
+    with drawn(SIZE, "Change of the kernel and its agreement with the labels through training") as drawing:
+        axes = drawing.axes
+        steps = path.steps.clamp_min(1).numpy()
+        axes.plot(steps, path.cosine.numpy(), color=VIOLET, marker="o", markersize=3, label="turned (cosine distance)")
+        axes.plot(steps, path.alignment.numpy(), color=ORANGE, marker="o", markersize=3, label="agreement with labels")
+        axes.set_xscale("log")
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("steps")
+        axes.grid()
+        axes.legend()
+    return drawing.svg
+
+
+def accuracies(watched: Watched) -> str:
+    """Training and test accuracy."""
+    with drawn(SIZE, "Training and test accuracy through training") as drawing:
+        axes = drawing.axes
+        steps = watched.steps.clamp_min(1).numpy()
+        axes.plot(steps, watched.train.numpy(), color=BLUE, marker="o", markersize=3, label="training examples")
+        axes.plot(steps, watched.test.numpy(), color=ORANGE, marker="o", markersize=3, label="test examples")
+        axes.set_xscale("log")
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("steps")
+        axes.set_ylabel("accuracy")
+        axes.grid()
+        axes.legend()
+    return drawing.svg
+
+
+def _smoothed(points: Tensor) -> Tensor:
+    found = [points[0]]
+    for point in points[1:]:
+        found.append(0.9 * found[-1] + 0.1 * point)
+    return torch.stack(found)

@@ -1,0 +1,94 @@
+"""`ntkit paths`: a run that is watched from the command line, killed and gone on with, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from ntkit.cli import app
+from ntkit.report import learning
+from ntkit.uses.dynamics import Paths
+from ntkit.uses.dynamics import watch as watching
+
+NETS = """
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4))
+
+def deep():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Linear(12, 4))
+
+def pair():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sys.modules.pop("pathnets", None)
+    (tmp_path / "pathnets.py").write_text(NETS)
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(90, 1, 4, 4)).astype(np.float32)
+    y = x[:, 0].reshape(90, 4, 4).sum(2).argmax(1)
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    np.savez(tmp_path / "two.npz", x=x, y=y % 2)
+    np.savez(tmp_path / "floats.npz", x=x, y=np.eye(4)[y].astype(np.float32))
+    return tmp_path
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    found = CliRunner().invoke(app, ["paths", *arguments])
+    return found.exit_code, found.output + (found.stderr or "")
+
+
+def test_a_page_and_what_is_behind_it(here: Path) -> None:
+    code, text = run("pathnets:net", "data.npz", "--steps", "120", "--batch", "16", "--out", "out")
+    assert code == 0, text
+    results = json.loads((here / "out" / "results.json").read_text())
+    paths = Paths.load(here / "out" / "paths.npz")
+    assert len(results["area"]) == paths.logits.shape[1] == 72
+    assert results["area"] == pytest.approx(paths.area().tolist(), rel=1e-4)
+    assert results["train"][-1] > results["train"][0]
+    page = (here / "out" / "index.html").read_text()
+    assert page.count("<svg") == 6
+    assert "doubtful" in page
+    assert not (here / "out.part").exists()
+    assert run("pathnets:pair", "two.npz", "--steps", "30", "--out", "two")[0] == 0  # no triangle for two classes
+
+
+def test_goes_on_after_a_kill(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before the page is written, the same command ends with the same numbers."""
+    command = ("pathnets:net", "data.npz", "--steps", "60", "--batch", "16", "--out")
+    assert run(*command, "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(watching.__globals__["time"], "monotonic", iter(range(0, 10**6, 15)).__next__)
+        patch.setattr(learning, "render", lambda _: sys.exit(9))
+        assert run(*command, "out")[0] == 9
+    assert (here / "out.part" / "checkpoint.pt").exists()
+    assert run(*command, "out")[0] == 0
+    one, two = (json.loads((here / name / "results.json").read_text()) for name in ("whole", "out"))
+    for name in ("area", "test", "learned_at"):
+        assert one[name] == two[name]
+
+
+def test_what_is_refused(here: Path) -> None:
+    code, text = run("pathnets:net", "floats.npz")
+    assert code == 2
+    assert "are of classes" in text
+    (here / "there").mkdir()
+    code, text = run("pathnets:net", "data.npz", "--out", "there")
+    assert code == 2
+    assert "--force" in text
+    code, text = run("pathnets:deep", "data.npz", "--learning-rate", "1e20", "--steps", "50", "--out", "out")
+    assert code == 2
+    assert "diverged" in text
+    code, text = run("pathnets:deep", "data.npz", "--steps", "40", "--out", "out")  # what was recorded is set aside
+    assert code == 0, text
