@@ -23,8 +23,8 @@ RESULTS = Path(__file__).parent / "records"
 DEFAULT, AGAINST = "curvature-ivr", ("margin", "badge", "random")
 
 
-def write(runs: list[dict[str, Any]]) -> None:
-    """One record for each task, of the seeds that every strategy has."""
+def write(runs: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+    """One record for each task, of the seeds that every strategy has, with the machine that ran them."""
     by: dict[str, dict[str, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
         by[run["task"]][run["strategy"]][run["seed"]] = run
@@ -43,7 +43,9 @@ def write(runs: list[dict[str, Any]]) -> None:
             }
             for name, found in strategies.items()
         }
-        record(file_name(task), {"task": task, "seeds": seeds, "labels": first["labels"], "strategies": facts}, RESULTS)
+        beside = sorted({run["side_by_side"] for found in strategies.values() for run in found.values()})
+        described = {"environment": machine, "side_by_side": beside, "task": task, "seeds": seeds}
+        record(file_name(task), {**described, "labels": first["labels"], "strategies": facts}, RESULTS)
 
 
 def file_name(task: str) -> str:
@@ -151,7 +153,8 @@ def main() -> None:
     if options.folder is not None:
         from benchmarks.active.evidence import read as read_runs
 
-        write(read_runs(options.folder / "runs.jsonl"))
+        machine = json.loads((options.folder / "environment.json").read_text())
+        write(read_runs(options.folder / "runs.jsonl"), machine)
     tables = (tasks_table(), strategies_table("digits"), strategies_table("fashion"), trust_table(), speed_table())
     print("\n\n".join("\n".join(table) for table in tables))
 

@@ -40,6 +40,10 @@ class Pool:
     y_test: np.ndarray
     classes: int
 
+    def to(self, device: str) -> Pool:
+        """With the points on a device."""
+        return replace(self, x=self.x.to(device), x_test=self.x_test.to(device))
+
 
 @dataclass(frozen=True)
 class Task:
@@ -54,8 +58,9 @@ class Task:
         rounds: how often is asked.
         loss: that the network is trained with.
         steps: of Adam in every round, from scratch.
-        candidates: so many points are drawn in every round, the same for all strategies, as if the others were not
-            there; None for the whole pool.
+        candidates: so many points are looked at in a round, as if the others were not there: the first without a label
+            in an order of the pool that is drawn for each seed and round. In the first round they are the same for all
+            strategies, later they differ by as much as the labels do. None for the whole pool.
     """
 
     name: str
