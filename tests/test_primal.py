@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,27 @@ def test_it_is_kernel_regression(size: int, full: bool, around: bool, monkeypatc
         assert found.effective_dimension == pytest.approx(float((values / (values + ridge)).sum()), rel=1e-6)
     assert primal.fit(GCV()).ridge == pytest.approx(kernel.fit(GCV()).ridge)
     assert primal.fit(0.1).ridge == pytest.approx(0.1 * kernel.mean_diagonal)
+
+
+@pytest.mark.parametrize("size", [12, 70], ids=["tall", "wide"])
+@pytest.mark.parametrize("wrong", ["values", "vectors", "nothing"])
+def test_the_residual_does_not_trust_the_eigensolver(size: int, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    phi, y, right = data(N, size), data(N, C, 2), primal_module.eigh
+
+    def broken(matrix: Any, **kwargs: Any) -> tuple[Any, Any]:
+        values, vectors = right(matrix, **kwargs)
+        turned = np.linalg.qr(vectors + 0.05 * np.cos(np.arange(size**2)).reshape(size, size))[0]
+        return (1.7 * values if wrong == "values" else values), (turned if wrong == "vectors" else vectors)
+
+    monkeypatch.setattr(primal_module, "strips", lambda n: base.strips(n, 16))
+    monkeypatch.setattr(primal_module, "eigh", broken)
+    regression = PrimalRegression.decompose(phi, y)
+    torch.testing.assert_close(regression.moments, phi.T @ phi, rtol=1e-13, atol=1e-13)
+    fit = regression.fit(0.1)
+    true = phi.T @ phi @ fit.weights + fit.ridge * fit.weights - phi.T @ y
+    error = float(true.norm() / (phi.T @ y).norm())
+    assert fit.relative_residual == pytest.approx(error, rel=1e-6, abs=1e-13)
+    assert fit.relative_residual < 1e-12 if wrong == "nothing" else fit.relative_residual > 0.01
 
 
 def test_features_from_a_network_and_from_disk(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ held has the size D x D.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +37,8 @@ class PrimalFit:
         weights: (D, C), or (D, 1) for features of every output of an example; float64.
         ridge: the absolute number that was added to the diagonal of the kernel.
         relative_ridge: the same in units of the mean diagonal entry of the kernel.
-        relative_residual: of the linear system that was solved.
+        relative_residual: of the linear system that was solved, ||(Phi^T Phi + ridge I) weights - Phi^T (Y - f0)|| /
+            ||Phi^T (Y - f0)||, with the moments Phi^T Phi themselves and not with their eigenvectors.
         gcv: the generalized cross-validation score, as for `KernelRegression`.
         train_error: mean over the examples of the squared training residual, summed over the outputs.
         effective_dimension: trace of K (K + ridge I)^-1.
@@ -83,7 +85,8 @@ class PrimalRegression:
     Attributes:
         eigenvalues: of Phi^T Phi, descending, (D,): the nonzero ones are those of the kernel.
         eigenvectors: (D, D), one per column.
-        rotated: eigenvectors^T Phi^T (Y - f0), (D, C).
+        moments: Phi^T Phi itself, (D, D): what a residual is measured with.
+        projected: Phi^T (Y - f0), (D, C).
         squares: ||Y - f0||^2, summed over the outputs.
         rows: of the kernel.
         examples: N.
@@ -93,7 +96,8 @@ class PrimalRegression:
 
     eigenvalues: Tensor
     eigenvectors: Tensor
-    rotated: Tensor
+    moments: Tensor
+    projected: Tensor
     squares: float
     rows: int
     examples: int
@@ -109,7 +113,9 @@ class PrimalRegression:
         prior: Tensor | np.ndarray | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> PrimalRegression:
-        """Read the features once. Cost: N D^2 in float64, and about 9 D^3; memory: 24 D^2 bytes and a block.
+        """Read the features once.
+
+        Cost: N D^2 in float64, and about 9 D^3; memory: 24 D^2 bytes and a block, and 16 D^2 are kept.
 
         Args:
             features: (N, D), used for every output, or (N*C, D), example-major.
@@ -136,14 +142,19 @@ class PrimalRegression:
                 progress(strip.stop, rows)
         eigenvalues, eigenvectors = _decomposed(moments)
         return cls(
-            eigenvalues, eigenvectors, eigenvectors.T @ projected, float(system.square().sum()), rows,
-            examples, outputs, prior is not None,
+            eigenvalues, eigenvectors, moments, projected, float(system.square().sum()), rows, examples, outputs,
+            prior is not None,
         )  # fmt: skip
+
+    @cached_property
+    def rotated(self) -> Tensor:
+        """eigenvectors^T Phi^T (Y - f0), (D, C)."""
+        return self.eigenvectors.T @ self.projected
 
     @property
     def mean_diagonal(self) -> float:
         """Mean diagonal entry of the kernel, the unit of a relative ridge."""
-        return float(self.eigenvalues.sum()) / self.rows
+        return float(self.moments.trace()) / self.rows
 
     def is_positive_definite(self, ridge: float) -> bool:
         """Whether the kernel plus this absolute ridge is positive definite to working precision."""
@@ -209,9 +220,8 @@ class PrimalRegression:
         fixed = rule.choose(self) if isinstance(rule, SearchedRidge) else rule  # pyright: ignore[reportArgumentType]
         value = fixed.absolute(self.mean_diagonal)
         weights = self.weights(value)
-        rotated = self.eigenvectors.T @ weights
-        residual = (self.eigenvalues + value)[:, None] * rotated - self.rotated
-        norm = float(self.rotated.norm())
+        residual = self.moments @ weights + value * weights - self.projected
+        norm = float(self.projected.norm())
         return PrimalFit(
             weights=weights,
             ridge=value,
@@ -242,12 +252,19 @@ class PrimalRegression:
 
 
 def _decomposed(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, descending and not negative, and eigenvectors."""
+    """Eigenvalues, descending and not negative, and eigenvectors; the moments are as before."""
     if moments.device.type != "cpu":
         values, vectors = torch.linalg.eigh(moments)
     else:
-        found = eigh(moments.numpy().T, driver="evr", overwrite_a=True, check_finite=False)
+        # LAPACK works in one triangle and the diagonal, and never looks at the other triangle: no second copy
+        diagonal = moments.diagonal().clone()
+        found = eigh(moments.numpy().T, lower=True, driver="evr", overwrite_a=True, check_finite=False)
         values, vectors = torch.from_numpy(found[0]), torch.from_numpy(found[1])
+        for strip in strips(len(moments)):
+            moments[strip, strip.stop :] = moments[strip.stop :, strip].T
+            own = moments[strip, strip].tril(-1)
+            moments[strip, strip] = own + own.T
+        moments.diagonal().copy_(diagonal)
     return values.flip(0).clamp_(min=0), vectors.flip(1)
 
 
