@@ -15,6 +15,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,6 +113,7 @@ class Record:
     sources: dict[int, Source]  # by place among the leaves
     versions: dict[int, int]
     edges: list[GradientEdge | None]
+    output_bytes: list[int]
     in_place: bool
     cotangents: list[Tensor | None] = field(default_factory=list)  # by output, (n, k, *shape of one example)
 
@@ -166,6 +168,22 @@ class Record:
             kept = self.cotangents[output] = _several_like(split, scalars)
             kept[:, :scalar] = 0
         kept[:, scalar] = split
+
+    def keep_several(self, output: int, chosen: slice, scalars: int, gradients: Tensor | None, examples: int) -> None:
+        """Take in the cotangents of one output for the chosen scalars, which come as the first axis."""
+        axis, kept = self.step.outputs[output], self.cotangents[output]
+        if gradients is None or axis is None:
+            if kept is not None:
+                kept[:, chosen] = 0
+            return
+        split = torch.vmap(partial(axis.split, examples=examples), out_dims=1)(gradients)
+        if split.shape[1] == scalars:
+            self.cotangents[output] = split
+            return
+        if kept is None:
+            kept = self.cotangents[output] = _several_like(split[:, 0], scalars)
+            kept[:, : chosen.start] = 0
+        kept[:, chosen] = split
 
     def check_inputs(self) -> None:
         """The kept inputs must still be what the operation saw.
@@ -346,7 +364,8 @@ class Capture(Watch):
         kept = [
             leaf.detach() if isinstance(leaf, Tensor) and i not in versions else leaf for i, leaf in enumerate(kept)
         ]
-        record = Record(step, kept, rebuild, touched, versions, edges, in_place)
+        sizes = [out.nbytes for out in tensors]
+        record = Record(step, kept, rebuild, touched, versions, edges, sizes, in_place)
         self.records.append(record)
         self.witness(record, tensors)
         return result if in_place else refill(outputs)
@@ -372,26 +391,6 @@ def _spread(axes: tuple[ExampleAxis | None, ...], outputs: list[Any]) -> list[Ex
         raise Deviation(f"an operation has {sum(tensors)} outputs where {len(axes)} were expected")
     remaining = iter(axes)
     return [next(remaining) if is_tensor else None for is_tensor in tensors]
-
-
-def run_backward(scalars: Tensor, records: list[Record]) -> None:
-    """One backward pass per scalar to the outputs of all uses; the cotangents are left with the records."""
-    edges = [(record, j) for record in records for j, edge in enumerate(record.edges) if edge is not None]
-    count = scalars.shape[1]
-    for record in records:
-        record.cotangents = [None] * len(record.edges)
-    if not edges or not scalars.requires_grad:
-        return
-    targets = [record.edges[j] for record, j in edges]
-    for k in range(count):
-        grads = torch.autograd.grad(  # pyright: ignore[reportCallIssue]
-            scalars[:, k].sum(),
-            targets,  # pyright: ignore[reportArgumentType]
-            retain_graph=k < count - 1,
-            allow_unused=True,
-        )
-        for (record, j), grad in zip(edges, grads, strict=True):
-            record.keep(j, k, count, grad, scalars.shape[0])
 
 
 def writes_in_place(func: Callable) -> bool:

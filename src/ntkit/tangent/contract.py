@@ -39,17 +39,24 @@ def inner_or_gram(left: Tensor, right: Tensor) -> Tensor:
 def single_gram(left: Outer, right: Outer, *, trace: bool, workspace: Workspace) -> Tensor:
     """(A A^T) * (G G^T) for one position. G G^T is left in the workspace: a weight and its bias have it in common."""
     g, h = left.cotangents, right.cotangents
-    key = (g.data_ptr(), g.shape, h.data_ptr(), h.shape, trace)
-    gg = workspace.shared[key][0] if key in workspace.shared else None
-    n, k, m, l = *g.shape[:2], *h.shape[:2]  # noqa: E741
-    if gg is None:
-        gg = inner_or_gram(g.reshape(n if trace else n * k, -1), h.reshape(m if trace else m * l, -1))
-        gg = gg if trace else gg.view(n, k, m, l)
+    key = (*((c.data_ptr(), c.shape, c.stride()) for c in (g, h)), trace)
+    if key not in workspace.shared:
+        gg = inner_or_gram(g.reshape(g.shape[0], -1), h.reshape(h.shape[0], -1)) if trace else _cotangent_products(g, h)
         workspace.shared.clear()
         workspace.shared[key] = (gg, g, h)
-    a, b = left.inputs.reshape(n, -1), right.inputs.reshape(m, -1)
+    gg = workspace.shared[key][0]
+    a, b = left.inputs.reshape(g.shape[0], -1), right.inputs.reshape(h.shape[0], -1)
     aa = a * b.T if a.shape[1] == 1 else inner_or_gram(a, b)
     return gg * (aa if trace else aa[:, None, :, None])
+
+
+def _cotangent_products(g: Tensor, h: Tensor) -> Tensor:
+    """(n, k, m, l) of one position. What came together has its scalars outermost in memory, and is multiplied so."""
+    turned = [c.stride(0) < c.stride(1) for c in (g, h)]
+    g, h = (c.transpose(0, 1) if turn else c for c, turn in zip((g, h), turned, strict=True))
+    gg = inner_or_gram(g.flatten(0, 1).flatten(1), h.flatten(0, 1).flatten(1)).view(*g.shape[:2], *h.shape[:2])
+    gg = gg.transpose(0, 1) if turned[0] else gg
+    return gg.transpose(2, 3) if turned[1] else gg
 
 
 def pairs_gram(left: Outer, right: Outer, *, trace: bool, workspace: Workspace) -> Tensor:

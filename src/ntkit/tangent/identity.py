@@ -1,54 +1,85 @@
-"""What a kernel is of, as digests and words that are the same in another process and on another day."""
+"""What a kernel is of, as digests and words that are the same in another process and on another day.
+
+A model is its tensors (`parameters.fingerprint`), how it is built (`architecture`: modules, and the code of their
+methods and of the helpers that these name) and its other values (`settings`: attributes, globals and hooks that a
+forward pass reads). What its own code writes while it runs is none of these.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import hashlib
 import re
-from types import CodeType, FunctionType
+from collections.abc import Mapping, Set
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ntkit.tangent.bytecode import code_digest
+from ntkit.tangent.reach import VOICELESS, Reach, closure, hooks, is_known, members, methods
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ntkit.tangent.examples import Batch, Examples
 
 # Examples read at once; the digest depends on it.
 BATCH = 1024
+# Objects inside of objects that are put in words.
+DEEPEST = 12
 
 
 def describe(value: Any) -> str:
-    """An object in words without addresses; functions by their code, so that an edited one is another one."""
-    if isinstance(value, FunctionType):
-        inner = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
-        bound = "".join(f", {describe(item)}" for item in [*inner, *(value.__defaults__ or ())])
-        return f"{value.__qualname__}<{_code(value.__code__)[:16]}{bound}>"
-    if isinstance(value, functools.partial):
-        items = [value.func, *value.args, *value.keywords.items()]
-        return f"partial({', '.join(map(describe, items))})"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = (f"{f.name}={describe(getattr(value, f.name))}" for f in dataclasses.fields(value))
-        return f"{type(value).__qualname__}({', '.join(fields)})"
-    if isinstance(value, Tensor):
-        return f"tensor<{digest([value])[:16]}>"
-    if isinstance(value, (tuple, list)):
-        return f"({', '.join(map(describe, value))})"
-    return _without_addresses(repr(value))
+    """An object in words without addresses; functions by their code and what it names, so that an edited one is
+    another one.
+    """  # fmt: skip
+    reach = Reach(value)
+    words = _Words().of(value)
+    more = [*_functions(reach), *_values(reach, _Words())]
+    return f"{words} with <{_joined(more)[:16]}>" if len(more) > 1 or more and type(value) is not FunctionType else words
 
 
 def architecture(model: nn.Module) -> str:
-    """SHA-256 of a model's modules, their settings and the code of their `forward`."""
-    found = hashlib.sha256(_without_addresses(repr(model)).encode())
-    for kind in dict.fromkeys(type(module) for module in model.modules()):
-        forward = getattr(kind.forward, "__code__", None)
-        ours = not kind.__module__.startswith("torch.nn.")  # torch's may differ between versions that compute the same
-        code = _code(forward) if ours and forward is not None else ""
-        found.update(f"{kind.__qualname__} {code};".encode())
-    return found.hexdigest()
+    """SHA-256 of a model's modules, the code of all their methods, and that of the helpers which these name.
+
+    Modules and functions of torch, NumPy and Python itself count by name.
+    """
+    reach, found, numbers = Reach(model), [], {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        number = numbers.setdefault(id(module), len(numbers))  # a module in two places is not two modules
+        known = is_known(type(module).extra_repr)  # those of others may print what changes
+        found.append(f"{name} {number} {type(module).__qualname__}({module.extra_repr() if known else ''})")
+    code = {f"{base.__qualname__}.{n} {_code(f)}" for kind in reach.kinds for base in _own(kind) for n, f in methods(base)}
+    return _joined(found + sorted(code) + _functions(reach))
+
+
+def settings(model: nn.Module) -> str:
+    """SHA-256 of the values besides parameters and buffers that a forward pass can read and does not write.
+
+    These are attributes of modules and classes, globals, defaults and variables of enclosing functions that are named
+    by the code which a forward pass can run, and hooks. Left out is what the same code assigns or changes in place: a
+    model that has been called is still the same.
+    """
+    reach, words, found = Reach(model), _Words(), []
+    words.reach = reach
+    names = {id(module): name for name, module in model.named_modules()}
+    words.names = names
+    for name, module in model.named_modules():
+        found += [f"{name}.{key} = {words.of(item)}" for key, item in reach.attributes(module).items()]
+        found += [f"{name} hook {words.of(hook)}" for hook in hooks(module)]
+    return _joined(found + _values(reach, words))
+
+
+def written_buffers(model: nn.Module) -> set[str]:
+    """Names of buffers that are not kept with the model and that calling it can change."""
+    reach, found = Reach(model), set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        passing = module._non_persistent_buffers_set & reach.written(type(module))
+        found |= {f"{name}.{key}" if name else key for key in passing}
+    return found
 
 
 def content(examples: Examples) -> str:
@@ -65,35 +96,149 @@ def digest(values: list[Any]) -> str:
     found = hashlib.sha256()
     for value in values:
         if isinstance(value, Tensor):
-            plain = value.detach().cpu().contiguous()
-            found.update(f"{tuple(plain.shape)} {plain.dtype};".encode())
-            found.update(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
+            found.update(f"{tuple(value.shape)} {value.dtype};".encode())
+            if value.layout != torch.strided:
+                value = value.to_dense()
+            if not value.is_meta and value.numel():
+                plain = value.detach().cpu().contiguous().resolve_conj().resolve_neg()
+                found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
         else:
-            found.update(describe(value).encode())
+            found.update((value if isinstance(value, str) else describe(value)).encode())
     return found.hexdigest()
+
+
+class _Words:
+    """Values in words. With a `reach`, attributes of objects are those that it says can be read."""
+
+    def __init__(self) -> None:
+        self.reach: Reach | None = None
+        self.names: dict[int, str] = {}
+        self._inside: list[int] = []
+
+    def of(self, value: Any) -> str:
+        """One value; what contains itself, and what is inside of too much else, by its type alone."""
+        if id(value) in self._inside or len(self._inside) > DEEPEST:
+            return type(value).__qualname__
+        self._inside.append(id(value))
+        try:
+            return self._of(value)
+        finally:
+            self._inside.pop()
+
+    def _of(self, value: Any) -> str:
+        if isinstance(value, enum.Enum):
+            return f"{type(value).__qualname__}.{value.name}"
+        if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+            return repr(value)
+        if isinstance(value, Tensor):
+            return f"tensor<{digest([value])[:16]}>"
+        if isinstance(value, (np.ndarray, np.generic)):
+            whole = np.asarray(value)
+            if whole.dtype == object:
+                return self.of(whole.tolist())
+            found = hashlib.sha256(f"{whole.shape} {whole.dtype}".encode() + whole.tobytes())
+            return f"array<{found.hexdigest()[:16]}>"
+        if isinstance(value, torch.device):
+            return "device"  # which changes how sums are rounded, and no more
+        if isinstance(value, (torch.dtype, torch.Size, torch.layout, torch.memory_format, type(...), range, slice)):
+            return repr(value)
+        if isinstance(value, VOICELESS):
+            return type(value).__qualname__
+        if isinstance(value, (type, ModuleType, BuiltinFunctionType, FunctionType, MethodType, functools.partial)):
+            return self._callable(value)
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, Mapping):
+            return self._kind(value, dict) + "{" + ", ".join(sorted(f"{self.of(k)}: {self.of(v)}" for k, v in value.items())) + "}"
+        if isinstance(value, Set):
+            return self._kind(value, set) + "{" + ", ".join(sorted(map(self.of, value))) + "}"
+        if isinstance(value, (tuple, list)):
+            return self._kind(value, tuple, list) + f"({', '.join(map(self.of, value))})"
+        if hasattr(value, "__wrapped__"):
+            return self.of(value.__wrapped__)
+        return self._object(value)
+
+    def _callable(self, value: Any) -> str:
+        if isinstance(value, MethodType):
+            return f"{self.of(value.__self__)}.{self.of(value.__func__)}"
+        if isinstance(value, functools.partial):
+            items = [value.func, *value.args, *value.keywords.items()]
+            return f"partial({', '.join(map(self.of, items))})"
+        if isinstance(value, FunctionType):
+            bound = "".join(f", {self.of(item)}" for item in self.bound(value).values())
+            return f"{value.__qualname__}<{_code(value)[:16]}{bound}>"
+        if isinstance(value, type) and not is_known(value):
+            return f"{value.__qualname__}<{_joined([_code(f) for base in _own(value) for _, f in methods(base)])[:16]}>"
+        return value.__name__ if isinstance(value, ModuleType) else value.__qualname__
+
+    def bound(self, function: FunctionType) -> dict[str, Any]:
+        """What a function carries with it: variables of enclosing functions, and defaults."""
+        cells = closure(function)
+        if self.reach is not None:
+            cells = {name: item for name, item in cells.items() if not self.reach.is_written(function, name)}
+        defaults = {str(i): item for i, item in enumerate(function.__defaults__ or ())}
+        return {**cells, **defaults, **(function.__kwdefaults__ or {})}
+
+    def _module(self, value: nn.Module) -> str:
+        if id(value) in self.names:
+            return f"module {self.names[id(value)]!r}"
+        tensors = {**dict(value.named_parameters()), **dict(value.named_buffers())}
+        parts = [f"{name}={self.of(t)}" for name, t in tensors.items()]
+        for name, module in value.named_modules():
+            reach = self.reach or Reach(value)
+            parts += [f"{name} {type(module).__qualname__}", *map(self.of, hooks(module))]
+            parts += [f"{name}.{key}={self.of(item)}" for key, item in reach.attributes(module).items()]
+        return f"{type(value).__qualname__}({', '.join(parts)})"
+
+    def _object(self, value: Any) -> str:
+        if dataclasses.is_dataclass(value):
+            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
+        else:
+            fields = dict(sorted(members(value)))
+        if self.reach is not None and not is_known(type(value)):
+            kept = self.reach.attributes(value)
+            fields = {name: item for name, item in fields.items() if name in kept}
+        if fields or members(value) or type(value).__repr__ is object.__repr__:
+            inner = (f"{name}={self.of(item)}" for name, item in fields.items())
+            return f"{type(value).__qualname__}({', '.join(inner)})"
+        return _without_addresses(repr(value))
+
+    @staticmethod
+    def _kind(value: Any, *plain: type) -> str:
+        return "" if type(value) in plain else type(value).__qualname__
+
+
+def _functions(reach: Reach) -> list[str]:
+    """The code of all functions that can be run."""
+    return sorted(f"{f.__module__}.{f.__qualname__} {_code(f)}" for f in reach.functions.values())
+
+
+def _values(reach: Reach, words: _Words) -> list[str]:
+    """Globals, class attributes, and what functions carry with them."""
+    found = [f"{where}.{name} = {words.of(value)}" for where, name, value in reach.read_globals()]
+    for kind in reach.kinds:
+        found += [f"{kind.__qualname__}.{n} = {words.of(item)}" for n, item in reach.class_attributes(kind).items()]
+    for function in reach.functions.values():
+        bound = ", ".join(f"{name}={words.of(item)}" for name, item in words.bound(function).items())
+        found += [f"{function.__module__}.{function.__qualname__}({bound})"] if bound else []
+    return sorted(set(found))
+
+
+def _own(kind: type) -> list[type]:
+    return [base for base in kind.__mro__ if not is_known(base)]
+
+
+def _code(function: FunctionType) -> str:
+    return code_digest(function.__code__)
+
+
+def _joined(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _members(batch: Batch) -> list[Any]:
     named = [item for pair in sorted(batch.keywords.items(), key=lambda pair: pair[0]) for item in pair]
     return [*batch.arguments, *named, batch.targets]
-
-
-def _code(code: CodeType) -> str:
-    found = hashlib.sha256(code.co_code)
-    for constant in code.co_consts:
-        if isinstance(constant, frozenset):
-            constant = sorted(map(repr, constant))  # their order changes from process to process
-        found.update((_code(constant) if isinstance(constant, CodeType) else repr(constant)).encode())
-    found.update(" ".join(code.co_names).encode())
-    return found.hexdigest()
-
-
-def _is_empty(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return True
-    return False
 
 
 def _without_addresses(text: str) -> str:

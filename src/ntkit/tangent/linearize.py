@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ntkit.errors import InputError, SlowRouteWarning
 from ntkit.tangent import parameters as selecting
-from ntkit.tangent.capture import Capture, Deviation, Source, plain_module, run_backward
+from ntkit.tangent.backward import run_backward
+from ntkit.tangent.capture import Capture, Deviation, Source, plain_module
 from ntkit.tangent.derivatives import Derivatives, Part, Term, assemble, leaf_rows, partition
 from ntkit.tangent.directional import (
     backward_product,

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ntkit.errors import InputError, ModelError, NtkitError
+from ntkit.tangent.backward import run_backward
 from ntkit.tangent.capture import (
     Capture,
     Deviation,
@@ -33,7 +34,6 @@ from ntkit.tangent.capture import (
     Watch,
     makes_no_tensor,
     operation_name,
-    run_backward,
     touches,
     writes_in_place,
 )
