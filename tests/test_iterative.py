@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 import ntkit
 from ntkit.errors import InputError, ModelError, StoreError
 from ntkit.kernel.matrixfree import MatrixFreeKernel
-from ntkit.solve import iterative
+from ntkit.solve import checkpoint
 from ntkit.solve.iterative import ConjugateGradients
 from ntkit.solve.precondition import coupling, kronecker
 from ntkit.solve.ridge import Absolute, Relative
@@ -132,10 +134,7 @@ def test_an_older_checkpoint_is_read(tmp_path: Path) -> None:
     file, y = tmp_path / "state", normal(2)(60).double()
     whole = ConjugateGradients(1e-10).solve(spd(60), y, Absolute(0.01))
     ConjugateGradients(1e-10, 7, checkpoint=file).solve(spd(60), y, Absolute(0.01))
-    with safe_open(file, "pt") as opened:
-        facts = {k: v for k, v in opened.metadata().items() if k in {"name", "history"}}
-        parts = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118 (not a dict)
-    save_file(parts, file, facts)
+    with_facts(file, {"name", "history"})
     again = ConjugateGradients(1e-10, checkpoint=file).solve(spd(60), y, Absolute(0.01))
     assert again.history == whole.history
 
@@ -276,7 +275,7 @@ def test_a_killed_solve_goes_on(tmp_path: Path) -> None:
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from tests.test_iterative import *
-iterative.EVERY = 0.0
+checkpoint.EVERY = 0.0
 def progress(done, _):
     if done == 9:
         os.kill(os.getpid(), 9)
@@ -301,6 +300,98 @@ def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(StoreError, match="damaged"):
         solver.solve(spd(9), normal(1)(9), Absolute(0.1))
+    for place in (tmp_path, tmp_path / "not there" / "state"):
+        with pytest.raises(InputError, match="a file in a folder"):
+            ConjugateGradients(checkpoint=place).solve(spd(9), normal(1)(9), Absolute(0.1))
+
+
+class Unnamed(ntkit.DenseKernel):
+    """A kernel that does not say what it is of."""
+
+    def identity(self) -> dict[str, str]:
+        return ntkit.Kernel.identity(self)
+
+
+def with_facts(file: Path, keep: set[str]) -> None:
+    """Rewrite a checkpoint with some of its facts only."""
+    with safe_open(file, "pt") as opened:
+        facts = {k: v for k, v in opened.metadata().items() if k in keep}
+        parts = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118 (not a dict)
+    save_file(parts, file, facts)
+
+
+@pytest.mark.parametrize("kind", ["named", "unnamed", "an older file"])
+def test_a_checkpoint_of_another_kernel(kind: str, tmp_path: Path) -> None:
+    """The right-hand side and the ridge are the same: the kernel's identity tells, or a product with it."""
+    file, y = tmp_path / "state", normal(2)(60).double()
+    other = spd(60).roll(1, 0).roll(1, 1)  # of the same trace and spectrum
+    make = Unnamed if kind == "unnamed" else ntkit.DenseKernel
+    whole = ConjugateGradients(1e-10).solve(make(spd(60)), y, Absolute(0.01))
+    ConjugateGradients(1e-10, 7, checkpoint=file).solve(make(spd(60)), y, Absolute(0.01))
+    if kind == "an older file":
+        with_facts(file, {"name", "history"})
+    before, solver = file.read_bytes(), ConjugateGradients(1e-10, checkpoint=file)
+    with pytest.raises(StoreError, match="what differs: entries" if kind == "named" else "belongs to another kernel"):
+        solver.solve(make(other), y, Absolute(0.01))
+    assert file.read_bytes() == before
+    again = solver.solve(make(spd(60)), y, Absolute(0.01))
+    assert again.history == whole.history
+    assert torch.equal(again.value, whole.value)
+
+
+def test_a_checkpoint_of_another_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    (x, _), model, file = digits(), mlp().double(), tmp_path / "state"
+    solver, y = ConjugateGradients(1e-8, 3, checkpoint=file), normal(1)(5 * C).double()
+    solver.solve(MatrixFreeKernel(ntkit.linearize(model), x[:5]), y, Absolute(0.1))
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1e-3
+    with pytest.raises(StoreError, match=r"another kernel \(what differs: parameters"):
+        solver.solve(MatrixFreeKernel(ntkit.linearize(model), x[:5]), y, Absolute(0.1))
+    with pytest.raises(StoreError, match=r"another kernel \(what differs: .*rows"):
+        solver.solve(MatrixFreeKernel(ntkit.linearize(model), x[5:10]), y, Absolute(0.1))
+
+
+def test_what_float32_takes_for_its_own_is_its_own(tmp_path: Path) -> None:
+    """A kernel without a name in float32: rounding of hundreds of steps is no other kernel."""
+    file, y = tmp_path / "state", normal(2)(60)
+    kernel = Unnamed((spd(60) + torch.ones(60, 60).double()).float())
+    for iterations in (5, 40, 80):
+        found = ConjugateGradients(1e-9, iterations, checkpoint=file).solve(kernel, y, Absolute(0.01))
+    assert found.relative_residual > 1e-7  # the recurrence is astray
+
+
+def test_the_state_is_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With products of 7 s: after 60 s and a little each, and at the end."""
+    clock, written = [0.0], []
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda _: written.append(clock[0]))
+
+    class Slow(ntkit.DenseKernel):
+        def __matmul__(self, other: Tensor) -> Tensor:
+            clock[0] += 7.0
+            return super().__matmul__(other)
+
+    solver = ConjugateGradients(1e-14, 32, checkpoint=tmp_path / "state")
+    solver.solve(Slow(spd(60)), normal(1)(60).double(), Absolute(1e-3))
+    assert written == [63.0, 126.0, 189.0, 224.0]
+
+
+def test_a_full_disk_leaves_the_last_state(tmp_path: Path) -> None:
+    file, y = tmp_path / "state", normal(8)(60).double()
+    whole = ConjugateGradients(1e-10).solve(spd(60), y, Absolute(0.01))
+    ConjugateGradients(1e-10, 7, checkpoint=file).solve(spd(60), y, Absolute(0.01))
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # no file may be larger
+    try:
+        with pytest.raises(StoreError, match="no room left"):
+            ConjugateGradients(1e-10, 20, checkpoint=file).solve(spd(60), y, Absolute(0.01))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
+    assert os.listdir(tmp_path) == ["state"]
+    again = ConjugateGradients(1e-10, checkpoint=file).solve(spd(60), y, Absolute(0.01))
+    assert torch.equal(again.value, whole.value)
 
 
 # ---------------------------------------------------------------- what cannot be done
@@ -331,7 +422,3 @@ def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
 def test_refusals(do: Callable[[], Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         do()
-
-
-def test_the_state_is_kept_now_and_then() -> None:
-    assert iterative.EVERY >= 10

@@ -81,10 +81,20 @@ class Layout:
     def nbytes(self) -> int:
         """Bytes of all tiles on disk, but for a few hundred of each for its index and record."""
         total = 0
-        for rows, cols in map(self.slices, self.tiles()):
+        for i in range(self.grid[0]):  # row by row: a small budget makes millions of tiles
+            rows = self.slices((i, i))[0]
             height = -(-(rows.stop - rows.start) // self.chunk[0]) * self.chunk[0]
-            total += height * self.edge[1] * np.dtype(self.dtype).itemsize if cols.stop > cols.start else 0
-        return total
+            total += height * self.stripe(i)
+        return total * self.edge[1] * np.dtype(self.dtype).itemsize
+
+    def stripe(self, row: int) -> int:
+        """Number of tiles that are stored of a row of tiles."""
+        return max(0, self.grid[1] - (row if self.symmetric else 0))
+
+    @property
+    def count(self) -> int:
+        """Number of all tiles."""
+        return sum(map(self.stripe, range(self.grid[0])))
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,7 @@ class Store:
             )
         found = cls(path, layout, identity, facts or {})
         described = {"format": FORMAT, "symmetric": layout.symmetric, "identity": found.identity, "facts": found.facts}
-        with _full_disk(path):
+        with full_disk(path):
             _zarr().create_array(
                 path, shape=layout.shape, shards=layout.edge, chunks=layout.chunk, dtype=layout.dtype,
                 compressors=None, fill_value=float("nan"), config=_WHOLE, attributes={"ntkit": described},
@@ -219,7 +229,7 @@ class Store:
         Raises:
             StoreError: if another run has it.
         """
-        with _full_disk(self.path), (self.path / "lock").open("a+") as file:
+        with full_disk(self.path), (self.path / "lock").open("a+") as file:
             if not _lock(file):
                 raise StoreError(f"another run is writing to {self.path}: wait for it, or stop it")
             yield
@@ -242,7 +252,7 @@ class Store:
                 )
             raise StoreError(f"tile {tile} has entries that are not finite")
         record, shard = self._record_path(tile), self._shard(tile)
-        with _full_disk(self.path):
+        with full_disk(self.path):
             self.discard(tile)
             self._array[rows, cols] = converted
             with shard.open("rb") as file:
@@ -417,7 +427,7 @@ def _lock(file: Any) -> bool:
 
 
 @contextmanager
-def _full_disk(path: Path) -> Iterator[None]:
+def full_disk(path: Path) -> Iterator[None]:
     """Errors of the file system in words."""
     try:
         yield

@@ -8,22 +8,18 @@ file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ntkit.errors import InputError, StoreError
 from ntkit.kernel.base import Kernel
+from ntkit.solve.checkpoint import Checkpoint, State, digest, identity_of
 from ntkit.solve.ridge import FixedRidge, as_fixed_ridge
 from ntkit.solve.symmetric import as_kernel, as_tensor
 
@@ -47,8 +43,6 @@ class Rooted(Protocol):
         ...
 
 
-# Seconds between two states on disk.
-EVERY = 60.0
 # The residual is taken anew with the exact kernel whenever it has fallen by this factor.
 RENEWED = 1e-2
 
@@ -96,7 +90,8 @@ class ConjugateGradients:
         tolerance: wanted relative residual of every right-hand side.
         iterations: at most so many.
         preconditioner: about the inverse of K + ridge I; none by default. See `ntkit.solve.precondition`.
-        checkpoint: a file that the state is written to now and then, and read from if it is there.
+        checkpoint: a file that the state is written to now and then, and read from if it is there: four times the size
+            of y. It is bound to the kernel by `Kernel.identity`, which is read once more for it.
     """
 
     tolerance: float = 1e-6
@@ -136,7 +131,9 @@ class ConjugateGradients:
 
         Raises:
             InputError: if the shapes do not fit, y is not finite, or the matrix is not positive definite.
-            StoreError: if the checkpoint is of another system.
+            StoreError: if the checkpoint is damaged, or of another kernel, right-hand side or ridge (a kernel without
+                an `identity` is told by one product with the solution so far), or the disk is full, which leaves the
+                last state as it was.
         """
         kernel, fixed = as_kernel(kernel), as_fixed_ridge(ridge)
         right = as_tensor(y).to("cpu", torch.float64)
@@ -161,12 +158,22 @@ class ConjugateGradients:
             return columns - with_ridge(judge, solution)
 
         judged = None if exact is None else remainder
-        state = self._iterate(lambda v: with_ridge(kernel, v), judged, columns, value, progress)
+        norms = columns.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+        file = state = None
+        if self.checkpoint is not None:
+            file = Checkpoint(self.checkpoint, digest(columns, value), identity_of(kernel))
+            saved = file.read()
+            if saved is not None:
+                state = _State.of(saved)
+                if not saved.bound:
+                    asked = judge if state.judged else kernel
+                    rest = columns - with_ridge(asked, state.solution)
+                    _require_own(file, float(((rest - state.residual).norm(dim=0) / norms).max()), asked.dtype)
+        state = self._iterate(lambda v: with_ridge(kernel, v), judged, columns, value, state, file, progress)
         history = state.history
         if exact is not None and history and state.renewed == history[-1]:
             residual = state.renewed  # it was taken at the last iteration
         else:
-            norms = columns.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
             gap = remainder(state.solution).norm(dim=0) / norms
             residual = float(gap.max()) if columns.numel() else 0.0
         return IterativeSolution(
@@ -185,11 +192,11 @@ class ConjugateGradients:
         remainder: Callable[[Tensor], Tensor] | None,
         y: Tensor,
         ridge: float,
+        state: _State | None,
+        file: Checkpoint | None,
         progress: Callable[[int, float], None] | None,
     ) -> _State:
         inverse = self.preconditioner or (lambda r: r)
-        file = None if self.checkpoint is None else _Checkpoint(Path(self.checkpoint), _name(y, ridge))
-        state = None if file is None else file.read()
         norms = y.norm(dim=0)
         scale = torch.where(norms > 0, norms, 1.0)
         if state is None:
@@ -226,11 +233,11 @@ class ConjugateGradients:
             state.energy = energy
             state.history.append(worst)
             if file is not None:
-                file.write(state)
+                state.write(file)
             if progress is not None:
                 progress(len(state.history), state.history[-1])
         if file is not None:
-            file.write(state, now=True)
+            state.write(file, now=True)
         return state
 
 
@@ -249,46 +256,30 @@ class _State:
     renewed: float
     judged: bool
 
-
-class _Checkpoint:
-    """A state on disk: written whole, with the name of its system."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name, self.last = path, name, time.monotonic()
-
-    def read(self) -> _State | None:
-        """The state, if there is one.
-
-        Raises:
-            StoreError: if it is of another system, or damaged.
-        """
-        if not self.path.exists():
-            return None
-        try:
-            with safe_open(self.path, "pt") as file:
-                facts = file.metadata() or {}
-                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
-            raise StoreError(f"{self.path} is not a checkpoint of a solve, or damaged ({error}): remove it") from error
-        if facts.get("name") != self.name:
-            raise StoreError(
-                f"{self.path} belongs to another right-hand side or ridge: choose another checkpoint, or remove it"
-            )
-        # older files have neither of the last two
+    @classmethod
+    def of(cls, saved: State) -> _State:
+        """From a file; older ones have neither of the last two."""
+        facts = saved.facts
         renewed, judged = float(facts.get("renewed", 1.0)), facts.get("judged") == "yes"
-        return _State(**parts, history=json.loads(facts["history"]), renewed=renewed, judged=judged)
+        return cls(**saved.parts, history=json.loads(facts["history"]), renewed=renewed, judged=judged)
 
-    def write(self, state: _State, *, now: bool = False) -> None:
-        """Write the state down, if the last time is long ago."""
-        if not now and time.monotonic() - self.last < EVERY:
-            return
-        parts = {name: getattr(state, name).contiguous() for name in ("solution", "residual", "direction", "energy")}
-        partial = self.path.with_name(self.path.name + ".partial")
-        facts = {"name": self.name, "history": json.dumps(state.history), "renewed": repr(state.renewed)}
-        save_file(parts, partial, {**facts, "judged": "yes" if state.judged else "no"})
-        partial.replace(self.path)
-        self.last = time.monotonic()
+    def write(self, file: Checkpoint, *, now: bool = False) -> None:
+        """Into a file, if it is time."""
+        parts = {name: getattr(self, name) for name in ("solution", "residual", "direction", "energy")}
+        judged = "yes" if self.judged else "no"
+        file.write(
+            parts, {"history": json.dumps(self.history), "renewed": repr(self.renewed), "judged": judged}, now=now
+        )
 
 
-def _name(y: Tensor, ridge: float) -> str:
-    return hashlib.sha256(y.contiguous().cpu().numpy().tobytes() + repr(ridge).encode()).hexdigest()
+def _require_own(file: Checkpoint, gap: float, dtype: torch.dtype) -> None:
+    """Refuse a state whose residual is not that of its solution, by the relative difference of the two.
+
+    Raises:
+        StoreError: if they differ by more than rounding does in a solve that comes to something.
+    """
+    if not gap <= torch.finfo(dtype).eps ** 0.25:
+        raise StoreError(
+            f"{file.path} belongs to another kernel, or float32 has led it astray: its residual differs by {gap:.1e} "
+            "from that of its solution with this kernel. Choose another checkpoint, or remove it"
+        )
