@@ -41,6 +41,11 @@ MAIN = ("curvature-ivr", "mlmoc", "margin", "badge", "entropy", "lcmd", "bait", 
 ALL = (*MAIN, "mlmoc, best singles", "ivr", "emoc", "variance", "least-confidence", "power-margin", "learned-loss",
        "core-set", "k-means++", "max-det", "frank-wolfe", "bait-forward-backward", "typiclust")  # fmt: skip
 OTHERS = {"digits": ALL, "fashion, whole pool": ("curvature-ivr", "margin", "badge", "random")}
+# What comes after a comma in a name here.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "best singles": {"batch": active.TopK()},
+    "last layer": {"kernel": active.LastLayer()},
+}
 WITH_SINGLES = ("digits, batches of 50", "digits, ten noisy copies", "digits, square loss", "fashion")
 
 
@@ -52,9 +57,9 @@ def strategies(task: Task) -> tuple[str, ...]:
 
 def made(name: str, task: Task, seed: int) -> active.Strategy:
     """A strategy by its name here."""
-    plain, _, singles = name.partition(", ")
+    plain, _, variant = name.partition(", ")
     found = active.strategy(plain, loss=task.loss, missing_label=-1, random_state=seed)
-    return replace(found, batch=active.TopK()) if singles and isinstance(found, active.LookAhead) else found
+    return replace(found, **VARIANTS[variant]) if variant else found
 
 
 def curve(task_name: str, name: str, seed: int, device: str = "cpu") -> dict[str, Any]:
