@@ -132,6 +132,93 @@ def test_what_does_not_belong_is_refused(tmp_path: Path) -> None:
         PathRecorder(x).paths()
 
 
+def test_every_branch_is_kept(tmp_path: Path) -> None:
+    """Two resumes from one checkpoint: three branches, in a folder as in memory; a new recorder finds them too."""
+    x, y = probes()
+    recorders = [PathRecorder(x, labels=y, folder=tmp_path), PathRecorder(x, labels=y)]
+    branches: list[Tensor] = []
+    for recorder in recorders:
+        recorder.record(network(9), 2)
+    for seed in range(3):
+        for recorder in recorders:
+            recorder.rewind(3)
+            for step in (3, 4):
+                recorder.record(network(10 * seed + step), step)
+        branches.append(recorders[0].paths().logits[1:])
+    for recorder in (*recorders, PathRecorder(x, labels=y, folder=tmp_path)):
+        assert torch.equal(recorder.paths().logits[1:], branches[2])
+        left = recorder.replaced()
+        assert [one.steps.tolist() for one in left] == [[3, 4], [3, 4]]
+        for found, expected in zip(left, branches, strict=False):
+            assert torch.equal(found.logits, expected)
+            assert torch.equal(found.labels, y)
+    assert len({tuple(branch.flatten().tolist()) for branch in branches}) == 3
+    file = next(tmp_path.glob("replaced-*.bin"))
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(StoreError, match="is damaged"):
+        recorders[0].replaced()
+
+
+def test_a_crash_while_setting_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the copy and before the cut: nothing is gone, and the same call does it then."""
+    import os
+
+    x, y = probes()
+    recorder = PathRecorder(x, labels=y, folder=tmp_path)
+    train(network(), recorder, 4)
+    whole = recorder.paths().logits
+
+    def crash(*_: Any) -> None:
+        raise OSError("out of power")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "truncate", crash)
+        with pytest.raises(StoreError, match="cannot set records aside"):
+            recorder.rewind(3)
+    again = PathRecorder(x, labels=y, folder=tmp_path)
+    assert torch.equal(again.paths().logits, whole)
+    again.rewind(3)
+    assert torch.equal(again.paths().logits, whole[:2])
+    assert all(torch.equal(one.logits, whole[2:]) for one in again.replaced())
+
+
+def test_records_are_forced_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first at once, the others when a second has passed; what is set aside at once."""
+    import os
+
+    forced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: forced.append(os.fstat(handle).st_size))
+    seconds = iter([0.0, 0.0, 0.5, 1.5, 1.5, 1.6])
+    monkeypatch.setattr(PathRecorder.record.__globals__["time"], "monotonic", lambda: next(seconds))
+    recorder = PathRecorder(probes()[0], folder=tmp_path)
+    train(network(), recorder, 4)
+    size = (tmp_path / "records.bin").stat().st_size // 4
+    assert forced == [size, 3 * size]
+    recorder.rewind(3)
+    assert forced[2:] == [2 * size]
+
+
+def test_refused_at_the_first_record(tmp_path: Path) -> None:
+    """Before training, not after it: labels that are no class, probes of another shape, mixed probes, no step."""
+    x, y = probes()
+    with pytest.raises(InputError, match=r"classes from 0 to 3, the network has 4 outputs: got 4 to 4"):
+        PathRecorder(x, labels=torch.full_like(y, 4), folder=tmp_path).record(network(), 0)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"shape \(5, 7\), expected such as it is trained on"):
+        PathRecorder(torch.randn(5, 7)).record(network(), 0)
+    mixing = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False))
+    with pytest.raises(ModelError, match=r"1 \(BatchNorm1d\).*mixes the probes"):
+        PathRecorder(x).record(mixing, 0)
+    for step in ("a", 1.5, None):
+        with pytest.raises(InputError, match="whole number"):
+            PathRecorder(x).record(network(), step)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=">= 0"):
+        PathRecorder(x).record(network(), -1)
+    (tmp_path / "records.bin").write_bytes(b"of whom?")
+    with pytest.raises(StoreError, match=r"without probes\.json"):
+        PathRecorder(x, folder=tmp_path)
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     x, _ = probes()
     (tmp_path / "file").write_text("")

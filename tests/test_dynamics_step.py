@@ -238,6 +238,9 @@ def test_bad_input() -> None:
         one_step(model, (x, y), seen, torch.optim.RMSprop(model.parameters()))
     with pytest.raises(InputError, match="not the model's"):
         one_step(model, (x, y), seen, torch.optim.SGD(network().parameters(), lr=0.1))
+    for update, observe in (((x[:, :3], y), seen), ((x, y), seen[:, :3])):
+        with pytest.raises(InputError, match=r"shape \(1, 3\), expected such as it is trained on"):
+            one_step(model, update, observe, 0.1)
     with pytest.raises(InputError, match=r"output\.logits"):
         one_step(Odd().eval(), (x, y), seen, 0.1)
     with pytest.raises(ModelError, match=r"model.eval\(\)"):

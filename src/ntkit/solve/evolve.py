@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from ntkit.errors import InputError
+from ntkit.solve.losses import as_loss
 from ntkit.solve.regression import as_targets, evaluate
 from ntkit.solve.symmetric import as_tensor, symmetric_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from torch import nn
 
     from ntkit.kernel.base import Kernel
     from ntkit.solve.losses import Loss
@@ -65,7 +68,7 @@ class Evolution:
 def evolve(
     kernel: Kernel | Tensor | np.ndarray,
     targets: Tensor | np.ndarray,
-    loss: Loss,
+    loss: Loss | nn.CrossEntropyLoss,
     times: Sequence[float],
     *,
     prior: Tensor | np.ndarray | None = None,
@@ -79,7 +82,7 @@ def evolve(
     Args:
         kernel: between the training examples: (N, N), used for every output, or (N*C, N*C), example-major.
         targets: classes (N,), or points (N, C).
-        loss: cross-entropy, square loss or one of your own.
+        loss: cross-entropy, square loss or one of your own; also a plain `nn.CrossEntropyLoss()`.
         times: to stop at, not decreasing.
         prior: f0(X), (N, C); needed where targets are classes; None for zero.
         mean: train the mean of the losses over the examples, not their sum.
@@ -96,7 +99,7 @@ def evolve(
     """
     from scipy.integrate import DOP853
 
-    moments = _checked_times(times)
+    loss, moments = as_loss(loss, mean=mean), _checked_times(times)
     y, first = _start(targets, prior)
     n, count = first.shape
     matrix = symmetric_matrix(kernel)

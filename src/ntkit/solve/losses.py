@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ntkit.errors import InputError
 
@@ -60,12 +61,13 @@ class SquareLoss(Loss):
         """The nearest point of the simplex (Duchi et al. 2008, algorithm 1)."""
         ordered = outputs.sort(1, descending=True).values
         excess = ordered.cumsum(1) - 1
-        count = torch.arange(1, outputs.shape[1] + 1, dtype=outputs.dtype)
+        count = torch.arange(1, outputs.shape[1] + 1, dtype=outputs.dtype, device=outputs.device)
         kept = (ordered - excess / count > 0).sum(1, keepdim=True)
         return (outputs - excess.gather(1, kept - 1) / kept).clamp_min(0)
 
     def curvature(self, outputs: Tensor, block: int) -> Tensor:  # noqa: D102
-        return torch.eye(block, dtype=torch.float64).expand(len(outputs), block, block).clone()
+        one = torch.eye(block, dtype=torch.float64, device=outputs.device)
+        return one.expand(len(outputs), block, block).clone()
 
     def fitted(self, outputs: Tensor) -> Tensor:  # noqa: D102
         return outputs
@@ -108,6 +110,52 @@ class CrossEntropy(Loss):
 
     def fitted(self, outputs: Tensor) -> Tensor:  # noqa: D102
         return self.probabilities(outputs)
+
+
+def as_loss(loss: Any, *, mean: bool = True) -> Loss:
+    """The loss that is meant: cross-entropy for None, a loss of ours as it is, torch's where it is exactly one of ours.
+
+    `nn.CrossEntropyLoss()` is `CrossEntropy()`, if it has no weights and no smoothing and sums up the examples as the
+    caller does. `nn.MSELoss` never is `SquareLoss()`: it has no 1/2, and means over the outputs too.
+
+    Args:
+        loss: what a user has passed.
+        mean: whether the caller means over the examples; a sum otherwise.
+
+    Raises:
+        InputError: if it is anything else, with what to pass instead.
+    """
+    if loss is None:
+        return CrossEntropy()
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, nn.CrossEntropyLoss):
+        reduction = "mean" if mean else "sum"
+        own = [
+            f"{name}={value}"
+            for name, value, plain in (
+                ("weight", loss.weight, None), ("ignore_index", loss.ignore_index, -100),
+                ("reduction", loss.reduction, reduction), ("label_smoothing", loss.label_smoothing, 0.0),
+            )
+            if (value is not None if plain is None else value != plain)
+        ]  # fmt: skip
+        if not own:
+            return CrossEntropy()
+        raise InputError(
+            f"loss: got nn.CrossEntropyLoss({', '.join(own)}), expected a plain one, with reduction={reduction!r} as "
+            "here: pass CrossEntropy(), and smoothed labels as soft targets (n, C)"
+        )
+    if isinstance(loss, nn.MSELoss):
+        raise InputError(
+            "loss: got nn.MSELoss, which has no 1/2 and means over the C outputs too: pass SquareLoss(), which is "
+            "1/2 ||f - y||^2; it takes 2/C times the learning rate to the same steps"
+        )
+    named = isinstance(loss, type) and issubclass(loss, (Loss, nn.Module))
+    got = f"the class {loss.__name__}" if named else getattr(loss, "__name__", None) or type(loss).__name__
+    raise InputError(
+        f"loss: got {got}{f', not an object of it: write {loss.__name__}()' if named else ''}; expected CrossEntropy() "
+        "or SquareLoss() of ntkit.solve.losses, one of your own made from its Loss, or a plain nn.CrossEntropyLoss()"
+    )
 
 
 def points(targets: Tensor, outputs: Tensor) -> Tensor:

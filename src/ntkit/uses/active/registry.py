@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ntkit.errors import InputError
-from ntkit.solve.losses import CrossEntropy, Loss
+from ntkit.solve.losses import Loss, as_loss
 from ntkit.uses.active import designs, gradients, learned, lookahead, objectives, sampled, typical, uncertainty
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def strategy(name: str, *, loss: Loss | None = None, **common: Any) -> Strategy:
     Raises:
         InputError: if there is none of that name.
     """
-    loss = CrossEntropy() if loss is None else loss
+    loss = as_loss(loss)
     if name in LOOK_AHEAD:
         return lookahead.LookAhead(objective=LOOK_AHEAD[name], loss=loss, **common)
     if name not in BASELINES:

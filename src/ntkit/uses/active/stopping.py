@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ntkit.errors import InputError
-from ntkit.solve.losses import CrossEntropy, Loss
+from ntkit.solve.losses import CrossEntropy, Loss, as_loss
 from ntkit.uses.active.lookahead import LookAhead
 from ntkit.uses.active.objectives import MostLikelyChange
 
@@ -188,6 +188,14 @@ class MeanUncertainty(StoppingRule):
 
     most: float = 0.05
     loss: Loss = field(default_factory=CrossEntropy)
+
+    def __post_init__(self) -> None:
+        """Take torch's loss for ours.
+
+        Raises:
+            InputError: if it is neither.
+        """
+        object.__setattr__(self, "loss", as_loss(self.loss))
 
     def measure(self, now: Round) -> float:  # noqa: D102
         p = self.loss.probabilities(now.outputs()[now.labels < 0])

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ntkit.errors import InputError
+from ntkit.solve.losses import as_loss
 from ntkit.tangent.linearize import Tangent, linearize
 from ntkit.tangent.readout import Logits
 from ntkit.uses.active.geometry import Geometry, WithOutputs
@@ -97,6 +98,16 @@ class Strategy(ABC):
     select: Any = None
     missing_label: float | None = float("nan")
     random_state: int = 0
+
+    def __post_init__(self) -> None:
+        """Take torch's loss for ours, where a strategy has one.
+
+        Raises:
+            InputError: if it is neither.
+        """
+        loss = getattr(self, "loss", None)
+        if loss is not None:
+            object.__setattr__(self, "loss", as_loss(loss))
 
     @abstractmethod
     def choose(self, now: Round) -> Picked:

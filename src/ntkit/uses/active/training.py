@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ntkit.errors import InputError
-from ntkit.solve.losses import CrossEntropy, Loss
+from ntkit.solve.losses import CrossEntropy, Loss, as_loss
 from ntkit.tangent.examples import Examples
 from ntkit.tangent.readout import logits
 
@@ -55,11 +55,12 @@ class Training:
     select: Select | None = None
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check the loss and the numbers.
 
         Raises:
-            InputError: if they are not positive.
+            InputError: if the loss is none, or they are not positive.
         """
+        object.__setattr__(self, "loss", as_loss(self.loss))
         for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
             if value < 1:
                 raise InputError(f"{name}: got {value!r}, expected a positive number")

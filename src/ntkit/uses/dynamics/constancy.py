@@ -113,8 +113,8 @@ def constancy(
 def _trained(
     model: nn.Module, width: int, seed: int, train: tuple[Any, Tensor], test: Any, steps: int, rate: float
 ) -> Trained:
-    x, y = train
     tangent = linearize(model)
+    x, y = train[0], train[1].to(tangent.device)
     first, cross = TangentKernel(tangent, x).dense(), TangentKernel(tangent, test, x).dense()
     before, prior = tangent.outputs(x), tangent.outputs(test)
     flow = KernelFlow.decompose(first, y, prior=before)
@@ -129,7 +129,7 @@ def _trained(
         optimizer.step()
     after = linearize(twin)
     outputs = after.outputs(test).double()
-    expected = flow.predict(cross, course, prior)
+    expected = flow.predict(cross, course, prior).to(outputs)
     return Trained(
         width=width,
         seed=seed,

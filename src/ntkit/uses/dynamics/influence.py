@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.errors import InputError
-from ntkit.solve.losses import CrossEntropy, Loss
+from ntkit.solve.losses import CrossEntropy, Loss, as_loss
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits
 
@@ -41,7 +41,7 @@ def influence(
     train: tuple[Any, Tensor],
     probe: tuple[Any, int],
     *,
-    loss: Loss | None = None,
+    loss: Loss | nn.CrossEntropyLoss | None = None,
     select: Select | None = None,
     batch: int = 256,
     progress: Callable[[int], None] | None = None,
@@ -69,7 +69,7 @@ def influence(
         InputError: if anything does not fit, or there is no checkpoint.
         ModelError: if a network is in training mode with BatchNorm or Dropout.
     """
-    loss = CrossEntropy() if loss is None else loss
+    loss = as_loss(loss)
     (x, y), (seen, asked) = train, probe
     found = []
     for model, rate in checkpoints:
@@ -77,8 +77,8 @@ def influence(
         z = tangent.outputs(seen)
         if len(z) != 1:
             raise InputError(f"one probe at a time: got {len(z)} examples")
-        if not 0 <= asked < z.shape[1]:
-            raise InputError(f"classes are numbers from 0 to {z.shape[1] - 1}: got {asked}")
+        if not hasattr(asked, "__index__") or not 0 <= int(asked) < z.shape[1]:
+            raise InputError(f"classes are numbers from 0 to {z.shape[1] - 1}: got {asked!r}")
         unit = torch.zeros_like(z)
         unit[0, asked] = 1.0
         pull = unit - z.softmax(1) if isinstance(loss, CrossEntropy) else unit

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from ntkit.errors import InputError
 from ntkit.kernel.empirical import TangentKernel
-from ntkit.solve.losses import CrossEntropy, Loss
+from ntkit.solve.losses import CrossEntropy, Loss, as_loss
 from ntkit.tangent.linearize import Tangent, linearize
 from ntkit.tangent.readout import Readout
 from ntkit.tangent.untouched import untouched
+from ntkit.uses.dynamics.looking import call
 from ntkit.uses.dynamics.optimizers import displacement
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def one_step(
     observe: Any,
     optimizer: Optimizer | float,
     *,
-    loss: Loss | None = None,
+    loss: Loss | nn.CrossEntropyLoss | None = None,
     weights: Tensor | None = None,
     mean: bool = True,
     matrices: bool = False,
@@ -156,7 +157,7 @@ def one_step(
         observe: x of the M observed examples.
         optimizer: a learning rate for plain SGD; or the `torch.optim` SGD, Adam or AdamW that trains the model, with
             its momentum as it is.
-        loss: cross-entropy by default.
+        loss: cross-entropy by default; `SquareLoss()`, one of your own, or a plain `nn.CrossEntropyLoss()`.
         weights: of the examples (N,) or positions (N, T); negative to climb the loss, as preference tuning does with
             answers that are to be avoided.
         mean: whether the loss is the mean over all targets there are, or their sum.
@@ -172,7 +173,7 @@ def one_step(
         InputError: if targets, weights or optimiser do not fit.
         ModelError: if the model is in training mode with BatchNorm or Dropout.
     """
-    loss = CrossEntropy() if loss is None else loss
+    loss = as_loss(loss, mean=mean)
     tangent = linearize(model, readout=AllPositions(select))
     x, y = update
     shape, seen = _shapes(tangent, x), _shapes(tangent, observe)
@@ -217,7 +218,7 @@ def _shapes(tangent: Tangent, x: Any) -> torch.Size:
     readout = tangent.readout
     assert isinstance(readout, AllPositions)
     with untouched(tangent.model), torch.no_grad():
-        return logits_of(examples.batch([0], tangent.device).call(tangent.model), readout.select).shape[1:]
+        return logits_of(call(tangent.model, examples.batch([0], tangent.device)), readout.select).shape[1:]
 
 
 def _misfit(outputs: Tensor, y: Tensor, loss: Loss, weights: Tensor | None, *, mean: bool) -> Tensor:

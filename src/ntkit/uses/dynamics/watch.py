@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError, StoreError
-from ntkit.solve.losses import CrossEntropy, Loss
+from ntkit.solve.losses import CrossEntropy, Loss, as_loss
 from ntkit.tangent.examples import Examples
 from ntkit.tangent.identity import architecture, content, describe, digest
 from ntkit.tangent.readout import logits
-from ntkit.tangent.untouched import evaluating
 from ntkit.uses.dynamics.kernels import KernelPath, KernelRecorder
+from ntkit.uses.dynamics.looking import said
 from ntkit.uses.dynamics.paths import Paths
 from ntkit.uses.dynamics.recorder import PathRecorder
 from ntkit.uses.dynamics.schedules import Logarithmic, Schedule
@@ -49,11 +49,12 @@ class Run:
     loss: Loss = field(default_factory=CrossEntropy)
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check the loss and the numbers.
 
         Raises:
-            InputError: if they are not positive.
+            InputError: if the loss is none, or they are not positive.
         """
+        object.__setattr__(self, "loss", as_loss(self.loss))
         for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
             if value < 1:
                 raise InputError(f"{name}: got {value!r}, expected a positive number")
@@ -213,13 +214,9 @@ def _batch(step: int, n: int, size: int, seed: int) -> list[int]:
 
 
 def _accuracy(model: nn.Module, x: Any, y: Tensor) -> float:
-    examples, right = Examples(x), 0
-    device = next(model.parameters()).device
-    with evaluating(model), torch.no_grad():
-        for start in range(0, len(examples), 512):
-            found = logits(examples.batch(slice(start, start + 512), device).call(model), None).argmax(1).cpu()
-            right += int((found == y[start : start + 512]).sum())
-    return right / len(examples)
+    examples = Examples(x)
+    found = said(model, examples, None, 512).argmax(1).cpu()
+    return float((found == y.cpu()).double().mean())
 
 
 class _State:
@@ -242,7 +239,7 @@ class _State:
         if self.path is None or not self.path.exists():
             return 0
         try:
-            found = torch.load(self.path, weights_only=True)
+            found = torch.load(self.path, weights_only=True, map_location="cpu")
         except Exception as error:  # torch says in many ways that a file is none
             raise StoreError(f"{self.path}: no checkpoint ({error})") from error
         if found.get("identity") != self.identity:
@@ -250,6 +247,8 @@ class _State:
         self.model.load_state_dict(found["model"])
         self.optimizer.load_state_dict(found["optimizer"])
         torch.set_rng_state(found["random"])
+        if len(found["cuda_random"]) == torch.cuda.device_count():  # on other devices dropout draws otherwise
+            torch.cuda.set_rng_state_all(found["cuda_random"])
         self.kernels.steps[:] = found["kernel_steps"]
         self.kernels.matrices[:] = found["kernels"]
         self.scores[:] = found["scores"]
@@ -265,6 +264,7 @@ class _State:
                 {
                     "identity": self.identity, "step": step, "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state(),
+                    "cuda_random": torch.cuda.get_rng_state_all(),
                     "kernel_steps": self.kernels.steps, "kernels": self.kernels.matrices, "scores": self.scores,
                 },
                 part,

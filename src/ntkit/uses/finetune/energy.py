@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ntkit.errors import InputError
 from ntkit.kernel.empirical import TangentKernel
-from ntkit.solve.losses import CrossEntropy, Loss
+from ntkit.solve.losses import Loss, as_loss
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits
 from ntkit.uses.finetune.split import BATCH, Split, as_split
@@ -36,7 +36,7 @@ def energies(outputs: Tensor, targets: Tensor, loss: Loss | None = None) -> Tens
     Raises:
         InputError: if the targets cannot be the loss's.
     """
-    loss = CrossEntropy() if loss is None else loss
+    loss = as_loss(loss)
     return torch.linalg.vector_norm(loss.misfit(outputs, targets), dim=1)
 
 
@@ -61,7 +61,7 @@ def direction(split: Split, x: Any, y: Tensor, *, loss: Loss | None = None) -> T
         InputError: if the examples or targets cannot be used.
         ModelError: if the network cannot be cut there.
     """
-    loss, examples = CrossEntropy() if loss is None else loss, as_split(split).tangent().examples(x)
+    loss, examples = as_loss(loss), as_split(split).tangent().examples(x)
     _require_as_many(examples.size, y)
     split.check(examples)
     found = []
@@ -194,7 +194,7 @@ def foresee(
         InputError: if the examples or targets cannot be used, or a number is not positive.
         ModelError: if the network cannot be cut there.
     """
-    loss, at = CrossEntropy() if loss is None else loss, x if at is None else at
+    loss, at = as_loss(loss), x if at is None else at
     if not learning_rate > 0 or steps < 1:
         raise InputError(f"learning_rate and steps are positive: got {learning_rate!r} and {steps!r}")
     slow = as_split(split).tangent()

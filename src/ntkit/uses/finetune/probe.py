@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError
-from ntkit.solve.losses import CrossEntropy, Loss
+from ntkit.solve.losses import Loss, as_loss
 from ntkit.tangent.examples import Examples
 from ntkit.tangent.identity import architecture, content, describe, digest
 from ntkit.tangent.readout import logits
@@ -61,7 +61,8 @@ def probe_then_finetune(
 
     Features are read once for the whole of probing where the head is one module and gives the outputs itself. Every tau
     has the same order of examples. Cost: N forward passes, or N for every epoch of probing, and 3 N for every epoch of
-    every fine-tuning. Memory: the features, and a copy of the weights for every tau, on disk if there is a folder.
+    every fine-tuning. Memory: the features, and a copy of the weights that are trained for every tau, on disk if there is
+    a folder.
 
     Raises:
         InputError: if the data cannot be used.
@@ -70,7 +71,7 @@ def probe_then_finetune(
     """
     probing = Probing() if probing is None else probing
     finetuning = Finetuning() if finetuning is None else finetuning
-    task = _Task.of(train, validation, CrossEntropy() if loss is None else loss, finetuning.smoothing)
+    task = _Task.of(train, validation, as_loss(loss), finetuning.smoothing)
     check_evaluation(model)
     store = None
     if folder is not None:
@@ -237,7 +238,13 @@ def _finetuned(
         loss=float(task.loss.value(last, task.y_seen.to(device))),
         train_accuracy=accuracy(split.outputs(task.x), task.y),
     )
-    return row, {name: t.detach().clone() for name, t in model.state_dict().items()}
+    return row, _kept(model)
+
+
+def _kept(model: nn.Module) -> State:
+    """What fine-tuning may have changed: all but the parameters that stand still, most of a network with adapters."""
+    still = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: t.detach().clone() for name, t in model.state_dict().items() if name not in still}
 
 
 def _step(loss: Loss, outputs: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer, where: str) -> None:
