@@ -44,22 +44,21 @@ def ridge(first: np.ndarray):
 
 
 def test_exact_where_the_network_is_linear() -> None:
-    """Ridge regression around zero is the fixed point: one label more moves it as the look-ahead from it says.
-
-    The look-ahead's prior is the network, whose own weights pull it back, so the two differ by the shrinking of a label
-    that is fitted already; the new label's own effect is the same.
-    """
+    """Ridge regression is in balance: one label more moves it to that of all labels, as the look-ahead says."""
     x, y, classes = pool()
-    rule = LookAhead(loss=active.SquareLoss(), reg=REG, missing_label=-1)
+    rule = LookAhead(loss=active.SquareLoss(), kernel=active.LastLayer(), reg=REG, missing_label=-1)
     numbers = list(range(10, 22))
     ticks: list[tuple[int, int]] = []
     found = fidelity(
         rule, x, y, ridge(y), generator=torch.Generator(), candidates=numbers,
         labels=[int(classes[i]) for i in numbers], progress=lambda *tick: ticks.append(tick),
     )  # fmt: skip
-    assert found.correlation > 0.9
-    assert found.rank_correlation > 0.9
-    assert found.standard_error < 0.05
+    torch.testing.assert_close(found.predicted, found.actual, rtol=1e-8, atol=0)
+    assert found.unscaled == pytest.approx(1.0, abs=1e-12)
+    assert found.correlation == pytest.approx(1.0, abs=1e-9)
+    assert found.slope == pytest.approx(1.0, abs=1e-4)  # as near as the search comes
+    assert found.rank_correlation == pytest.approx(1.0)
+    assert found.standard_error < 1e-9
     assert ticks == [(k, 13) for k in range(1, 14)]
     assert found.candidates.tolist() == numbers
     assert "12 retrained networks" in str(found)

@@ -159,22 +159,28 @@ def test_look_ahead_is_a_refit_with_the_full_kernel(form: Form) -> None:
 
 
 @forms
-@blocks
-def test_cross_entropy_look_ahead_is_a_newton_step(form: Form, c: int) -> None:
-    """Of the new label's loss plus the quadratic that the labels so far have left around the present outputs."""
-    c = 3
+@pytest.mark.parametrize("coupled", [False, True])
+def test_cross_entropy_look_ahead_is_a_newton_step(form: Form, coupled: bool) -> None:
+    """Of the new label's loss plus the quadratic that the labels so far have left around the present outputs.
+
+    With one kernel for all outputs, each output has parameters of its own and the curvature is one number, its trace.
+    """
+    outputs, c = 3, 3 if coupled else 1
     phi, labelled, _, weights = problem(c)
-    f = torch.randn(N, c, dtype=torch.float64)
-    p = f.softmax(1)
-    precision = torch.diag_embed(p) - p[:, :, None] * p[:, None]
-    rows = phi.view(N, c, D)
-    hessian = torch.eye(D, dtype=torch.float64) * RIDGE
+    p = torch.randn(N, outputs, dtype=torch.float64).softmax(1)
+    full = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    one = 1 - p.square().sum(1)
+    eye = torch.eye(outputs, dtype=torch.float64)
+    rows = phi.view(N, c, D) if coupled else torch.einsum("nd,ij->nijd", phi, eye).reshape(N, outputs, outputs * D)
+    curvature = full if coupled else one[:, None, None] * eye
+    hessian = RIDGE * torch.eye(rows.shape[2], dtype=torch.float64)
     for i in [*labelled.tolist(), 11]:
-        hessian = hessian + rows[i].T @ precision[i] @ rows[i]
-    misfit = torch.eye(c, dtype=torch.float64)[1] - p[11]
-    step = torch.linalg.solve(hessian, rows[11].T @ misfit)
-    found = form(phi, labelled, precision, weights).response(11) @ misfit
-    torch.testing.assert_close(found, rows @ step, rtol=1e-9, atol=1e-9)
+        hessian = hessian + rows[i].T @ curvature[i] @ rows[i]
+    misfit = eye[1] - p[11]
+    step = rows @ torch.linalg.solve(hessian, rows[11].T @ misfit)
+    response = form(phi, labelled, full if coupled else one[:, None, None], weights).response(11)
+    found = response @ misfit if coupled else response[:, 0] * misfit
+    torch.testing.assert_close(found, step, rtol=1e-9, atol=1e-9)
 
 
 @blocks

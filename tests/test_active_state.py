@@ -1,4 +1,4 @@
-"""The state of a pool: whatever the order of labels, that of a fresh start; and ridge regression by definition."""
+"""The state of a pool: whatever the order of labels, that of a fresh start; and refits by definition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ losses = pytest.mark.parametrize("loss", [active.SquareLoss(), active.CrossEntro
 KERNELS = {
     "features": active.LastLayer(),
     "matrix": active.Exact(),
-    "coupled features": active.Sketched(2048, coupled=True),  # more than parameters: exact
+    "coupled features": active.Sketched(128, coupled=True),  # more than parameters: exact
     "coupled matrix": active.Exact(coupled=True),
 }
 kernels = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
@@ -36,14 +36,30 @@ def pool() -> tuple[Tensor, np.ndarray]:
     return torch.randn(N, 4, dtype=torch.float64), y
 
 
-def make(loss: active.Loss, kernel: active.Geometry, y: np.ndarray, **options: object) -> LookAheadState:
+# Objectives that weigh targets and labels alike share a state: the first makes it, and all are scored in it.
+RULES: dict[str, list[active.Objective]] = {
+    "curved": [active.IntegratedVariance()],
+    "labels curved": [active.IntegratedVariance(curvature=False), active.Variance(), active.Information()],
+    "changes": [
+        active.MostLikelyChange(), active.ExpectedChange(), active.ErrorReduction(), active.BrierReduction(2),
+        active.EntropyReduction(), active.Flips(), active.Flips(None),
+    ],
+}  # fmt: skip
+rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+WEIGHTS = np.linspace(0.5, 2, N)
+
+
+def make(
+    loss: active.Loss, kernel: active.Geometry, y: np.ndarray, learned: np.ndarray | None = None, **options: object
+) -> LookAheadState:
     x, _ = pool()
-    targets = list(range(0, N, 2))  # fixed, so that states with other labels have the same
-    strategy = LookAhead(loss=loss, kernel=kernel, missing_label=-1, targets=targets, **options)  # pyright: ignore
-    return LookAheadState(strategy, x, y, network(), sample_weight=np.linspace(0.5, 2, N))
+    strategy = LookAhead(loss=loss, kernel=kernel, missing_label=-1, **options)  # pyright: ignore
+    return LookAheadState(strategy, x, y, network(), learned=learned, sample_weight=WEIGHTS)
 
 
-def same(found: LookAheadState, fresh: LookAheadState, error: float = 1e-8) -> None:
+def same(found: LookAheadState, fresh: LookAheadState, rule: list[active.Objective], error: float = 1e-8) -> None:
+    assert found.ridge == fresh.ridge
+    assert torch.equal(found.posterior.precision, fresh.posterior.precision)
     for mine, true in (
         (found.predict(), fresh.predict()),
         (found.posterior.own, fresh.posterior.own),
@@ -52,21 +68,20 @@ def same(found: LookAheadState, fresh: LookAheadState, error: float = 1e-8) -> N
         assert float((mine - true).abs().max()) <= error * float(true.abs().max())
     free = found.labels < 0
     assert np.array_equal(found.labels, fresh.labels)
-    np.testing.assert_allclose(found.scores()[free], fresh.scores()[free], rtol=1e-6)
-    assert np.isnan(found.scores()[~free]).all()
-
-
-@pytest.fixture(autouse=True)
-def one_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ridge is relative to the labels so far; states with other labels are compared at one and the same."""
-    monkeypatch.setattr("ntkit.uses.active.lookahead.scale", lambda *_: 2.0)
+    for objective in rule:
+        mine, true = found.scores(objective), fresh.scores(objective)
+        np.testing.assert_allclose(mine[free], true[free], rtol=0, atol=error * np.abs(true[free]).max())
+        assert np.isnan(mine[~free]).all()
 
 
 @losses
 @kernels
-def test_labels_in_any_order_equal_a_fresh_start(loss: active.Loss, kernel: active.Geometry) -> None:
+@rules
+def test_labels_in_any_order_equal_a_fresh_start(
+    loss: active.Loss, kernel: active.Geometry, rule: list[active.Objective]
+) -> None:
     _, y = pool()
-    state = make(loss, kernel, y)
+    state = make(loss, kernel, y, objective=rule[0])
     state.add(5, 2)
     state.remove(8)
     state.relabel(20, 0)
@@ -74,40 +89,119 @@ def test_labels_in_any_order_equal_a_fresh_start(loss: active.Loss, kernel: acti
     state.add(9, 1)
     state.relabel(9, 2)
     state.remove(5)
+    state.remove(3)
     later = y.copy()
-    later[[8, 20, 9]] = [0, 0, 2]
-    same(state, make(loss, kernel, later))
+    later[[3, 8, 20, 9]] = [-1, 0, 0, 2]
+    same(state, make(loss, kernel, later, y, objective=rule[0]), rule)
+    for number, label in ((3, 0), (8, 1), (20, 2)):  # and all the way back
+        state.add(number, label) if number == 3 else state.relabel(number, label)
+    state.remove(9)
+    same(state, make(loss, kernel, y, objective=rule[0]), rule)
 
 
 @losses
-def test_two_hundred_changes(loss: active.Loss) -> None:
+@kernels
+@rules
+def test_two_hundred_changes(loss: active.Loss, kernel: active.Geometry, rule: list[active.Objective]) -> None:
     _, y = pool()
-    state, now, draw = make(loss, active.LastLayer(), y), y.copy(), np.random.default_rng(0)
+    state, now, draw = make(loss, kernel, y, objective=rule[0]), y.copy(), np.random.default_rng(0)
+    counts = dict.fromkeys(("add", "remove", "relabel"), 0)
     for _ in range(200):
         number, label = int(draw.integers(N)), int(draw.integers(C))
-        if now[number] < 0:
-            state.add(number, label)
-            now[number] = label
-        elif draw.random() < 0.5:
+        kind = "add" if now[number] < 0 else "remove" if draw.random() < 0.5 else "relabel"
+        counts[kind] += 1
+        if kind == "remove":
             state.remove(number)
             now[number] = -1
         else:
-            state.relabel(number, label)
+            (state.add if kind == "add" else state.relabel)(number, label)
             now[number] = label
-    same(state, make(loss, active.LastLayer(), now))
+    assert min(counts.values()) > 40
+    same(state, make(loss, kernel, now, y, objective=rule[0]), rule)
+
+
+@losses
+@rules
+def test_what_was_learned_is_in_balance(loss: active.Loss, rule: list[active.Objective]) -> None:
+    """Its labels pull no more, whatever the network's outputs are; ridge, precisions and targets come from it."""
+    (x, y), model = pool(), network()
+    state = make(loss, active.LastLayer(), y, objective=rule[0])
+    f = model(x).detach()
+    assert torch.equal(state.predict(), f)
+    phi, known = torch.cat([model[:2](x), torch.ones(N, 1)], 1).detach(), torch.from_numpy(y >= 0)
+    w = torch.ones(N).double() if isinstance(loss, active.SquareLoss) else 1 - f.softmax(1).square().sum(1)
+    if not rule[0].curved_labels:
+        w[known] = 1.0
+    w = w * torch.from_numpy(WEIGHTS)
+    assert state.ridge == pytest.approx(0.1 * float(phi[known].square().sum(1).mean() * w[known].mean()), rel=1e-12)
+    torch.testing.assert_close(state.posterior.precision[:, 0, 0], w, rtol=1e-12, atol=0)
+    assert state.scene.targets.tolist() == torch.arange(N)[~known].tolist()
+    state.add(5, 2)
+    assert state.scene.targets.tolist() == torch.arange(N)[~known].tolist()
 
 
 def test_square_loss_is_ridge_regression_around_the_network() -> None:
+    """With nothing learned, the network is the prior."""
     (x, y), model = pool(), network()
-    state = make(active.SquareLoss(), active.Exact(coupled=True), y)
+    state = make(active.SquareLoss(), active.Exact(coupled=True), y, np.full(N, -1))
     theta = ntkit.empirical_ntk(model, x).detach()
     f0, known = model(x).detach(), (y >= 0).nonzero()[0]
+    ridge = 0.1 * float(theta.diagonal().mean() * WEIGHTS.mean())
+    assert state.ridge == pytest.approx(ridge, rel=1e-12)
     rows = torch.tensor([i * C + c for i in known for c in range(C)])
-    noise = torch.diag(2.0 * 0.1 / torch.from_numpy(np.linspace(0.5, 2, N))[known].repeat_interleave(C))
+    noise = torch.diag(ridge / torch.from_numpy(WEIGHTS)[known].repeat_interleave(C))
     gap = (torch.eye(C).double()[y[known]] - f0[known]).reshape(-1)
     expected = f0.reshape(-1) + theta[:, rows] @ torch.linalg.solve(theta[rows][:, rows] + noise, gap)
     torch.testing.assert_close(state.predict().reshape(-1), expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(state.predict([4, 7]), expected.view(N, C)[[4, 7]], rtol=1e-9, atol=1e-9)
+
+
+def objective_of(theta: Tensor, phi: Tensor, labels: np.ndarray, ridge: float, loss: active.Loss) -> Tensor:
+    """What training makes small: weighted losses of the labels, and the ridge."""
+    known = np.flatnonzero(labels >= 0)
+    f, target = phi[known] @ theta.view(-1, C), torch.eye(C).double()[labels[known]]
+    each = -(target * f.log_softmax(1)).sum(1)
+    if isinstance(loss, active.SquareLoss):
+        each = 0.5 * (f - target).square().sum(1)
+    return torch.from_numpy(WEIGHTS)[known] @ each + 0.5 * ridge * theta.square().sum()
+
+
+def newton(theta: Tensor, *task: object) -> Tensor:
+    """One step from theta."""
+    gradient = torch.autograd.functional.jacobian(lambda t: objective_of(t, *task), theta)  # pyright: ignore
+    hessian = torch.autograd.functional.hessian(lambda t: objective_of(t, *task), theta)  # pyright: ignore
+    return theta - torch.linalg.solve(hessian, gradient)  # pyright: ignore
+
+
+@losses
+@pytest.mark.parametrize("change", ["add", "remove", "relabel"])
+def test_a_trained_network_moves_as_its_objective_says(loss: active.Loss, change: str) -> None:
+    """A linear network at the minimum of its objective: the step to that of other labels, in all parameters."""
+    (x, y), ridge = pool(), 0.7
+    phi = torch.cat([x, torch.ones(N, 1).double()], 1)
+    theta = torch.zeros(5 * C, dtype=torch.float64)
+    for _ in range(9):
+        theta = newton(theta, phi, y, ridge, loss)
+    torch.testing.assert_close(newton(theta, phi, y, ridge, loss), theta, rtol=0, atol=1e-12)
+    model = nn.Linear(4, C).double().eval()
+    with torch.no_grad():
+        model.weight.copy_(theta.view(5, C)[:4].T)
+        model.bias.copy_(theta.view(5, C)[4])
+    later = y.copy()
+    later[6 if change == "add" else 20] = {"add": 2, "remove": -1, "relabel": 1}[change]
+    for kernel in (active.Exact(coupled=True), active.Sketched(16, coupled=True)):
+
+        def state(reg: float, kernel: active.Geometry = kernel) -> LookAheadState:
+            strategy = LookAhead(loss=loss, kernel=kernel, missing_label=-1, reg=reg)
+            return LookAheadState(strategy, x, y, model, sample_weight=WEIGHTS)
+
+        found = state(ridge / state(1.0).ridge)
+        assert found.ridge == pytest.approx(ridge, rel=1e-12)
+        {"add": lambda s: s.add(6, 2), "remove": lambda s: s.remove(20), "relabel": lambda s: s.relabel(20, 1)}[change](
+            found
+        )
+        expected = phi @ newton(theta, phi, later, ridge, loss).view(5, C)
+        torch.testing.assert_close(found.predict(), expected, rtol=1e-8, atol=1e-9)
 
 
 @losses
@@ -123,25 +217,46 @@ def test_predicted_change_is_what_a_label_does(loss: active.Loss, kernel: active
     torch.testing.assert_close(state.predict() - before, change, rtol=1e-9, atol=1e-12)
 
 
+EVERY = [objective for rule in RULES.values() for objective in rule]
+
+
 @losses
-def test_scores_are_those_of_a_query(loss: active.Loss) -> None:
+@pytest.mark.parametrize("objective", EVERY, ids=repr)
+def test_scores_are_those_of_a_query(loss: active.Loss, objective: active.Objective) -> None:
     (x, y), model = pool(), network()
-    rule = LookAhead(loss=loss, missing_label=-1)
-    state = LookAheadState(rule, x, y, model)
-    _, utilities = rule.query(x, y, model, return_utilities=True)
-    np.testing.assert_allclose(state.scores(), utilities[0], rtol=1e-9)
-    state.refresh(network(7))
-    _, utilities = rule.query(x, y, network(7), return_utilities=True)
-    np.testing.assert_allclose(state.scores(), utilities[0], rtol=1e-9)
+    rule = LookAhead(objective, loss, missing_label=-1)
+    state = LookAheadState(rule, x, y, model, sample_weight=WEIGHTS)
+    for other in (None, network(7)):  # the same again after a refresh
+        if other is not None:
+            state.add(5, 2)
+            state.refresh(model := other)
+            y[5] = 2
+        numbers, utilities = rule.query(x, y, model, batch_size=2, sample_weight=WEIGHTS, return_utilities=True)
+        np.testing.assert_allclose(state.scores(), utilities[0], rtol=1e-10, atol=1e-14)
+    if isinstance(loss, active.SquareLoss):  # where the second pick of a batch is what the state says of the first
+        state.add(int(numbers[0]), int(state.predict()[numbers[0]].argmax()))
+        np.testing.assert_allclose(state.scores(), utilities[1], rtol=1e-10, atol=1e-14)
+
+
+@losses
+@kernels
+def test_a_score_is_the_size_of_the_change(loss: active.Loss, kernel: active.Geometry) -> None:
+    _, y = pool()
+    state = make(loss, kernel, y, objective=active.MostLikelyChange())
+    for number, score in enumerate(state.scores()):
+        if np.isfinite(score):
+            assert float(state.change(number)[state.scene.targets].norm()) == pytest.approx(score, rel=1e-9)
 
 
 def test_other_objectives_need_the_same_weights() -> None:
     _, y = pool()
     state = make(active.SquareLoss(), active.LastLayer(), y)
-    assert np.isfinite(state.scores(active.Variance())[y < 0]).all()
+    for objective in EVERY:  # all labels count alike for square loss
+        assert np.isfinite(state.scores(objective)[y < 0]).all()
     curved = make(active.CrossEntropy(), active.LastLayer(), y)
-    with pytest.raises(InputError, match="weighs targets or labels in another way"):
-        curved.scores(active.MostLikelyChange())
+    for other in (active.MostLikelyChange(), active.Variance()):
+        with pytest.raises(InputError, match="weighs targets or labels in another way"):
+            curved.scores(other)
     flat = make(active.CrossEntropy(), active.LastLayer(), y, objective=active.MostLikelyChange())
     assert np.isfinite(flat.scores(active.ExpectedChange())[y < 0]).all()
 
@@ -187,7 +302,9 @@ def test_a_warm_start_ends_where_training_from_scratch_does() -> None:
     torch.testing.assert_close(hidden @ warm, hidden @ scratch, rtol=1e-8, atol=1e-9)
     last = active.LastLayer()
     strategy = LookAhead(loss=active.SquareLoss(), kernel=last, missing_label=-1, reg=1e-6)
-    change = LookAheadState(strategy, x, y, model).change(more, label)
+    nobody = np.full(N, -1)  # the network is where training begins: it has learned nothing
+    change = LookAheadState(strategy, x, y, model, learned=nobody).change(more, label)
     torch.testing.assert_close(change, hidden @ (warm - first), rtol=1e-3, atol=1e-3)
-    other = LookAheadState(LookAhead(loss=active.SquareLoss(), kernel=last, missing_label=-1, reg=1e-1), x, y, model)
+    larger = LookAhead(loss=active.SquareLoss(), kernel=last, missing_label=-1, reg=1e-1)
+    other = LookAheadState(larger, x, y, model, learned=nobody)
     assert float((other.change(more, label) - hidden @ (warm - first)).abs().max()) > 1e-2

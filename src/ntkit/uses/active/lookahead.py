@@ -49,8 +49,9 @@ class LookAhead(Strategy):
         """Check the numbers.
 
         Raises:
-            InputError: if one is out of range.
+            InputError: if one is out of range, or the loss is none.
         """
+        super().__post_init__()
         if not self.reg >= LEAST:
             raise InputError(f"reg is relative to the kernel's diagonal: got {self.reg!r}, expected at least {LEAST}")
         if self.target_size < 1:
@@ -59,8 +60,12 @@ class LookAhead(Strategy):
     def choose(self, now: Round) -> Picked:  # noqa: D102
         return self.batch.choose(self.objective, self.look(now), now.candidates, now.size, now.generator)
 
-    def look(self, now: Round) -> Scene:
-        """The posterior and the outputs that scores are made of.
+    def look(self, now: Round, known: Tensor | None = None) -> Scene:
+        """The posterior, and the network's own outputs: what scores are made of.
+
+        Args:
+            now: what the network has learned; ridge, precisions and targets follow from that.
+            known: numbers of the points whose labels count in the posterior; those that were learned by default.
 
         Raises:
             InputError: if anything does not fit.
@@ -76,15 +81,15 @@ class LookAhead(Strategy):
                 f"outputs: got {kernel.shape[0]}"
             )
         block = kernel.shape[0] // n
-        precision = self.loss.curvature(outputs, block)
-        if not self.objective.curved_labels:
-            precision[now.labelled] = torch.eye(block, dtype=torch.float64)
-        precision *= now.weights[:, None, None]
+        learned = now.labelled
+        precision = self.objective.precision(outputs, self.loss, block, learned) * now.weights[:, None, None]
         targets = self._targets(now)
         weights = torch.zeros_like(precision)
         weights[targets] = self.objective.weights(outputs, self.loss, block)[targets]
-        ridge = self.reg * scale(kernel, now.labelled, precision)
-        return Scene(posterior(kernel, now.labelled, precision, weights, ridge), outputs, self.loss, targets)
+        ridge = self.reg * scale(kernel, learned, precision)
+        known = learned if known is None else known
+        found = posterior(kernel, known, precision, weights, ridge)
+        return Scene(found, outputs, self.loss, targets, now.weights)
 
     def _targets(self, now: Round) -> Tensor:
         if self.targets is None:

@@ -31,12 +31,19 @@ class Scene:
         outputs: the network's outputs, moved by the picks so far, (n, C).
         loss: that of the network.
         targets: numbers of the points whose predictions matter.
+        weights: of each point's label in the loss, (n,); 1 by default.
     """
 
     posterior: Posterior
     outputs: Tensor
     loss: Loss
     targets: Tensor
+    weights: Tensor | None = None
+
+    def weigh(self, misfits: Tensor, numbers: Tensor) -> Tensor:
+        """What labels of points pull with, from their misfits (numbers, C): float64, times their weights."""
+        misfits = misfits.double()
+        return misfits if self.weights is None else self.weights[numbers][:, None] * misfits
 
 
 class Objective(ABC):
@@ -44,9 +51,9 @@ class Objective(ABC):
 
     Attributes:
         pairs: whether it looks at every pair of a target and a candidate, so that targets are better drawn.
-        curved_labels: whether the labels so far count by the curvature of their loss. Points that a network has learned
-            have next to none; rules that go by the size of changes then think that it has forgotten them, and are
-            better served by one for each label (measured).
+        curved_labels: whether labels that the network has learned count by the curvature of their loss. Points that a
+            network has learned have next to none; rules that go by the size of changes then think that it has forgotten
+            them, and are better served by one for each of these labels (measured).
     """
 
     pairs: ClassVar[bool] = False
@@ -55,6 +62,23 @@ class Objective(ABC):
     def weights(self, outputs: Tensor, loss: Loss, block: int) -> Tensor:
         """Omega of every point were it a target, (n, c, c)."""
         return torch.eye(block, dtype=torch.float64).expand(len(outputs), block, block).clone()
+
+    def precision(self, outputs: Tensor, loss: Loss, block: int, learned: Tensor) -> Tensor:
+        """W of a label at every point, whether it is there already, comes or goes: (n, c, c).
+
+        It belongs to the point and to what the network was when it was looked at, so that a label that comes and goes
+        leaves nothing behind.
+
+        Args:
+            outputs: the network's own, (n, C).
+            loss: that it was trained with.
+            block: c.
+            learned: numbers of the points whose labels it was trained on.
+        """
+        found = loss.curvature(outputs, block)
+        if not self.curved_labels:
+            found[learned] = torch.eye(block, dtype=torch.float64)
+        return found
 
     @abstractmethod
     def scores(self, scene: Scene, candidates: Tensor) -> Tensor:
@@ -92,7 +116,7 @@ class MostLikelyChange(Objective):
 
     def scores(self, scene: Scene, candidates: Tensor) -> Tensor:  # noqa: D102
         outputs = scene.outputs[candidates]
-        misfit = scene.loss.misfit(outputs, outputs.argmax(1)).double()
+        misfit = scene.weigh(scene.loss.misfit(outputs, outputs.argmax(1)), candidates)
         return _moved(scene.posterior, candidates, misfit[:, :, None] * misfit[:, None]).sqrt()
 
 
@@ -107,7 +131,8 @@ class ExpectedChange(Objective):
         p, f = scene.loss.probabilities(outputs).double(), scene.loss.fitted(outputs).double()
         cross = p[:, :, None] * f[:, None]
         moment = torch.diag_embed(p) - cross - cross.transpose(1, 2) + f[:, :, None] * f[:, None]
-        return _moved(scene.posterior, candidates, moment).sqrt()
+        one = torch.ones(len(candidates), 1, dtype=torch.float64)
+        return _moved(scene.posterior, candidates, moment).sqrt() * scene.weigh(one, candidates)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -239,7 +264,7 @@ def expected(
         gain = times(cross, inverse(_softened(posterior, some))[None])
         total = torch.zeros(len(some), dtype=torch.float64)
         for k in range(p.shape[1]):
-            misfit = scene.loss.misfit(outputs, classes[:, k]).double()
+            misfit = scene.weigh(scene.loss.misfit(outputs, classes[:, k]), some)
             moved = gain[..., 0] * misfit if posterior.block == 1 else (gain @ misfit[..., None])[..., 0]
             total += p[:, k] * of(scene, before + moved)
         yield total

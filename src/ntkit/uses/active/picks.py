@@ -131,7 +131,7 @@ class Power(Picks):
 def after(scene: Scene, number: int) -> Scene:
     """The scene with the label of one point, which is taken to be the likeliest: its posterior is updated in place."""
     outputs = scene.outputs[number][None]
-    misfit = scene.loss.misfit(outputs, outputs.argmax(1))[0].double()
+    misfit = scene.weigh(scene.loss.misfit(outputs, outputs.argmax(1)), torch.tensor([number]))[0]
     response = scene.posterior.add(number)
     moved = response[:, 0] * misfit if scene.posterior.block == 1 else response @ misfit
     return replace(scene, outputs=scene.outputs + moved.to(scene.outputs))

@@ -59,12 +59,14 @@ class Posterior(ABC):
         shared: t(x) of every point, (n, c, c).
         precision: W that a label at each point has, (n, c, c).
         weights: Omega of each point, (n, c, c); zero for those that are no targets.
+        ridge: absolute.
     """
 
     own: Tensor
     shared: Tensor
     precision: Tensor
     weights: Tensor
+    ridge: float
 
     @property
     def block(self) -> int:
@@ -144,7 +146,7 @@ class KernelPosterior(Posterior):
         Raises:
             InputError: if the kernel is not positive semidefinite on the labelled points.
         """
-        self.precision, self.weights = precision, weights
+        self.precision, self.weights, self.ridge = precision, weights, ridge
         n, c = precision.shape[:2]
         self._s = kernel.double() / ridge
         if len(labelled):
@@ -201,7 +203,7 @@ class FeaturePosterior(Posterior):
         Raises:
             InputError: if features are not finite, or the ridge is too small to tell it from rounding.
         """
-        self.precision, self.weights, self._features = precision, weights, features
+        self.precision, self.weights, self.ridge, self._features = precision, weights, ridge, features
         self._dtype = torch.promote_types(features.dtype, torch.float32)  # half precision is for disks
         n, c = precision.shape[:2]
         size = features.size

@@ -31,20 +31,27 @@ MOST = 2**24
 class LookAheadState:
     """Labels that come and go, and what the network would then say, without training.
 
-    The network is linearised where it stands, and its loss is quadratic around its outputs: for square loss the
-    predictions are those of ridge regression on all labels, for cross-entropy those of one Newton step. Every update is
-    exact within that model: whatever the order of labels, the state is that of a fresh start with the same labels.
+    The network is linearised where it stands, and its loss is quadratic around its outputs. What it has learned is in
+    balance there, so that the predictions are its own outputs at first; labels that come, go or change move them, by
+    ridge regression for square loss, by one Newton step for cross-entropy. Ridge, precision of each point's label and
+    targets are fixed by what the network has learned. Every update is exact within that model: whatever the order of
+    changes, the state is that of a fresh start with the same labels and the same `learned`.
     Cost of an update: a pass over the features (or n^2 c^2 numbers of a kernel).
     """
 
-    def __init__(self, strategy: LookAhead, X: Any, y: Any, model: nn.Module, *, sample_weight: Any = None) -> None:
+    def __init__(
+        self, strategy: LookAhead, X: Any, y: Any, model: nn.Module, *, learned: Any = None, sample_weight: Any = None
+    ) -> None:
         """Look at the pool once.
 
         Args:
-            strategy: its objective, loss, kernel, ridge and targets are used. The targets are chosen now and stay.
+            strategy: its objective, loss, kernel, ridge and targets are used. The ridge is relative to the labels that
+                were learned: it becomes a number now and stays (`ridge`), as the targets do.
             X: all n points.
             y: n classes, with the strategy's `missing_label` where there is none.
-            model: the network, trained on those labels, in evaluation mode; it is not changed.
+            model: the network, in evaluation mode; it is not changed.
+            learned: the labels that it was trained on, in the form of y; those of y by default. With none at all the
+                network is the prior: for square loss the predictions are ridge regression on y around its outputs.
             sample_weight: n weights of labels, of those to come as well; 1 by default.
 
         Raises:
@@ -55,26 +62,31 @@ class LookAheadState:
         n = len(tangent.examples(X))
         self.strategy, self._x = strategy, X
         self._labels = as_labels(y, n, strategy.missing_label)
+        self._learned = self._labels.clone() if learned is None else as_labels(learned, n, strategy.missing_label)
         self._weights = torch.ones(n, dtype=torch.float64) if sample_weight is None else as_weights(sample_weight, n)
-        self._first, self.scene = self._look(model)
+        self._first, self.scene = self._look(model, self._learned)
 
-    def _look(self, model: nn.Module) -> tuple[Tensor, Scene]:
-        """The network's own outputs, and the scene after its labels."""
+    def _look(self, model: nn.Module, learned: Tensor) -> tuple[Tensor, Scene]:
+        """The network's own outputs, and the scene after the labels as they are now."""
         tangent = linearize(model, readout=Logits(self.strategy.select))
-        generator = torch.Generator().manual_seed(draw(self.strategy.random_state, self._labels))
+        generator = torch.Generator().manual_seed(draw(self.strategy.random_state, learned))
         none = torch.zeros(0, dtype=torch.int64)
-        scene = self.strategy.look(Round(tangent, self._x, self._labels, self._weights, none, 0, generator))
+        now = Round(tangent, self._x, learned, self._weights, none, 0, generator)
+        scene = self.strategy.look(now, (self._labels >= 0).nonzero()[:, 0])
         first = scene.outputs
-        moved, known = torch.zeros_like(first), (self._labels >= 0).nonzero()[:, 0]
-        if len(known):
-            misfit = torch.stack([self._pull(first, int(i), int(self._labels[i])) for i in known])
-            rows = torch.arange(len(moved))
-            for some in rows.split(max(1, MOST // (len(known) * scene.posterior.block**2))):
-                cross = scene.posterior.between(some, known)
-                if scene.posterior.block == 1:
-                    moved[some] = cross[:, :, 0, 0] @ misfit
-                else:
-                    moved[some] = torch.einsum("nmcd,md->nc", cross, misfit)
+        changed = (self._labels != learned).nonzero()[:, 0]
+        if not len(changed):
+            return first, scene
+        pulls = torch.stack([
+            self._pull(first, i, int(self._labels[i])) - self._pull(first, i, int(learned[i])) for i in changed.tolist()
+        ])  # fmt: skip
+        moved, rows = torch.zeros_like(first), torch.arange(len(first))
+        for some in rows.split(max(1, MOST // (len(changed) * scene.posterior.block**2))):
+            cross = scene.posterior.between(some, changed)
+            if scene.posterior.block == 1:
+                moved[some] = cross[:, :, 0, 0] @ pulls
+            else:
+                moved[some] = torch.einsum("nmcd,md->nc", cross, pulls)
         return first, replace(scene, outputs=first + moved)
 
     @property
@@ -86,6 +98,11 @@ class LookAheadState:
     def posterior(self) -> Posterior:
         """The covariance after the labels so far."""
         return self.scene.posterior
+
+    @property
+    def ridge(self) -> float:
+        """The ridge of this state, absolute: the strategy's, times the mean diagonal entry of what was learned."""
+        return self.posterior.ridge
 
     def predict(self, numbers: Sequence[int] | None = None) -> Tensor:
         """Logits of all points, or of some, (n, C), float64."""
@@ -103,11 +120,7 @@ class LookAheadState:
             InputError: if the posterior was not made for that objective.
         """
         mine, other = self.strategy.objective, objective or self.strategy.objective
-        block, outputs, loss = self.posterior.block, self._first, self.strategy.loss
-        if other is not mine and (
-            other.curved_labels != mine.curved_labels
-            or not torch.equal(other.weights(outputs, loss, block), mine.weights(outputs, loss, block))
-        ):
+        if other is not mine and not all(map(torch.equal, self._rules(other), self._rules(mine))):
             raise InputError(
                 f"{type(other).__name__} weighs targets or labels in another way than {type(mine).__name__}, for which "
                 "this state was made: make a state with LookAhead(objective=...)"
@@ -117,6 +130,14 @@ class LookAheadState:
         if len(free):
             found[free.numpy()] = other.scores(self.scene, free).numpy()
         return found
+
+    def _rules(self, objective: Objective) -> tuple[Tensor, Tensor]:
+        """How an objective weighs targets and labels."""
+        block, loss = self.posterior.block, self.strategy.loss
+        learned = (self._learned >= 0).nonzero()[:, 0]
+        return (
+            objective.weights(self._first, loss, block), objective.precision(self._first, loss, block, learned)
+        )  # fmt: skip
 
     def change(self, number: int, label: int | None = None) -> Tensor:
         """How the logits of all points would move with one label more, (n, C).
@@ -167,19 +188,21 @@ class LookAheadState:
         self._labels[number] = label
 
     def refresh(self, model: nn.Module) -> None:
-        """Start afresh from a network that has been trained on the labels so far.
+        """Start afresh from a network that has been trained on the labels so far: ridge and targets are theirs then.
 
         Raises:
             InputError: if its outputs are of another number.
             ModelError: if it has not the kernel that is asked for.
         """
-        first, scene = self._look(model)
+        first, scene = self._look(model, self._labels)
         if first.shape != self._first.shape:
             raise InputError(f"the network has {first.shape[1]} outputs, the one before had {self._first.shape[1]}")
-        self._first, self.scene = first, scene
+        self._first, self.scene, self._learned = first, scene, self._labels.clone()
 
     def _pull(self, first: Tensor, number: int, label: int) -> Tensor:
-        """Minus the gradient of a label's weighted loss at the network's own outputs, (C,)."""
+        """Minus the gradient of a label's weighted loss at the network's own outputs, (C,); 0 for no label."""
+        if label < 0:
+            return first.new_zeros(first.shape[1])
         outputs = first[number][None]
         return self._weights[number] * self.strategy.loss.misfit(outputs, torch.tensor([label]))[0]
 
