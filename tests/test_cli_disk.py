@@ -88,9 +88,17 @@ def test_a_dry_run_computes_nothing(here: Path) -> None:
     assert "on 2 workers" in said
     assert "on disk" in said
     assert not Path("K.zarr").exists()
+    # and what else could be done
+    assert f"pNTK of {N} x {N}" in said
+    assert "2 workers of" in said
+    assert "a regression: Cholesky in place" in said
     code, said, _ = call(*COMMAND, "K.npy", "--dry-run")
     assert code == 0
     assert "FLOP" in said
+    assert "a regression: Cholesky in place" in said
+    code, said, _ = call(*COMMAND, "K.npy", "--cols", "x_test", "--dry-run")
+    assert code == 0
+    assert "Advice" not in said
     assert not Path("K.npy").exists()
 
 

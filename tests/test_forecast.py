@@ -32,6 +32,8 @@ def test_captures_are_those_that_are_made(symmetric: bool, tmp_path: Path, monke
     monkeypatch.setattr(ntkit.Tangent, "derivatives", counting)
     kernel.save(tmp_path / "k.zarr", memory=10**9)
     assert said.captures == sum(captured)
+    assert said == forecast(layout, C, Speeds(2.0, 3.0, "cpu"), memory=10**9)  # counted row by row
+    assert layout.count == len(layout.tiles()) == said.tiles
     assert said.seconds == 2.0 * said.captures + 3.0 * said.pairs
     rows, cols = kernel.shape[0] // C, kernel.shape[1] // C
     # of the five tiles of 5 (one of 3) examples on the diagonal one half is computed

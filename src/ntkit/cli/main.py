@@ -221,18 +221,35 @@ def kernel(
         str | None,
         typer.Option(metavar="TYPE", help="K.zarr: float16, float32 or float64. Default: --dtype.", show_default=False),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and compute nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what it would take and what else could be done, from speeds measured on a few examples; writes "
+            "nothing.",
+        ),
+    ] = False,
 ) -> None:
     """Compute a kernel matrix and save it; rows are example-major (row n*K + k is scalar k of example n)."""
     with in_plain_words():
-        from ntkit.report.disk import Disk
+        from ntkit.report.disk import Disk, free_bytes
 
         disk = Disk.parse(out, workers=workers, dask=dask, dtype=disk_type, force=force, dry_run=dry_run)
         terminal = Terminal()
         found = _kernel(factory, data, weights, readout, trace, rows, cols, seed, dtype, memory, terminal)
         start = time.perf_counter()
         if dry_run:
-            typer.echo(str(found.plan() if disk is None else disk.forecast(found)))
+            said = None if disk is None else disk.forecast(found)
+            typer.echo(str(said or found.plan()))
+            if found.symmetric:
+                from ntkit.solve.outlook import outlook
+                from ntkit.solve.pace import measure_pace
+
+                crowd = 1 if said is None else said.workers
+                # workers elsewhere have processors of their own
+                pace = None if dask in {None, "local"} else measure_pace(found, size=4096)
+                typer.echo()
+                typer.echo(str(outlook(found, disk=free_bytes(out), workers=crowd, pace=pace)))
             return
         with terminal:
             terminal.step("computing the kernel")
@@ -283,15 +300,24 @@ def plan(
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes that share this machine.", min=1)] = 1,
     size: Annotated[int, typer.Option("--features", metavar="D", help="Sketched features.", min=1)] = 4096,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            help="What a solve with a preconditioner is taken to need, and seven times as many without. Default: 200.",
+            show_default=False,
+            min=1,
+        ),
+    ] = None,
     times: Annotated[bool, typer.Option(help="Measure speeds on a few examples, and say how long it takes.")] = True,
 ) -> None:
-    """Say what a kernel and a regression with it would take: time, memory, disk, how and why.
+    """Say what a kernel, a regression with it and its spectrum would take: time, memory, disk, how and why.
 
-    Every way is listed, in memory, on disk and by features, and which of them fit. Nothing large is computed.
+    Every way is listed, in memory, on disk, by products alone and by features, which of them fit, and which to take.
+    Speeds are measured on a few examples (--no-times leaves that out); nothing large is computed.
     """
     with in_plain_words():
         measured = times and cols in {None, rows}
-        limits = _limits(ram, disk, workers, measured=measured)
+        limits = _limits(ram, disk, workers, iterations, measured=measured)
         found = _kernel(factory, data, weights, readout, trace, rows, cols, seed, dtype, memory, None)
         typer.echo(str(found.plan(examples)))
         if measured:
@@ -301,7 +327,9 @@ def plan(
             typer.echo(str(outlook(found, examples=examples, size=size, **limits)))
 
 
-def _limits(ram: str | None, disk: str | None, workers: int, *, measured: bool) -> dict[str, Any]:
+def _limits(
+    ram: str | None, disk: str | None, workers: int, iterations: int | None, *, measured: bool
+) -> dict[str, Any]:
     """What a machine offers, for `outlook`.
 
     Raises:
@@ -309,13 +337,14 @@ def _limits(ram: str | None, disk: str | None, workers: int, *, measured: bool) 
     """
     from ntkit.report.inputs import parse_bytes
 
-    if not measured and (ram is not None or disk is not None or workers != 1):
+    if not measured and (workers != 1 or any(given is not None for given in (ram, disk, iterations))):
         raise InputError(
-            "--ram, --disk and --workers belong to the times, which are measured for the kernel of the rows with "
-            "themselves: leave --cols and --no-times out"
+            "--ram, --disk, --workers and --iterations belong to the times, which are measured for the kernel of the "
+            "rows with themselves: leave --cols and --no-times out"
         )
     memory, room = (None if size is None else parse_bytes(size) for size in (ram, disk))
-    return {"memory": memory, "disk": room, "workers": workers}
+    assumed = {} if iterations is None else {"iterations": iterations}
+    return {"memory": memory, "disk": room, "workers": workers, **assumed}
 
 
 def _kernel(

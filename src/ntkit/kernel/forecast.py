@@ -59,7 +59,7 @@ class Forecast:
 
     def __str__(self) -> str:
         """A few lines for people."""
-        layout, total = self.layout, len(self.layout.tiles())
+        layout, total = self.layout, self.layout.count
         shape, edge = (f"{rows:,} x {cols:,}" for rows, cols in (layout.shape, layout.edge))
         half = ", one half" if layout.symmetric else ""
         there = f" ({total - self.tiles} are there)" if self.tiles < total else ""
@@ -99,7 +99,13 @@ def measure(kernel: TangentKernel, layout: Layout) -> Speeds:
 
 
 def forecast(
-    layout: Layout, scalars: int, speeds: Speeds, *, tiles: list[tuple[int, int]], memory: int, workers: int = 1
+    layout: Layout,
+    scalars: int,
+    speeds: Speeds,
+    *,
+    tiles: list[tuple[int, int]] | None = None,
+    memory: int,
+    workers: int = 1,
 ) -> Forecast:
     """What these tiles of a matrix will take. Each row of tiles captures its examples once.
 
@@ -107,10 +113,18 @@ def forecast(
         layout: how the matrix is cut.
         scalars: rows per example, K.
         speeds: of one worker.
-        tiles: those to be computed.
+        tiles: those to be computed; all of them by default, which are then counted row by row.
         memory: bytes of working space in all.
         workers: processes that share the work.
     """
+    captures, pairs = _whole(layout, scalars) if tiles is None else _some(layout, scalars, tiles)
+    count = layout.count if tiles is None else len(tiles)
+    seconds = captures * speeds.capture + pairs * speeds.pair
+    return Forecast(layout, count, captures, pairs, seconds, workers, layout.nbytes, memory)
+
+
+def _some(layout: Layout, scalars: int, tiles: list[tuple[int, int]]) -> tuple[int, int]:
+    """Captures and pairs of some tiles."""
     captures = pairs = 0
     for row in {i for i, _ in tiles}:
         rows = layout.slices((row, row if layout.symmetric else 0))[0]
@@ -121,8 +135,19 @@ def forecast(
         own = layout.symmetric and tile[0] == tile[1]
         captures += 0 if own else m
         pairs += n * m // 2 if own else n * m
-    seconds = captures * speeds.capture + pairs * speeds.pair
-    return Forecast(layout, len(tiles), captures, pairs, seconds, workers, layout.nbytes, memory)
+    return captures, pairs
+
+
+def _whole(layout: Layout, scalars: int) -> tuple[int, int]:
+    """Captures and pairs of all tiles, of which there may be millions."""
+    captures = pairs = 0
+    for row in range(layout.grid[0]):
+        rows = layout.slices((row, row))[0]
+        n = (rows.stop - rows.start) // scalars
+        others = (layout.shape[1] - (rows.stop if layout.symmetric else 0)) // scalars
+        captures += n + others
+        pairs += n * others + (n * n // 2 if layout.symmetric else 0)
+    return captures, pairs
 
 
 def human_time(seconds: float) -> str:

@@ -122,3 +122,15 @@ class Disk:
             raise InputError(f"there is no Dask scheduler at {self.dask} ({error})") from error
         with client:
             yield client
+
+
+def free_bytes(out: Path) -> int:
+    """Bytes that are free where an output would go; at least 1.
+
+    Raises:
+        InputError: if its folder does not exist.
+    """
+    try:
+        return max(1, shutil.disk_usage(out.absolute().parent).free)
+    except OSError as error:
+        raise InputError(f"the folder of {out} does not exist: make it") from error

@@ -1,84 +1,33 @@
-"""Every way to a kernel and to a regression with it: time, memory, disk, and which fits a machine.
+"""Every way to a kernel, to a regression with it and to its spectrum: time, memory, disk, what fits, and advice.
 
-Times come from speeds that are measured on a few examples of the user's own; nothing large is computed.
+Times come from speeds that are measured on a few examples of the user's own; nothing large is computed. How many
+iterations a solve takes nobody knows before: that number is assumed, and can be given.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ntkit.errors import InputError, ModelError
+from ntkit.errors import InputError
 from ntkit.kernel.empirical import TangentKernel
-from ntkit.kernel.features import FeatureMap
-from ntkit.kernel.forecast import Speeds, forecast, human_time, measure
-from ntkit.kernel.matrixfree import MatrixFreeKernel
+from ntkit.kernel.forecast import forecast, human_time
 from ntkit.kernel.memory import checked_memory, default_memory
 from ntkit.kernel.plan import human_bytes
 from ntkit.kernel.saved import layout_of
 from ntkit.kernel.store import DTYPES
-from ntkit.tangent.sketch import Sketch
+from ntkit.solve.pace import Pace, measure_pace
+from ntkit.solve.ways import BESIDE, HEAD, ITERATIONS, PLAIN, Job, Way, regressions, spectra, traces
+from ntkit.tangent.linearize import linearize
+from ntkit.tangent.readout import Logits, Loss, RandomLogits, SingleLogit, SumOfLogits
 
-# Examples on which features and products are timed, and rows of the matrix on which Cholesky is.
-SAMPLE, FACTORED = 64, 3072
-# Bytes of a library, a batch and its scratch, beside what is said.
-BESIDE = 512 * 2**20
 # Working space that no way does without.
 LEAST = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Speeds measured on this machine with the threads that one worker has.
-
-    Attributes:
-        tiles: of derivatives and their contraction.
-        alone: the same with all threads.
-        sketch: seconds for the features of one example.
-        product: seconds for one example's share of a product without the matrix; NaN where there is none.
-        cholesky: FLOP/s of factoring a float32 matrix, all threads.
-        threads: of one worker.
-    """
-
-    tiles: Speeds
-    alone: Speeds
-    sketch: float
-    product: float
-    cholesky: float
-    threads: int
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to the answer.
-
-    Attributes:
-        name: in words.
-        seconds: of all workers together as they work side by side; of one iteration for an iterative way; NaN if the
-            way cannot be gone.
-        memory: bytes of working space.
-        disk: bytes on disk.
-        trouble: why it cannot be gone here; empty if it can.
-        note: what else is to be known.
-    """
-
-    name: str
-    seconds: float
-    memory: int
-    disk: int
-    trouble: str
-    note: str = ""
-
-    def __str__(self) -> str:
-        """One line of a table."""
-        disk = human_bytes(self.disk) if self.disk else "-"
-        taken = human_time(self.seconds) if math.isfinite(self.seconds) else "-"
-        more = "; ".join(part for part in (self.trouble, self.note) if part)
-        return f"{self.name:<34}{taken:>9}{human_bytes(self.memory):>10}{disk:>10}  {more}".rstrip()
+# An exact way that ends within a night is advised even where an approximate one is there sooner.
+NIGHT = 12 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -86,81 +35,79 @@ class Outlook:
     """What is possible for a kernel of so many examples on a machine.
 
     Attributes:
-        examples: N.
-        scalars: rows per example.
+        job: what was asked, of which machine.
+        named: the kernel in words.
         kernel: ways to the kernel, exact ones first.
         regression: ways to a ridge regression, exact ones first.
-        pace: the measured speeds.
-        memory: bytes that may be taken in all.
-        disk: bytes that may be written, None for any number.
-        workers: processes.
+        spectrum: ways to its spectrum.
+        trace: ways to its trace.
     """
 
-    examples: int
-    scalars: int
+    job: Job
+    named: str
     kernel: tuple[Way, ...]
     regression: tuple[Way, ...]
-    pace: Pace
-    memory: int
-    disk: int | None
-    workers: int
+    spectrum: tuple[Way, ...]
+    trace: tuple[Way, ...]
 
-    def advice(self) -> str:
-        """The first way of each kind that fits, in words."""
-        found = []
-        for kind, ways in (("the kernel", self.kernel), ("a regression", self.regression)):
-            fitting = [way for way in ways if not way.trouble]
-            found.append(f"{kind}: {fitting[0].name}" if fitting else f"{kind}: no way fits")
-        return "; ".join(found)
+    def advice(self) -> list[str]:
+        """Which way to go for each purpose, and why, in words."""
+        return [
+            f"the kernel: {advised(self.kernel)}",
+            f"a regression: {advised(self.regression)}",
+            f"the spectrum: {advised(self.spectrum)}",
+        ]
 
     def __str__(self) -> str:
         """A table for people."""
-        rows, pace = self.examples * self.scalars, self.pace
-        shape = f"{rows:,} x {rows:,}"
-        crowd = f"{self.workers} workers of {pace.threads} threads" if self.workers > 1 else f"{pace.threads} threads"
-        disk = "any disk" if self.disk is None else f"{human_bytes(self.disk)} of disk"
-        head = f"{'':<34}{'time':>9}{'memory':>10}{'disk':>10}"
+        job = self.job
+        pace, shape = job.pace, f"{job.rows:,} x {job.rows:,}"
+        crowd = f"{job.workers} workers of {pace.threads} threads" if job.workers > 1 else f"{pace.threads} threads"
+        disk = "any disk" if job.disk is None else f"{human_bytes(job.disk)} of disk"
+        sides = "1 right-hand side" if job.targets == 1 else f"{job.targets} right-hand sides"
         return "\n".join(
             [
-                f"kernel of {shape}, {human_bytes(self.memory)} of memory, {disk}, {crowd} (speeds measured now: "
+                f"{self.named} of {shape}, {human_bytes(job.memory)} of memory, {disk}, {crowd} (speeds measured now: "
                 f"{pace.tiles.capture * 1e3:.3g} ms an example, {pace.tiles.pair * 1e6:.3g} us a pair of examples)",
-                head,
+                HEAD,
                 *map(str, self.kernel),
-                "then, a ridge regression:",
+                f"then, a ridge regression with {sides}; iterations are assumed: {job.iterations:,}, and "
+                f"{PLAIN * job.iterations:,} plain",
                 *map(str, self.regression),
-                f"Advice: {self.advice()}",
+                "or its spectrum",
+                *map(str, (*self.spectrum, *self.trace)),
+                "Advice",
+                *(f"- {line}" for line in self.advice()),
             ]
         )
 
 
-def measure_pace(kernel: TangentKernel, *, size: int, workers: int = 1) -> Pace:
-    """Take the times. Cost: some seconds, more for slow networks.
+def advised(ways: Sequence[Way]) -> str:
+    """The fastest exact way that fits; or an approximate one, if there is none that ends within a night. With reasons.
 
-    Args:
-        kernel: of the examples on which they are taken.
-        size: features D.
-        workers: processes that will share this machine's threads.
+    Times are those with what has to be there first.
     """
-    before = torch.get_num_threads()
-    tangent, x = kernel.tangent, kernel.rows
-    few = min(SAMPLE, len(x))
-    cholesky = _cholesky_speed(kernel.device)
-    layout, made = layout_of(kernel, "float32", kernel.memory), FeatureMap(tangent, Sketch(size, 0, kernel.trace))
-    tiles = alone = measure(kernel, layout)
-    try:
-        torch.set_num_threads(max(1, before // workers))
-        if workers > 1:
-            tiles = measure(kernel, layout)
-        sketch = _seconds(lambda: [made.block(x, a, b) for a, b in made.batches(x, 0, few)], kernel.device) / few
-    finally:
-        torch.set_num_threads(before)
-    some = MatrixFreeKernel(tangent, x.pick(range(few)))
-    vector = torch.ones(some.shape[1], dtype=kernel.dtype, device=kernel.device)
-    try:
-        product = math.nan if kernel.trace else _seconds(lambda: some @ vector, kernel.device) / few
-    except ModelError:  # it can be differentiated only once
-        product = math.nan
-    return Pace(tiles, alone, sketch, product, cholesky, max(1, before // workers))
+    possible = sorted((way for way in ways if not way.trouble), key=lambda way: way.total)
+    exact, rough = ([way for way in possible if way.approximate is kind] for kind in (False, True))
+    if not possible:
+        least = min((way for way in ways if math.isfinite(way.total)), key=lambda way: way.memory)
+        room = f" and {human_bytes(least.disk)} of disk" if least.disk else ""
+        return f"no way fits; {least.name}, which takes the least memory, needs {human_bytes(least.memory)}{room}"
+    if exact and (exact[0].total <= NIGHT or not rough):
+        best, why = exact[0], "the fastest exact way that fits"
+        if rough and rough[0].total < best.total:
+            why += f"; {rough[0].name}: {human_time(rough[0].total)}, but approximate"
+    else:
+        best = rough[0]
+        instead = (
+            f"the fastest exact way that fits, {exact[0].name}, takes {human_time(exact[0].total)}" if exact else ""
+        )
+        why = f"approximate; {instead or 'no exact way fits'}"
+    faster = [way for way in ways if way.trouble and not way.approximate and way.total < best.total]
+    if faster:
+        first = min(faster, key=lambda way: way.total)
+        why += f"; {first.name} would be there in {human_time(first.total)}, but takes {first.trouble}"
+    return f"{best.name}, {human_time(best.total)} in all ({why})"
 
 
 def outlook(
@@ -168,17 +115,21 @@ def outlook(
     *,
     examples: int | None = None,
     size: int = 4096,
+    targets: int | None = None,
+    iterations: int = ITERATIONS,
     memory: int | None = None,
     disk: int | None = None,
     workers: int = 1,
     pace: Pace | None = None,
 ) -> Outlook:
-    """Every way to this kernel and to a ridge regression with it.
+    """Every way to this kernel, to a ridge regression with it, and to its spectrum.
 
     Args:
         kernel: symmetric; its budget is the working space.
         examples: N, for as many examples like these; those of the kernel by default.
         size: features D of the sketched ways.
+        targets: right-hand sides; by default 1 for the full kernel, whose rows are all outputs, C for a reduced one.
+        iterations: of a solve with a preconditioner; without it seven times as many are assumed.
         memory: bytes that may be taken in all, the matrix included; three quarters of this machine's by default.
         disk: bytes that may be written; any number by default.
         workers: processes on this machine, or machines like this one if `pace` was measured for one worker.
@@ -190,66 +141,76 @@ def outlook(
     if not kernel.symmetric:
         raise InputError("an outlook is for the kernel of training examples: leave the columns out")
     n = len(kernel.rows) if examples is None else examples
-    if n < 1 or workers < 1 or size < 1 or (disk is not None and disk < 1):
+    targets = right_hand_sides(kernel) if targets is None else targets
+    if min(n, workers, size, targets, iterations) < 1 or (disk is not None and disk < 1):
         raise InputError(
-            f"expected positive numbers: got examples={n!r}, workers={workers!r}, size={size!r}, disk={disk!r}"
+            f"expected positive numbers: got examples={n!r}, workers={workers!r}, size={size!r}, targets={targets!r}, "
+            f"iterations={iterations!r}, disk={disk!r}"
         )
     limit = 6 * default_memory() if memory is None else checked_memory(memory)
     pace = pace or measure_pace(kernel, size=size, workers=workers)
-    k, itemsize = kernel.scalars, torch.empty(0, dtype=kernel.dtype).element_size()
-    rows = n * k
-
-    def way(name: str, seconds: float, memory: int, room: int = 0, note: str = "") -> Way:
-        troubles = ["too much memory"] * (memory > limit) + ["too much disk"] * (disk is not None and room > disk)
-        return Way(name, seconds, memory, room, ", ".join(troubles), note)
-
-    # working space beside what the processes are themselves
-    budget = min(kernel.memory, max(limit - BESIDE * workers, LEAST))
-    smaller = TangentKernel(kernel.tangent, kernel.rows, trace=kernel.trace, memory=budget)
-    plan, dtype = smaller.plan(n), str(kernel.dtype).removeprefix("torch.")
-    inside = plan.captures * pace.alone.capture + n * n / 2 * pace.alone.pair
-    layout = layout_of(smaller, dtype if dtype in DTYPES else "float32", budget // workers, (rows, rows))
-    saved = forecast(layout, k, pace.tiles, tiles=layout.tiles(), memory=budget, workers=workers)
-    sketched = rows * size * itemsize
-    kept = 3 * 8 * size**2 + BESIDE
-    in_place = rows**3 / 3 / pace.cholesky
-    by_features = (2 * rows * size**2 + 9 * size**3) / pace.cholesky * 2  # in float64
-    iteration = way(
-        "conjugate gradients, no matrix", n * pace.product, BESIDE + 6 * 8 * rows, 0, "an iteration; full kernel, exact"
-    )
-    if math.isnan(pace.product):
-        reason = "not for the trace kernel" if kernel.trace else "the model can be differentiated only once"
-        iteration = Way(iteration.name, math.nan, iteration.memory, 0, reason)
-    return Outlook(
+    itemsize = torch.empty(0, dtype=kernel.dtype).element_size()
+    job = Job(
         examples=n,
-        scalars=k,
-        kernel=(
-            way("exact, in memory", inside, plan.bytes),
-            way("exact, on disk", saved.seconds / workers, budget + BESIDE * workers, saved.disk),
-            way(
-                f"{size:,} sketched features, on disk", n * pace.sketch / workers, BESIDE * workers, sketched,
-                "approximate",
-            ),
-        ),
-        regression=(
-            way("Cholesky in place, float32", in_place, 4 * rows**2 + BESIDE),
-            iteration,
-            way(f"on {size:,} features", by_features, kept, 0, "approximate"),
-        ),
-        pace=pace, memory=limit, disk=disk, workers=workers,
-    )  # fmt: skip
+        scalars=kernel.scalars,
+        targets=targets,
+        size=size,
+        parameters=kernel.tangent.count,
+        itemsize=itemsize,
+        iterations=iterations,
+        trace=kernel.trace,
+        pace=pace,
+        memory=limit,
+        disk=disk,
+        workers=workers,
+    )
+    exact, sketched = _exact(kernel, job), job.features(job.rows)
+    return Outlook(
+        job=job,
+        named=named(kernel),
+        kernel=(*exact, *sketched),
+        regression=regressions(job, exact, sketched),
+        spectrum=spectra(job, exact, sketched),
+        trace=traces(job),
+    )
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of the second call: the first one learns about the model."""
-    call()
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def _exact(kernel: TangentKernel, job: Job) -> tuple[Way, Way]:
+    """The exact kernel in memory and on disk."""
+    # working space beside what the processes are themselves
+    budget = min(kernel.memory, max(job.memory - BESIDE * job.workers, LEAST))
+    smaller = TangentKernel(kernel.tangent, kernel.rows, trace=kernel.trace, memory=budget)
+    plan, dtype = smaller.plan(job.examples), str(kernel.dtype).removeprefix("torch.")
+    inside = plan.captures * job.pace.alone.capture + job.examples**2 / 2 * job.pace.alone.pair
+    stored = dtype if dtype in DTYPES else "float32"
+    layout = layout_of(smaller, stored, budget // job.workers, (job.rows, job.rows))
+    saved = forecast(layout, job.scalars, job.pace.tiles, memory=budget, workers=job.workers)
+    return (
+        job.way("exact, in memory", inside, plan.bytes, held=plan.result),
+        job.way("exact, on disk", saved.seconds / job.workers, budget + BESIDE * job.workers, saved.disk),
+    )
 
 
-def _cholesky_speed(device: torch.device) -> float:
-    matrix = torch.eye(FACTORED, device=device)
-    return FACTORED**3 / 3 / _seconds(lambda: torch.linalg.cholesky(matrix), device)
+def named(kernel: TangentKernel) -> str:
+    """Which kernel it is, in words."""
+    readout = kernel.tangent.readout
+    if isinstance(readout, SumOfLogits):
+        return "pNTK"
+    if isinstance(readout, SingleLogit):
+        return "kernel of one logit"
+    if isinstance(readout, Loss):
+        return "kernel of the loss"
+    drawn = " (of random directions)" if isinstance(readout, RandomLogits) else ""
+    return f"{'trace' if kernel.trace else 'full'} kernel{drawn}"
+
+
+def right_hand_sides(kernel: TangentKernel) -> int:
+    """C where one row of an example stands for its C outputs, else 1. Cost: a forward pass of two examples."""
+    readout = kernel.tangent.readout
+    if kernel.scalars > 1 or isinstance(readout, (SingleLogit, Loss)):
+        return 1
+    few = kernel.rows.pick(range(min(2, len(kernel.rows))))
+    try:
+        return linearize(kernel.tangent.model, readout=Logits(getattr(readout, "select", None))).outputs(few).shape[1]
+    except InputError:  # a read-out of the user's own: who knows what its outputs are
+        return 1
