@@ -61,8 +61,8 @@ def probe_then_finetune(
 
     Features are read once for the whole of probing where the head is one module and gives the outputs itself. Every tau
     has the same order of examples. Cost: N forward passes, or N for every epoch of probing, and 3 N for every epoch of
-    every fine-tuning. Memory: the features, and a copy of the weights that are trained for every tau, on disk if there is
-    a folder.
+    every fine-tuning. Memory: the features, and for every tau a copy of the weights that are trained, on disk if there
+    is a folder.
 
     Raises:
         InputError: if the data cannot be used.

@@ -57,7 +57,7 @@ class Sweep:
         validation: number of validation examples.
         stopped: whether probing ended by the energy before the last tau.
         start: the network that fine-tuning began from, its head not yet probed.
-        weights: of the fine-tuned network of every tau: in memory, or the file they are in.
+        weights: of the fine-tuned network of every tau, without what stood still: in memory, or the file they are in.
     """
 
     rows: tuple[Row, ...]
@@ -94,7 +94,7 @@ class Sweep:
             raise InputError(f"no network was fine-tuned from tau={tau!r}: expected one of {sorted(self.weights)}")
         found = self.weights[tau]
         model = copy.deepcopy(self.start.model)
-        model.load_state_dict(load_file(found) if isinstance(found, Path) else dict(found))
+        model.load_state_dict(load_file(found) if isinstance(found, Path) else dict(found), strict=False)
         return model.eval()
 
     @property

