@@ -117,6 +117,30 @@ def test_a_size_for_a_wanted_error() -> None:
     assert sum(error**2 for error in errors) / 8 < 0.06**2
 
 
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize("error", [1e-6, 1e-200])
+def test_no_more_features_are_chosen_than_make_no_error(error: float, trace: bool) -> None:
+    small = ntkit.linearize(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double())
+    x = normal(3)(6).double()
+    found = ntkit.features(small, x, error=error, trace=trace, generator=seeded())
+    assert found.size == 256  # of 26 parameters, or twice as many
+    torch.testing.assert_close(found.dense(), ntkit.TangentKernel(small, x, trace=trace).dense())
+    assert ntkit.size_for(tangent(), images(), error, trace=trace, generator=seeded()) == (18944 if trace else 6400)
+
+
+def test_features_that_memory_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused before any is made."""
+    taken = 3 * N * 6400 * 8
+    monkeypatch.setattr(making, "default_memory", lambda: taken // 6)
+    assert ntkit.features(tangent(), images(), size=6400, generator=seeded()).shape == (3 * N, 3 * N)
+    monkeypatch.setattr(making, "default_memory", lambda: taken // 6 - 1)
+    monkeypatch.setattr(ntkit.FeatureMap, "block", None)
+    with pytest.raises(InputError, match=r"6,400 features of 90 rows take 4.61 MB, more than .* put them on disk"):
+        ntkit.features(tangent(), images(), size=6400, generator=seeded())
+    with pytest.raises(InputError, match="which the error 1e-06 asks for"):
+        ntkit.features(tangent(), images(), error=1e-6, generator=seeded())
+
+
 # ---------------------------------------------------------------- on disk
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from ntkit.errors import InputError, ModelError
 from ntkit.kernel.base import Kernel, bounds, strips
 from ntkit.kernel.fidelity import relative_error
-from ntkit.kernel.plan import FEWEST, sizes
+from ntkit.kernel.memory import default_memory
+from ntkit.kernel.plan import FEWEST, human_bytes, sizes
 from ntkit.kernel.saved import begin, fill
 from ntkit.kernel.store import Layout, Store, Tile
 from ntkit.kernel.tasks import Workers, as_workers
@@ -36,6 +37,8 @@ CAPTURED, MOST = 128 * 2**20, 256
 EDGE = 2048
 # Sizes chosen for a wanted error are multiples of this.
 ROUND = 256
+# Features in memory may take three quarters of the machine's, six times the default budget.
+MEMORY_SHARE = 6
 
 
 @dataclass(frozen=True)
@@ -310,13 +313,13 @@ def features(
         x: N examples.
         size: D. The relative error falls as 1/sqrt(D).
         error: instead of `size`: a wanted relative Frobenius error, for which D is chosen from the exact kernel of 32
-            examples.
+            examples; never more than it takes for none at all (P, or with `trace` K times that).
         trace: features of the trace kernel, one row per example; the read-out's K scalars have sketches of their own.
         generator: of the random map (one seed is taken) and of the examples that are looked at for `error`.
         progress: called with (examples done, examples in all).
 
     Raises:
-        InputError: if the arguments cannot be used.
+        InputError: if the arguments cannot be used, or the features do not fit into memory.
         ModelError: if the model has no tangent kernel on them.
     """
     if (size is None) == (error is None):
@@ -326,6 +329,7 @@ def features(
         size = size_for(tangent, x, error, trace=trace, generator=generator)
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device).item())
     made = FeatureMap(tangent, Sketch(size, seed, trace))
+    _require_room(made, x, size, error)
     return FeatureKernel(made(x, progress=progress), made, x)
 
 
@@ -335,7 +339,7 @@ def size_for(
     """The number of features D for a wanted relative Frobenius error, from the exact kernel of some examples.
 
     The variance of a sketched entry is at most (K_ii K_jj + K_ij^2) / D, so that D is what makes its mean over pairs
-    the squared error times the mean of K_ij^2.
+    the squared error times the mean of K_ij^2. A sketch as long as the gradients is exact: no more are ever chosen.
 
     Raises:
         InputError: if the error is not a positive number, or there are fewer than 2 examples.
@@ -349,7 +353,28 @@ def size_for(
     numbers = torch.randperm(len(drawn), generator=generator, device=generator.device)[:count].tolist()
     exact = _exact(tangent, drawn, numbers, trace=trace)
     k = len(exact) // count
-    return -(-int(_coefficient(exact, k, len(drawn)) / error**2 + 1) // ROUND) * ROUND
+    most = tangent.count * (tangent.anatomy(drawn).scalars if trace else 1)
+    coefficient = _coefficient(exact, k, len(drawn))
+    size = most if coefficient >= most * error**2 else int(coefficient / error**2 + 1)
+    return -(-size // ROUND) * ROUND
+
+
+def _require_room(made: FeatureMap, x: Any, size: int, error: float | None) -> None:
+    """Refuse features that this machine cannot hold, before any is made.
+
+    Raises:
+        InputError: with what they would take, and what to do.
+    """
+    rows = made.rows_per_example(x) * len(made.tangent.examples(x))
+    needed = rows * size * torch.empty(0, dtype=made.tangent.dtype).element_size()
+    if needed <= MEMORY_SHARE * default_memory():
+        return
+    asked = "" if error is None else f", which the error {error:.3g} asks for,"
+    raise InputError(
+        f"{size:,} features{asked} of {rows:,} rows take {human_bytes(needed)}, more than three quarters of this "
+        "machine's memory: choose fewer, put them on disk (FeatureMap(tangent, Sketch(size, seed)).save(x, path)), or "
+        "take the exact kernel"
+    )
 
 
 def _exact(tangent: Tangent, examples: Any, numbers: Sequence[int], *, trace: bool) -> Tensor:
