@@ -21,25 +21,26 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.tangent.bytecode import code_digest
-from ntkit.tangent.reach import VOICELESS, Reach, closure, hooks, is_known, members, methods
+from ntkit.tangent.reach import DEEPEST, VOICELESS, Reach, closure, hooks, is_known, members, methods
 
 if TYPE_CHECKING:
     from ntkit.tangent.examples import Batch, Examples
 
 # Examples read at once; the digest depends on it.
 BATCH = 1024
-# Objects inside of objects that are put in words.
-DEEPEST = 12
+_IN_THEIR_OWN_WORDS = (
+    type(None), bool, int, float, complex, str, bytes, type(...), range, slice,
+    torch.dtype, torch.Size, torch.layout, torch.memory_format,
+)  # fmt: skip
 
 
 def describe(value: Any) -> str:
-    """An object in words without addresses; functions by their code and what it names, so that an edited one is
-    another one.
-    """  # fmt: skip
-    reach = Reach(value)
-    words = _Words().of(value)
-    more = [*_functions(reach), *_values(reach, _Words())]
-    return f"{words} with <{_joined(more)[:16]}>" if len(more) > 1 or more and type(value) is not FunctionType else words
+    """An object in words without addresses; functions by their code, that of their helpers, and what they read."""
+    reach, words = Reach(value), _Words()
+    functions, values = _functions(reach), _values(reach, words)
+    alone = len(functions) == 1 and not values  # its own code is in its words
+    more = "" if alone or not functions + values else f" with <{_joined(functions + values)[:16]}>"
+    return words.of(value) + more
 
 
 def architecture(model: nn.Module) -> str:
@@ -52,7 +53,9 @@ def architecture(model: nn.Module) -> str:
         number = numbers.setdefault(id(module), len(numbers))  # a module in two places is not two modules
         known = is_known(type(module).extra_repr)  # those of others may print what changes
         found.append(f"{name} {number} {type(module).__qualname__}({module.extra_repr() if known else ''})")
-    code = {f"{base.__qualname__}.{n} {_code(f)}" for kind in reach.kinds for base in _own(kind) for n, f in methods(base)}
+    code = {
+        f"{base.__qualname__}.{n} {_code(f)}" for kind in reach.kinds for base in _own(kind) for n, f in methods(base)
+    }
     return _joined(found + sorted(code) + _functions(reach))
 
 
@@ -126,39 +129,43 @@ class _Words:
             self._inside.pop()
 
     def _of(self, value: Any) -> str:
+        for words in (self._plain, self._callable, self._container):
+            found = words(value)
+            if found is not None:
+                return found
+        if isinstance(value, VOICELESS):
+            return type(value).__qualname__
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        return self.of(value.__wrapped__) if hasattr(value, "__wrapped__") else self._object(value)
+
+    def _plain(self, value: Any) -> str | None:
+        """Numbers, text, tensors and arrays."""
         if isinstance(value, enum.Enum):
             return f"{type(value).__qualname__}.{value.name}"
-        if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-            return repr(value)
         if isinstance(value, Tensor):
             return f"tensor<{digest([value])[:16]}>"
+        if isinstance(value, torch.device):
+            return "device"  # which changes how sums are rounded, and no more
         if isinstance(value, (np.ndarray, np.generic)):
             whole = np.asarray(value)
             if whole.dtype == object:
-                return self.of(whole.tolist())
+                return f"array{self.of(whole.tolist())}"
             found = hashlib.sha256(f"{whole.shape} {whole.dtype}".encode() + whole.tobytes())
             return f"array<{found.hexdigest()[:16]}>"
-        if isinstance(value, torch.device):
-            return "device"  # which changes how sums are rounded, and no more
-        if isinstance(value, (torch.dtype, torch.Size, torch.layout, torch.memory_format, type(...), range, slice)):
-            return repr(value)
-        if isinstance(value, VOICELESS):
-            return type(value).__qualname__
-        if isinstance(value, (type, ModuleType, BuiltinFunctionType, FunctionType, MethodType, functools.partial)):
-            return self._callable(value)
-        if isinstance(value, nn.Module):
-            return self._module(value)
-        if isinstance(value, Mapping):
-            return self._kind(value, dict) + "{" + ", ".join(sorted(f"{self.of(k)}: {self.of(v)}" for k, v in value.items())) + "}"
-        if isinstance(value, Set):
-            return self._kind(value, set) + "{" + ", ".join(sorted(map(self.of, value))) + "}"
-        if isinstance(value, (tuple, list)):
-            return self._kind(value, tuple, list) + f"({', '.join(map(self.of, value))})"
-        if hasattr(value, "__wrapped__"):
-            return self.of(value.__wrapped__)
-        return self._object(value)
+        return repr(value) if isinstance(value, _IN_THEIR_OWN_WORDS) else None
 
-    def _callable(self, value: Any) -> str:
+    def _container(self, value: Any) -> str | None:
+        if isinstance(value, Mapping):
+            items = sorted(f"{self.of(key)}: {self.of(item)}" for key, item in value.items())
+            return f"{_kind(value, dict)}{{{', '.join(items)}}}"
+        if isinstance(value, Set):
+            return f"{_kind(value, set)}{{{', '.join(sorted(map(self.of, value)))}}}"
+        if isinstance(value, (tuple, list)):
+            return f"{_kind(value, tuple, list)}({', '.join(map(self.of, value))})"
+        return None
+
+    def _callable(self, value: Any) -> str | None:
         if isinstance(value, MethodType):
             return f"{self.of(value.__self__)}.{self.of(value.__func__)}"
         if isinstance(value, functools.partial):
@@ -169,7 +176,9 @@ class _Words:
             return f"{value.__qualname__}<{_code(value)[:16]}{bound}>"
         if isinstance(value, type) and not is_known(value):
             return f"{value.__qualname__}<{_joined([_code(f) for base in _own(value) for _, f in methods(base)])[:16]}>"
-        return value.__name__ if isinstance(value, ModuleType) else value.__qualname__
+        if isinstance(value, (type, BuiltinFunctionType)):
+            return value.__qualname__
+        return value.__name__ if isinstance(value, ModuleType) else None
 
     def bound(self, function: FunctionType) -> dict[str, Any]:
         """What a function carries with it: variables of enclosing functions, and defaults."""
@@ -203,25 +212,25 @@ class _Words:
             return f"{type(value).__qualname__}({', '.join(inner)})"
         return _without_addresses(repr(value))
 
-    @staticmethod
-    def _kind(value: Any, *plain: type) -> str:
-        return "" if type(value) in plain else type(value).__qualname__
-
 
 def _functions(reach: Reach) -> list[str]:
-    """The code of all functions that can be run."""
-    return sorted(f"{f.__module__}.{f.__qualname__} {_code(f)}" for f in reach.functions.values())
+    """The code of all functions that can be run, whatever the modules are called that they are in."""
+    return sorted({f"{f.__qualname__} {_code(f)}" for f in reach.functions.values()})
 
 
 def _values(reach: Reach, words: _Words) -> list[str]:
     """Globals, class attributes, and what functions carry with them."""
-    found = [f"{where}.{name} = {words.of(value)}" for where, name, value in reach.read_globals()]
+    found = [f"{name} = {words.of(value)}" for name, value in reach.read_globals()]
     for kind in reach.kinds:
         found += [f"{kind.__qualname__}.{n} = {words.of(item)}" for n, item in reach.class_attributes(kind).items()]
     for function in reach.functions.values():
         bound = ", ".join(f"{name}={words.of(item)}" for name, item in words.bound(function).items())
-        found += [f"{function.__module__}.{function.__qualname__}({bound})"] if bound else []
+        found += [f"{function.__qualname__}({bound})"] if bound else []
     return sorted(set(found))
+
+
+def _kind(value: Any, *plain: type) -> str:
+    return "" if type(value) in plain else type(value).__qualname__
 
 
 def _own(kind: type) -> list[type]:

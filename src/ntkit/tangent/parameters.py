@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError
+from ntkit.tangent.identity import digest, written_buffers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,12 +104,16 @@ def _named_by(member: object, named: dict[str, nn.Parameter]) -> set[str]:
 
 
 def fingerprint(model: nn.Module, selection: Selection) -> str:
-    """SHA-256 over the content of all parameters and buffers and over which of them are selected. Cost: one read."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    digest.update("|".join(selection.names).encode())
-    return digest.hexdigest()
+    """SHA-256 over the content of all parameters and buffers and over which of them are selected. Cost: one read.
+
+    Buffers that are not saved with the model count as well, but for those that calling it makes or changes.
+    """
+    kept = model.state_dict()
+    passing = dict(model.named_buffers(remove_duplicate=False)).keys() - kept.keys()
+    passing -= written_buffers(model) if passing else set()
+    content = {**kept, **{name: model.get_buffer(name) for name in passing}}
+    found = hashlib.sha256()
+    for name, value in sorted(content.items(), key=lambda item: item[0]):
+        found.update(f"{name} {digest([value])};".encode())
+    found.update("|".join(selection.names).encode())
+    return found.hexdigest()
