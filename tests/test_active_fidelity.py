@@ -28,7 +28,7 @@ def ridge(first: np.ndarray):
     """Fits a linear network exactly, with the ridge that the look-ahead has for the first labels."""
     x, _, _ = pool()
     phi = torch.cat([x, torch.ones(N, 1).double()], 1)
-    weight = REG * float(phi[first >= 0].square().sum(1).mean())
+    weight = REG * float(phi[torch.from_numpy(first >= 0)].square().sum(1).mean())
 
     def fit(y: np.ndarray) -> nn.Module:
         known = torch.from_numpy(y >= 0)

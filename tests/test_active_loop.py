@@ -119,12 +119,68 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
         session(tmp_path / "flipped.jsonl")
 
 
+def test_reading_changes_nothing_and_writers_wait_for_each_other(tmp_path: Path) -> None:
+    """A line that another process is writing is not cut off by one that looks."""
+    path = tmp_path / "s.jsonl"
+    loop = session(path)
+    first = loop.query(4).numbers
+    whole = path.read_bytes()
+    Journal(path).add("tell", numbers=[int(first[0])], labels=[1], skipped=[], unlabelled=[])
+    line = path.read_bytes()[len(whole) :]
+    path.write_bytes(whole + line[:40])  # half of it is there
+    reader = session(path)
+    assert reader.labels[first[0]] == -1
+    assert path.read_bytes() == whole + line[:40]
+    with path.open("ab") as file:
+        file.write(line[40:])
+    assert session(path).labels[first[0]] == 1
+    for late in (loop, reader):  # they know nothing of that line
+        with pytest.raises(StoreError, match="another process has gone on"):
+            late.label([int(first[1])], [2])
+        assert path.read_bytes() == whole + line
+        assert late.labels[first[1]] == -1
+    path.write_bytes(whole + line[:40])
+    reader.label([int(first[1])], [2])  # nobody has finished that line: it is cut off
+    assert session(path).labels[first[[0, 1]]].tolist() == [-1, 2]
+    path.write_bytes(whole[:-1])
+    with pytest.raises(StoreError, match="another process has gone on"):
+        reader.label([int(first[2])], [2])
+    assert path.read_bytes() == whole[:-1]
+
+
+def test_writers_have_the_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    path = tmp_path / "s.jsonl"
+    loop, write, seen = session(path), os.write, []
+
+    def watched(handle: int, data: bytes) -> int:
+        with path.open("rb") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        seen.append(handle)
+        return write(handle, data[:100])  # as a disk may take it
+
+    monkeypatch.setattr(os, "write", watched)
+    loop.label([5], [1])
+    assert len(seen) > 1
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert session(path).labels[5] == 1
+
+
+def test_an_empty_file_is_no_session_yet(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    for start in (b"", b'{"sha256": "12'):
+        path.write_bytes(start)
+        assert np.array_equal(session(path).labels, START)
+        assert len(events(path)) == 1
+
+
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = session(tmp_path / "s.jsonl")
     asked = loop.query(4).numbers
     before = (tmp_path / "s.jsonl").read_bytes()
 
-    def full(_: int) -> None:
+    def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
@@ -135,6 +191,16 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     loop.label([asked[0]], [1])
     assert session(tmp_path / "s.jsonl").labels[asked[0]] == 1
+    before, write = (tmp_path / "s.jsonl").read_bytes(), os.write
+
+    def half(handle: int, data: bytes) -> int:
+        monkeypatch.setattr(os, "write", full)
+        return write(handle, data[:50])
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(StoreError, match="No space left"):
+        loop.label([asked[1]], [1])
+    assert (tmp_path / "s.jsonl").read_bytes() == before
 
 
 def test_questions_and_answers(tmp_path: Path) -> None:

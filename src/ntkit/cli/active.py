@@ -68,9 +68,11 @@ def start(
 ) -> None:
     """Begin a session on the pool of a file. The test accuracy is written down where the file has x_test and y_test."""
     with in_plain_words():
-        if session.exists():
-            raise InputError(f"there is a session {session} already: go on with `ntkit active ask {session}`")
         from ntkit.report.session import Session, Settings
+        from ntkit.uses.active.journal import Journal
+
+        if Journal(session).events:  # a file without one is what a killed start leaves behind
+            raise InputError(f"there is a session {session} already: go on with `ntkit active ask {session}`")
 
         place, _, function = factory.rpartition(":")
         if place.endswith(".py"):

@@ -129,9 +129,13 @@ class Session:
             InputError: if there is none, or what it needs has gone.
             StoreError: if it is damaged, or was not begun here.
         """
-        if not journal.is_file():
-            raise InputError(f"there is no session {journal}: begin one with `ntkit active start {journal} ...`")
-        kept = Journal(journal).events[0].get("settings", {})
+        events = Journal(journal).events if journal.is_file() else []
+        if not events:
+            unfinished = ", only the beginning of its first line" if journal.is_file() else ""
+            raise InputError(
+                f"there is no session {journal}{unfinished}: begin one with `ntkit active start {journal} ...`"
+            )
+        kept = events[0].get("settings", {})
         fields = {field.name for field in dataclasses.fields(Settings)}
         if set(kept) != fields:
             raise StoreError(f"{journal}: this session was begun in Python, or by another version: go on there")

@@ -1,8 +1,8 @@
 """A session on disk: one line for everything that happened, added at the end and never changed.
 
 A line is JSON with a checksum of itself and of the line before, written whole and forced to disk before anything else
-happens. What a killed run leaves behind is at most a torn last line, which is cut off when the session goes on; all
-else that does not fit is named and refused.
+happens. What a killed run leaves behind is at most a torn last line. Reading passes over it and changes nothing; who
+adds the next line cuts it off, alone with the file. All else that does not fit is named and refused.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ntkit.errors import StoreError
+
+if TYPE_CHECKING:
+    from io import FileIO
 
 # Of the format; another one is refused.
 VERSION = 1
@@ -37,7 +41,7 @@ class Journal:
         """
         self.path = None if path is None else Path(path)
         self.events: list[dict[str, Any]] = []
-        self._digest = ""
+        self._digest, self._end = "", 0  # of the whole lines that are known
         if self.path is not None and self.path.exists():
             self._read(self.path)
 
@@ -45,13 +49,14 @@ class Journal:
         """One event more; it is on disk when this returns.
 
         Raises:
-            StoreError: if it cannot be written. What has been written before is kept.
+            StoreError: if it cannot be written, or another process has gone on with the session. What has been written
+                before is kept.
         """
         event = {"event": kind, **facts}
         body = json.dumps(event, sort_keys=True, allow_nan=False)
         digest = _chained(self._digest, body)
         if self.path is not None:
-            _append(self.path, _HEAD % digest + body[1:] + "\n")
+            self._append(self.path, (_HEAD % digest + body[1:] + "\n").encode())
         self._digest = digest
         self.events.append(event)
 
@@ -62,15 +67,14 @@ class Journal:
             StoreError: if not.
         """
         if self.path is not None:
-            _append(self.path, "")
+            self._append(self.path, b"")
 
     def _read(self, path: Path) -> None:
         try:
             lines = path.read_bytes().split(b"\n")
         except OSError as error:
             raise StoreError(f"{path}: cannot read the session ({error})") from error
-        torn, whole = lines[-1], lines[:-1]
-        for number, line in enumerate(whole, 1):
+        for number, line in enumerate(lines[:-1], 1):  # behind the last end of a line: a torn one, or nothing
             # the very bytes are summed up: two ways to write a number would read the same
             body = "{" + line[len(_HEAD % _NONE) :].decode(errors="replace")
             digest = _chained(self._digest, body)
@@ -82,29 +86,67 @@ class Journal:
                 )
             self._digest = digest
             self.events.append(event)
+            self._end += len(line) + 1
         if self.events and self.events[0].get("version") != VERSION:
             raise StoreError(f"{path}: a session of format {self.events[0].get('version')}, this is {VERSION}")
-        if torn:  # killed while writing: that event has not happened
-            os.truncate(path, len(b"\n".join(whole)) + (1 if whole else 0))
+
+    def _append(self, path: Path, line: bytes) -> None:
+        """Add to the file; it is on disk when this returns.
+
+        Raises:
+            StoreError: if it cannot be written, or is not as it was read; what was there before is kept.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a+b", buffering=0) as file:
+                _lock(file)
+                self._cut(file)
+                _write(file, line, self._end)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot write the session down ({error}). Nothing is lost; try again") from error
+        self._end += len(line)
+
+    def _cut(self, file: FileIO) -> None:
+        """Take off what a killed process has left of a line.
+
+        Raises:
+            StoreError: if there are more lines than were read, or fewer.
+        """
+        size = os.fstat(file.fileno()).st_size
+        file.seek(min(self._end, size))
+        if size < self._end or b"\n" in file.read(size - self._end):
+            raise StoreError(
+                f"{self.path}: another process has gone on with this session since it was read here. Nothing was "
+                "written now: read the session again and repeat this step"
+            )
+        if size > self._end:
+            file.truncate(self._end)
 
 
-def _append(path: Path, line: str) -> None:
-    """Add to a file; it is on disk when this returns.
+def _lock(file: FileIO) -> None:
+    """Wait for the file; closing it lets the next one in."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two people at one session are told apart by its length alone
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _write(file: FileIO, line: bytes, end: int) -> None:
+    """A line behind `end` bytes, on disk when this returns.
 
     Raises:
-        StoreError: if it cannot be written; what was there before is kept.
+        OSError: if it cannot be written.
     """
-    before = path.stat().st_size if path.exists() else 0
+    done = 0
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        if path.exists() and path.stat().st_size > before and os.access(path, os.W_OK):
-            os.truncate(path, before)  # half a line, as of a full disk
-        raise StoreError(f"{path}: cannot write the session down ({error}). Nothing is lost; try again") from error
+        while done < len(line):
+            done += os.write(file.fileno(), line[done:])
+        os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):  # half a line, as of a full disk; if it stays, the next writer cuts it off
+            file.truncate(end)
+        raise
 
 
 def _chained(before: str, body: str) -> str:
