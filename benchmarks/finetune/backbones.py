@@ -11,18 +11,17 @@ work/backbones.jsonl; the same command goes on where it was stopped.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.finetune.fashion import Network, chosen, pretrained
+from benchmarks.finetune import fashion, sweeping
+from benchmarks.finetune.fashion import chosen
+from benchmarks.finetune.sweeping import Line
 from benchmarks.scale.data import Images, fashion_mnist
 from ntkit.kernel.empirical import TangentKernel
 from ntkit.solve.regression import regress
@@ -30,23 +29,26 @@ from ntkit.solve.ridge import GCV
 from ntkit.tangent.linearize import linearize
 from ntkit.uses import finetune
 
-SEEDS = (0, 1, 2)
 LABELS, MORE, MEASURED, EPOCHS = 500, 1000, 1500, 30
 RATES = (0.0005, 0.002)
 LOSSES = {"square": finetune.SquareLoss(), "cross-entropy": finetune.CrossEntropy()}
 
 
-def candidates(images: Images, seed: int) -> dict[str, finetune.Candidate]:
-    """Networks, checkpoints and layers, by name."""
+def candidates(images: Images, seed: int, device: str) -> dict[str, finetune.Candidate]:
+    """Networks, checkpoints and layers, by name; all are trained on the processor, so that they are the same ones."""
     x, y, _, _ = chosen(images, range(5), 10_000, 10, seed)
+
+    def pretrained(x: Tensor, y: Tensor, **how: int) -> nn.Module:
+        return fashion.pretrained(x, y, seed=seed, **how).to(device)
+
     noise = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))]
-    trained = {steps: pretrained(x, y, steps=steps, seed=seed) for steps in (0, 30, 300, 1200)}
+    trained = {steps: pretrained(x, y, steps=steps) for steps in (0, 30, 300, 1200)}
     found = {f"trained for {steps} steps": finetune.Candidate(model) for steps, model in trained.items()}
     return {
         **found,
-        "wrong labels, 300 steps": finetune.Candidate(pretrained(x, noise, steps=300, seed=seed)),
-        "half as wide, 300 steps": finetune.Candidate(pretrained(x, y, steps=300, seed=seed, width=8)),
-        "twice as wide, not trained": finetune.Candidate(pretrained(x, y, steps=0, seed=seed, width=32)),
+        "wrong labels, 300 steps": finetune.Candidate(pretrained(x, noise, steps=300)),
+        "half as wide, 300 steps": finetune.Candidate(pretrained(x, y, steps=300, width=8)),
+        "twice as wide, not trained": finetune.Candidate(pretrained(x, y, steps=0, width=32)),
         "300 steps, head alone": finetune.Candidate(trained[300], parameters=()),
         "300 steps, last layer": finetune.Candidate(trained[300], parameters="neck.*"),
     }
@@ -55,13 +57,13 @@ def candidates(images: Images, seed: int) -> dict[str, finetune.Candidate]:
 def regressed(candidate: finetune.Candidate, data: tuple[Tensor, ...], count: int, seed: int) -> float:
     """Test error of the kernel regression that GCV speaks of, with another random head."""
     x, y, x_test, y_test = data
-    model = Network()
-    model.body, model.neck = candidate.model.body, candidate.model.neck
+    model: Any = copy.copy(candidate.model)
+    model._modules = dict(model._modules)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.head = nn.Linear(model.head.in_features, 1)
+        model.head = nn.Linear(fashion.FEATURES, 1).to(device_of(model))
     tangent = linearize(model.eval(), parameters=lambda name, _: taken(candidate, name))
-    points, truth = (nn.functional.one_hot(t, 5).double() for t in (y[:count], y_test))
+    points, truth = (nn.functional.one_hot(t, 5).double().to(device_of(model)) for t in (y[:count], y_test))
     fit = regress(TangentKernel(tangent, x[:count]), points, GCV())
     return float((fit.predict(TangentKernel(tangent, x_test, x[:count])) - truth).square().sum(1).mean())
 
@@ -69,8 +71,8 @@ def regressed(candidate: finetune.Candidate, data: tuple[Tensor, ...], count: in
 def finetuned(candidate: finetune.Candidate, data: tuple[Tensor, ...], loss: str, seed: int) -> tuple[float, float]:
     """Test loss and accuracy after fine-tuning from a head of zeros, at the better rate."""
     x, y, x_test, y_test = data
-    model = copy.deepcopy(candidate.model)
-    model.head = nn.Linear(model.head.in_features, 5)
+    model: Any = copy.deepcopy(candidate.model)
+    model.head = nn.Linear(fashion.FEATURES, 5).to(device_of(model))
     nn.init.zeros_(model.head.weight)
     nn.init.zeros_(model.head.bias)
     for name, parameter in model.named_parameters():
@@ -93,6 +95,10 @@ def finetuned(candidate: finetune.Candidate, data: tuple[Tensor, ...], loss: str
     return min(rows)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 def taken(candidate: finetune.Candidate, name: str) -> bool:
     """Whether a parameter is tuned."""
     if name.startswith("head.") or candidate.parameters is None:
@@ -101,28 +107,20 @@ def taken(candidate: finetune.Candidate, name: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    path, images = options.folder / "backbones.jsonl", fashion_mnist()
-    lines = path.read_text().splitlines() if path.exists() else []
-    done = {(line["candidate"], line["seed"]) for line in map(json.loads, lines)}
-    for seed in map(int, options.seeds.split(",")):
-        left = {n: c for n, c in candidates(images, seed).items() if (n, seed) not in done}
+    options = sweeping.parser(__doc__).parse_args()
+    seeds, images = sweeping.begin(options, "backbones"), fashion_mnist()
+    for seed in seeds:
         data = chosen(images, range(5, 10), MORE, MEASURED, seed)
-        few = (data[0][:LABELS], data[1][:LABELS], *data[2:])
-        for name, candidate in left.items():
-            with path.open("a") as file:
-                file.write(json.dumps(line(name, candidate, data, few, seed)) + "\n")
+        named = candidates(images, seed, options.device)
+        sweeping.pieces(
+            options.folder / "backbones.jsonl", [{"candidate": name, "seed": seed} for name in named],
+            lambda candidate, seed, named=named, data=data: line(candidate, named[candidate], data, seed),
+        )  # fmt: skip
 
 
-def line(
-    name: str, candidate: finetune.Candidate, data: tuple[Tensor, ...], few: tuple[Tensor, ...], seed: int
-) -> dict[str, Any]:
-    found = {"candidate": name, "seed": seed, **predicted(name, candidate, few, seed)}
+def line(name: str, candidate: finetune.Candidate, data: tuple[Tensor, ...], seed: int) -> Line:
+    few = (data[0][:LABELS], data[1][:LABELS], *data[2:])
+    found: Line = dict(predicted(name, candidate, few, seed))
     found["regressed"] = round(regressed(candidate, data, LABELS, seed), 5)
     found["regressed_more"] = round(regressed(candidate, data, MORE, seed), 5)
     start = time.perf_counter()
@@ -142,7 +140,7 @@ def predicted(name: str, candidate: finetune.Candidate, few: tuple[Tensor, ...],
     )
     row = ranking.best
     return {
-        "seconds": round(time.perf_counter() - start, 2), "trivial": round(ranking.trivial, 5),
+        "seconds_predicting": round(time.perf_counter() - start, 2), "trivial": round(ranking.trivial, 5),
         "predicted": round(row.predicted, 5), "leave_one_out": round(row.leave_one_out, 5),
         "extrapolated": round(row.extrapolated, 5),
     }  # fmt: skip

@@ -10,22 +10,18 @@ energy and a fine-tuning that does not throw the features about.
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.finetune import sweeping
+from benchmarks.finetune.sweeping import Line
 from benchmarks.scale.data import Images, fashion_mnist
 from ntkit.uses import finetune
 
-SEEDS = (0, 1, 2)
 TAUS = (0, 1, 2, 4, 8, 16, 32, 64)
 FEATURES, LABELS, MEASURED = 64, 500, 2500
 HEADS = {
@@ -79,27 +75,23 @@ def pretrained(x: Tensor, y: Tensor, *, steps: int, seed: int, width: int = 16) 
     return model.eval()
 
 
-def run(images: Images, name: str, seed: int, folder: Path) -> dict[str, Any]:
+def run(images: Images, name: str, seed: int, options: Any) -> Line:
     """One sweep over tau."""
     x, y, _, _ = chosen(images, range(5), 10_000, 10, seed)
-    model = pretrained(x, y, steps=PRETRAINED, seed=seed)
+    model = pretrained(x, y, steps=PRETRAINED, seed=seed).to(options.device)
     x, y, x_test, y_test = chosen(images, range(5, 10), LABELS, MEASURED, seed)
     head, smoothing = HEADS[name]
-    start = time.perf_counter()
     sweep = finetune.probe_then_finetune(
         model, head, (x, y), (x_test, y_test),
         probing=finetune.Probing(TAUS, PROBING, batch_size=BATCH, smoothing=smoothing, seed=seed),
         finetuning=finetune.Finetuning(EPOCHS, FINETUNING, batch_size=BATCH, seed=seed),
-        folder=folder / f"{name}-{seed}".replace(", ", "-"),
+        folder=options.folder / f"{name}-{seed}".replace(", ", "-"),
     )  # fmt: skip
     print(sweep, flush=True)
-    return {
-        "head": name, "seed": seed, "seconds": round(time.perf_counter() - start, 1),
-        "energies": [round(e, 5) for e in sweep.energies], "rows": [asdict(row) for row in sweep.rows],
-    }  # fmt: skip
+    return sweeping.facts(sweep)
 
 
-def foreseen(images: Images, name: str, seed: int, folder: Path) -> dict[str, Any]:
+def foreseen(images: Images, name: str, seed: int, options: Any) -> Line:
     """Distances foreseen from every checkpoint of a finished sweep; a step with momentum counts ten times."""
     x, y, _, _ = chosen(images, range(5), 10_000, 10, seed)
     model = pretrained(x, y, steps=PRETRAINED, seed=seed)
@@ -107,8 +99,8 @@ def foreseen(images: Images, name: str, seed: int, folder: Path) -> dict[str, An
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         split = HEADS[name][0].build(model, x, 5)
-    heads, distances = load_file(folder / f"{name}-{seed}" / "probe.safetensors"), {}
-    start = time.perf_counter()
+    heads, distances = load_file(options.folder / f"{name}-{seed}" / "probe.safetensors"), {}
+    split.model.to(options.device)
     for tau in TAUS:
         state = {key.partition("/")[2]: t for key, t in heads.items() if key.startswith(f"{tau}/")}
         split.model.load_state_dict(state, strict=False)
@@ -116,28 +108,18 @@ def foreseen(images: Images, name: str, seed: int, folder: Path) -> dict[str, An
             split, x, y, learning_rate=10 * RATE, steps=EPOCHS * LABELS // BATCH, at=x_test[:500]
         )  # fmt: skip
         distances[tau] = round(ahead.distance, 4)
-    seconds = round(time.perf_counter() - start, 1)
-    return {"head": name, "seed": seed, "seconds": seconds, "distances": distances}
+    return {"distances": distances}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    parser = sweeping.parser(__doc__)
     parser.add_argument("--foresee", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.folder.mkdir(parents=True, exist_ok=True)
+    name = "foreseen" if options.foresee else "fashion"
+    seeds, images = sweeping.begin(options, name), fashion_mnist()
     what, names = (foreseen, ("linear", "MLP")) if options.foresee else (run, tuple(HEADS))
-    path, images = options.folder / ("foreseen.jsonl" if options.foresee else "fashion.jsonl"), fashion_mnist()
-    lines = path.read_text().splitlines() if path.exists() else []
-    done = {(line["head"], line["seed"]) for line in map(json.loads, lines)}
-    for seed in map(int, options.seeds.split(",")):
-        for name in names:
-            if (name, seed) not in done:
-                found = what(images, name, seed, options.folder)
-                with path.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
+    keys = [{"head": head, "seed": seed} for seed in seeds for head in names]
+    sweeping.pieces(options.folder / f"{name}.jsonl", keys, lambda head, seed: what(images, head, seed, options))
 
 
 if __name__ == "__main__":

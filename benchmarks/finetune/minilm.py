@@ -16,7 +16,6 @@ import json
 import lzma
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -24,14 +23,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from benchmarks.finetune import sweeping
-from benchmarks.finetune.sweeping import Line
+from benchmarks.finetune.sweeping import TRIAL_SEED, TRIED, Line
 from benchmarks.scale.data import folder as data_folder
-from ntkit.errors import ModelError
 from ntkit.uses import finetune
 
-TAUS, TRIED = (0, 1, 2, 4, 8, 16, 32, 64), (0, 16)
+TAUS = (0, 1, 2, 4, 8, 16, 32, 64)
 LABELS, TOKENS, EPOCHS, BATCH, RANK = 1540, 32, 10, 64, 8
-TRIAL_SEED, TRIAL_MEASURED = 100, 1000
+TRIAL_MEASURED = 1000
 PROBING = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
 ADAM = partial(torch.optim.AdamW, weight_decay=0.01)
 SGD = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
@@ -111,43 +109,25 @@ def run(options: Any, sides: Sides, name: str, seed: int, rate: float, taus: tup
     )  # fmt: skip
 
 
-def tried(options: Any, sides: Sides, name: str, rate: float) -> Line:
-    """Accuracies that a rate comes to on the seed of the trials; none if training diverges."""
-    try:
-        sweep = run(options, sides, name, TRIAL_SEED, rate, (0, 2) if options.quick else TRIED)
-    except ModelError as error:
-        return {"accuracies": None, "why": str(error)}
-    return {"accuracies": [row.accuracy for row in sweep.rows], "distances": [r.change.distance for r in sweep.rows]}
-
-
-def chosen(path: Path) -> dict[str, float]:
-    """The rate of each variant: that of the best mean accuracy in the trials, the middle one without trials."""
-    found = {name: rates[len(rates) // 2] for name, (_, _, rates) in VARIANTS.items()}
-    lines = [line for line in sweeping.read(path) if line["accuracies"]]
-    for name in VARIANTS:
-        of = [line for line in lines if line["name"] == name]
-        if of:
-            found[name] = max(of, key=lambda line: fmean(line["accuracies"]))["rate"]
-    return found
-
-
 def main() -> None:
-    parser = sweeping.parser(__doc__)
+    parser = sweeping.parser(__doc__, quick=True, choose=True)
     parser.add_argument("--model", type=Path, required=True, help="folder with weights, configuration and tokeniser")
     parser.add_argument("--variants", default=";".join(VARIANTS), help="some of them, with ; in between")
-    parser.add_argument("--choose", action="store_true", help="try the rates, instead of the sweeps")
     options = parser.parse_args()
     seeds = sweeping.begin(options, "minilm", ("transformers", "peft", "tokenizers"))
     train, test = (24, 32) if options.quick else (LABELS, TRIAL_MEASURED if options.choose else 10_000)
     taus = (0, 2) if options.quick else TAUS
     names, trials = options.variants.split(";"), options.folder / "minilm_rates.jsonl"
+    every = {name: rates for name, (_, _, rates) in VARIANTS.items()}
     if options.choose:
-        sides = sentences(options.model, train, test, TRIAL_SEED)
-        keys = [{"name": name, "rate": rate} for name in names for rate in VARIANTS[name][2]]
-        sweeping.pieces(trials, keys, partial(tried, options, sides))
-        print(chosen(trials))
+        sides, tried = sentences(options.model, train, test, TRIAL_SEED), taus if options.quick else TRIED
+        sweeping.pieces(
+            trials, [{"name": name, "rate": rate} for name in names for rate in every[name]],
+            lambda name, rate: sweeping.tried(lambda: run(options, sides, name, TRIAL_SEED, rate, tried)),
+        )  # fmt: skip
+        print(sweeping.chosen(trials, every))
         return
-    rates, stored = chosen(trials), precision(options.model)
+    rates, stored = sweeping.chosen(trials, every), precision(options.model)
 
     def piece(name: str, seed: int) -> Line:
         sides = sentences(options.model, train, test, seed)

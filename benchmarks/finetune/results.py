@@ -16,6 +16,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
+from benchmarks.finetune import sweeping
 from benchmarks.scale.record import record
 
 RESULTS = Path(__file__).parent / "records"
@@ -24,14 +25,18 @@ _TAUS = (0, 1, 2, 4, 8, 16, 32, 64)
 
 
 def write(folder: Path) -> None:
-    """One record for each benchmark, of the seeds that are finished."""
-    for name in ("fashion", "foreseen", "backbones"):
-        path = folder / f"{name}.jsonl"
+    """One record for each benchmark, of the seeds that are finished, with the machine that ran it and its trials."""
+    for name in ("fashion", "foreseen", "backbones", "cifar", "minilm"):
+        path, machine = folder / f"{name}.jsonl", folder / f"{name}.environment.json"
         if path.exists():
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            lines = sweeping.read(path)
             counts = Counter(line["seed"] for line in lines)
             whole = {seed for seed, count in counts.items() if count == max(counts.values())}
-            record(name, {"lines": [line for line in lines if line["seed"] in whole]}, RESULTS)
+            found: dict[str, Any] = {"environment": json.loads(machine.read_text())} if machine.exists() else {}
+            if trials := sweeping.read(folder / f"{name}_rates.jsonl"):
+                found["trials"] = trials
+            kept = sorted((line for line in lines if line["seed"] in whole), key=lambda line: line["seed"])
+            record(name, {**found, "lines": kept}, RESULTS)
 
 
 def read(name: str) -> list[Line]:

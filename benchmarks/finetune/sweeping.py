@@ -1,7 +1,8 @@
-"""What the sweeps on real data share: pieces that are kept as soon as they are finished, and the line of each.
+"""What the sweeps on real data share: pieces that are kept as soon as they are finished, the line of each, rates.
 
 A piece is one sweep, of one variant and one seed: a line of FOLDER/NAME.jsonl, with the machine in
-FOLDER/NAME.environment.json. The same command goes on with the pieces that are missing.
+FOLDER/NAME.environment.json. The same command goes on with the pieces that are missing. Rates of fine-tuning come from
+trials on a seed of their own, lines of FOLDER/NAME_rates.jsonl: the best mean accuracy wins.
 """
 
 from __future__ import annotations
@@ -9,28 +10,33 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from benchmarks.machine import environment, version
+from ntkit.errors import ModelError
 from ntkit.uses import finetune
 
-SEEDS = "0,1,2"
+SEEDS, TRIAL_SEED, TRIED = "0,1,2", 100, (0, 16)
 Line = dict[str, Any]
 
 
-def parser(text: str | None) -> argparse.ArgumentParser:
-    """The options of all of them."""
+def parser(text: str | None, *, quick: bool = False, choose: bool = False) -> argparse.ArgumentParser:
+    """The options of all of them, and those that some have."""
     found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--folder", type=Path, required=True)
     found.add_argument("--seeds", default=SEEDS)
     found.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    found.add_argument("--quick", action="store_true", help="a few examples and lengths, to see that it runs")
     found.add_argument("--threads", type=int, default=1)
+    if quick:
+        found.add_argument("--quick", action="store_true", help="a few examples and lengths, to see that it runs")
+    if choose:
+        found.add_argument("--choose", action="store_true", help="try the rates of fine-tuning, instead of the sweeps")
     return found
 
 
@@ -64,6 +70,26 @@ def read(path: Path) -> list[Line]:
 def facts(sweep: finetune.Sweep) -> Line:
     """What is written down of a sweep."""
     return {"energies": [round(e, 5) for e in sweep.energies], "rows": [asdict(row) for row in sweep.rows]}
+
+
+def tried(run: Callable[[], finetune.Sweep]) -> Line:
+    """What a rate comes to from every tau that is tried; no accuracies if training diverges."""
+    try:
+        sweep = run()
+    except ModelError as error:
+        return {"accuracies": None, "why": str(error)}
+    return {"accuracies": [row.accuracy for row in sweep.rows], "distances": [r.change.distance for r in sweep.rows]}
+
+
+def chosen(path: Path, rates: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The rate of each variant: that of the best mean accuracy in the trials, the middle one without trials."""
+    found = {name: of[len(of) // 2] for name, of in rates.items()}
+    lines = [line for line in read(path) if line["accuracies"]]
+    for name in rates:
+        of = [line for line in lines if line["name"] == name]
+        if of:
+            found[name] = max(of, key=lambda line: fmean(line["accuracies"]))["rate"]
+    return found
 
 
 def counter(name: str) -> Callable[[int, int], None]:
