@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 import ntkit
-from ntkit.errors import InputError
+from ntkit.errors import InputError, StoreError
 from ntkit.kernel.matrixfree import MatrixFreeKernel
+from ntkit.solve import checkpoint
 from ntkit.solve.ridge import Absolute, Relative
 from ntkit.solve.spectrum import spectrum
 from ntkit.solve.stochastic import LanczosSpectrum, hutch_plus_plus, lanczos
@@ -173,6 +175,50 @@ def test_of_a_kernel_that_is_never_formed() -> None:
     assert found.largest == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]))
     top = eigsh(kernel.to_scipy(), 3, return_eigenvectors=False)
     torch.testing.assert_close(torch.tensor(sorted(top)), torch.linalg.eigvalsh(dense)[-3:])
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("directions", [0, 4])
+def test_a_stopped_run_goes_on(directions: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
+    taken: list[int] = []
+
+    class Counting(ntkit.DenseKernel):
+        def __matmul__(self, other: Tensor) -> Tensor:
+            taken.append(other.shape[1])
+            return super().__matmul__(other)
+
+    def run(matrix: Tensor, file: Path | None, seed: int = 0, steps: int = 12, stop: int = 99) -> LanczosSpectrum:
+        def progress(done: int, _: int) -> None:
+            if done == stop:
+                raise Stopped
+
+        return lanczos(
+            Counting(matrix), steps=steps, probes=3, directions=directions, generator=seeded(seed), checkpoint=file,
+            progress=progress,
+        )  # fmt: skip
+
+    whole, file = run(decaying(), None), tmp_path / "state"
+    with pytest.raises(Stopped):
+        run(decaying(), file, stop=7)
+    taken.clear()
+    before = file.read_bytes()
+    for changed in ({"seed": 1}, {"steps": 13}):
+        with pytest.raises(StoreError, match="another seed, number of vectors or number of steps"):
+            run(decaying(), file, **changed)
+    with pytest.raises(StoreError, match="another kernel"):
+        run(decaying(seed=1), file)
+    assert file.read_bytes() == before
+    again = run(decaying(), file)
+    assert taken == [directions + 3] * 5
+    assert torch.equal(again.nodes, whole.nodes)
+    assert torch.equal(again.weights, whole.weights)
+    taken.clear()
+    assert torch.equal(run(decaying(), file).nodes, whole.nodes)  # it was finished
+    assert not taken
 
 
 @pytest.mark.parametrize(

@@ -45,19 +45,27 @@ class State:
 class Checkpoint:
     """A file that holds the state of one solve, and never half of one."""
 
-    def __init__(self, path: str | os.PathLike[str], name: str, kernel: Mapping[str, str] | None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        name: str,
+        kernel: Mapping[str, str] | None,
+        *,
+        named: str = "right-hand side or ridge",
+    ) -> None:
         """Say whose state it is; nothing is written yet.
 
         Args:
             path: of the file.
             name: of the system but for its kernel, see `digest`.
             kernel: what the kernel depends on, see `identity_of`; None where it does not say.
+            named: what the name is of, in words.
 
         Raises:
             InputError: if no file can be at this place.
         """
         self.path, self.name, self.kernel = Path(path), name, None if kernel is None else dict(kernel)
-        self.last = time.monotonic()
+        self.last, self.named = time.monotonic(), named
         folder = self.path.absolute().parent
         if self.path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise InputError(f"a checkpoint is a file in a folder that can be written to: got {self.path}")
@@ -77,9 +85,7 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise StoreError(f"{self.path} is not a checkpoint of a solve, or damaged ({error}): remove it") from error
         if facts.get("name") != self.name:
-            raise StoreError(
-                f"{self.path} belongs to another right-hand side or ridge: choose another checkpoint, or remove it"
-            )
+            raise StoreError(f"{self.path} belongs to another {self.named}: choose another checkpoint, or remove it")
         theirs = json.loads(facts["kernel"]) if "kernel" in facts else None
         if theirs is None or self.kernel is None:
             return State(parts, facts, False)

@@ -10,14 +10,16 @@ outside of Q stands for the rest, and gives the standard error. For the largest 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ntkit.errors import InputError
+from ntkit.solve.checkpoint import Checkpoint, digest
 from ntkit.solve.ridge import FixedRidge, as_absolute
 from ntkit.solve.symmetric import EPS, as_kernel
 
@@ -155,6 +157,7 @@ def lanczos(
     probes: int = 8,
     directions: int = 8,
     generator: torch.Generator,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanczosSpectrum:
     """Run Lanczos from several vectors, all of which share their products with the kernel.
@@ -168,13 +171,18 @@ def lanczos(
         probes: number of random vectors.
         directions: size of the basis Q; 0 for random vectors alone.
         generator: draws them.
+        checkpoint: a file that the state is written to now and then, and read from if it is there: of the size of the
+            memory below. The generator has to be seeded as before.
         progress: called with (steps done, steps in all).
 
     Cost: `steps` products of the kernel with directions + probes vectors each, and one more for the basis; memory:
     8 n steps (directions + probes) bytes.
 
     Raises:
-        InputError: if an argument cannot be used, or a product is not finite.
+        InputError: if an argument cannot be used, or a product is not finite; with a checkpoint also if the kernel has
+            no `identity`.
+        StoreError: if the checkpoint is damaged, of another kernel, seed or number of steps or vectors, or the disk is
+            full, which leaves the last state as it was.
     """
     kernel = _square(kernel)
     n = kernel.shape[0]
@@ -184,12 +192,20 @@ def lanczos(
             f"probes={probes!r}, directions={directions!r}"
         )
     steps, directions = min(steps, n), min(directions, n)
-    start = _signs(n, probes, generator)
-    if directions:
-        main = torch.linalg.qr(_product(kernel, _signs(n, directions, generator))).Q
-        start = torch.cat([main, start - main @ (main.T @ start)], 1)
-    lengths = start.norm(dim=0)
-    alpha, beta = _tridiagonal(kernel, start / torch.where(lengths > 0, lengths, 1.0), steps, progress)
+    start, others = _signs(n, probes, generator), _signs(n, directions, generator)
+    file = state = None
+    if checkpoint is not None:
+        name = digest(start, "lanczos", steps, directions)
+        file = Checkpoint(checkpoint, name, kernel.identity(), named="seed, number of vectors or number of steps")
+        saved = file.read()
+        state = None if saved is None else _Steps(**saved.parts)
+    if state is None:
+        if directions:
+            main = torch.linalg.qr(_product(kernel, others)).Q
+            start = torch.cat([main, start - main @ (main.T @ start)], 1)
+        state = _Steps.begin(start, steps)
+    _tridiagonal(kernel, state, file, progress)
+    alpha, beta, lengths = state.alpha, state.beta, state.lengths
     small = torch.diag_embed(alpha) + torch.diag_embed(beta[:, :-1], 1) + torch.diag_embed(beta[:, :-1], -1)
     nodes, vectors = torch.linalg.eigh(small)
     shares = vectors[:, 0].square()
@@ -199,15 +215,39 @@ def lanczos(
     return LanczosSpectrum(torch.where(real, nodes, nodes[real].max()), torch.where(real, weights, 0.0), directions)
 
 
+@dataclass
+class _Steps:
+    """Where Lanczos stands, for several unit vectors.
+
+    `alpha` and `beta` are the diagonals and neighbours of their tridiagonal matrices, (count, steps) each, `basis`
+    (count, n, steps) what each vector has seen, `vector` (count, n) the next of it, `lengths` those of the vectors
+    before they were made unit vectors, and `done` the number of steps taken.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    basis: Tensor
+    vector: Tensor
+    lengths: Tensor
+    done: Tensor
+
+    @classmethod
+    def begin(cls, start: Tensor, steps: int) -> _Steps:
+        """From vectors (n, count)."""
+        (n, count), lengths = start.shape, start.norm(dim=0)
+        vector = (start / torch.where(lengths > 0, lengths, 1.0)).T.contiguous()
+        zeros = start.new_zeros(count, steps)
+        return cls(zeros, zeros.clone(), start.new_zeros(count, n, steps), vector, lengths, torch.tensor(0))
+
+
 def _tridiagonal(
-    kernel: Kernel, start: Tensor, steps: int, progress: Callable[[int, int], None] | None
-) -> tuple[Tensor, Tensor]:
-    """Diagonals and neighbours of the tridiagonal matrices of several unit vectors, (count, steps) each."""
-    n, count = start.shape
-    basis = torch.zeros(count, n, steps, dtype=torch.float64)
-    alpha, beta = torch.zeros(count, steps, dtype=torch.float64), torch.zeros(count, steps, dtype=torch.float64)
-    vector = start.T
-    for step in range(steps):
+    kernel: Kernel, state: _Steps, file: Checkpoint | None, progress: Callable[[int, int], None] | None
+) -> None:
+    """Take the steps that are left."""
+    alpha, beta, basis, n = state.alpha, state.beta, state.basis, state.basis.shape[1]
+    steps = alpha.shape[1]
+    for step in range(int(state.done), steps):
+        vector = state.vector
         basis[:, :, step] = vector
         product = _product(kernel, vector.T).T
         if step == 0:
@@ -220,10 +260,13 @@ def _tridiagonal(
         # a vector that has seen all that it can reach stands still
         moving = length > n * EPS * (alpha.abs() + beta).amax(1)
         beta[:, step] = torch.where(moving, length, 0.0)
-        vector = torch.where(moving[:, None], product / torch.where(moving, length, 1.0)[:, None], 0.0)
+        following = torch.where(moving[:, None], product / torch.where(moving, length, 1.0)[:, None], 0.0)
+        state.vector = following.contiguous()  # as it comes back from a file, so that products round alike
+        state.done += 1
+        if file is not None:
+            file.write({field.name: getattr(state, field.name) for field in fields(state)}, {}, now=step + 1 == steps)
         if progress is not None:
             progress(step + 1, steps)
-    return alpha, beta
 
 
 def hutch_plus_plus(
