@@ -13,7 +13,8 @@ from torch import Tensor
 import ntkit
 from ntkit.errors import InputError
 from ntkit.kernel.features import FeatureKernel
-from ntkit.solve.coarse import coarse
+from ntkit.solve import coarse as coarse_module
+from ntkit.solve.coarse import coarse, recommended
 from ntkit.solve.iterative import ConjugateGradients
 from ntkit.solve.precondition import KroneckerPreconditioner, coupling, kronecker
 from ntkit.solve.ridge import Absolute
@@ -72,12 +73,44 @@ def test_it_saves_products() -> None:
     assert counts["coarse"] < 0.8 * counts["base"]
 
 
+@pytest.mark.parametrize("strip", [7, 1024])
+def test_the_recommended_one_is_made_of_the_parts_that_it_names(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coarse_module, "STRIP", strip)  # 7: blocks of two examples
+    full, eye, ridge = Full(), torch.eye(N * K).double(), 0.3
+    phi = full.features().view(N, K, D)
+    k = torch.einsum("ncd,mcd->nm", phi, phi) / K
+    blocks = torch.einsum("ncd,ned->ce", phi, phi)
+    base = kronecker(k, blocks * K / blocks.trace(), 3 * ridge)
+    assert isinstance(base, KroneckerPreconditioner)
+    expected = coarse(full, base.vectors[:, -2:], ridge, base=base)  # a fifth of 12
+    found = recommended(full, Absolute(ridge))
+    torch.testing.assert_close(found(eye), expected(eye))
+    assert found.vectors.shape == (N, 2)
+    # another k, dense or by fewer features than examples
+    few = normal(5, seed=5)(N).double()
+    dense = recommended(full, ridge, kernel=few @ few.T)
+    torch.testing.assert_close(recommended(full, ridge, kernel=FeatureKernel(few))(eye), dense(eye))
+    assert float((dense(eye) - found(eye)).norm()) > 1e-3
+
+
+def test_few_features_serve_few_directions() -> None:
+    class Few(FeatureKernel):
+        def __init__(self) -> None:
+            super().__init__(normal(10)(N * K).double())
+            self.scalars = K
+
+    assert recommended(Few(), 0.1).vectors.shape == (N, 1)
+
+
 @pytest.mark.parametrize(
     ("do", "message"),
     [
         (lambda: coarse(Full(), basis(4)[:5], 0.1, base=lambda v: v), r"shape \(12, d\)"),
         (lambda: coarse(Full(), 2 * basis(4), 0.1, base=lambda v: v), "not orthonormal"),
         (lambda: coarse(Full(), basis(4), 0.0, base=lambda v: v), "positive absolute ridge"),
+        (lambda: recommended(Full(), 0.0), "positive absolute ridge"),
+        (lambda: recommended(FeatureKernel(torch.zeros(4, 3)), 0.1), "features are zero"),
+        (lambda: recommended(Full(), 0.1, kernel=torch.eye(4).double()), r"shape \(12, d\)"),
     ],
 )
 def test_refusals(do: Callable[[], Any], message: str) -> None:

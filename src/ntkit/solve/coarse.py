@@ -8,6 +8,7 @@ eigenvalues. The rest is left to k (x) B.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,20 @@ from torch import Tensor
 
 from ntkit.errors import InputError
 from ntkit.kernel.base import STRIP, strips
+from ntkit.solve.precondition import KroneckerPreconditioner, kronecker
 from ntkit.solve.ridge import FixedRidge, as_absolute
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from ntkit.kernel.base import Kernel
     from ntkit.kernel.features import FeatureKernel
     from ntkit.solve.iterative import Preconditioner
+
+# Of k's eigenvectors, on how many the full kernel is looked at; how many features each of their rows needs (with
+# fewer, noise costs more iterations than the look saves); and how much larger a ridge serves the rest best: what is
+# left of k (x) B claims more than there is. Measured, see `benchmarks/scale/iterations.py`.
+SHARE, FEATURES, DAMPED = 0.2, 2.5, 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +93,8 @@ def coarse(
     if float((v.T @ v - torch.eye(d, dtype=v.dtype)).abs().max()) > 1e-6:
         raise InputError("the directions are not orthonormal: take eigenvectors, or torch.linalg.qr(directions).Q")
     projected = torch.zeros(d, count * features.size, dtype=features.dtype)
-    for examples in strips(n, max(1, STRIP // count)):
-        block = features.features(slice(examples.start * count, examples.stop * count)).cpu()
-        projected.addmm_(v[examples].T.to(block), block.reshape(-1, count * features.size))
+    for examples, block in _blocks(features):
+        projected.addmm_(v[examples].T.to(block), block.flatten(1))
     rows = projected.view(d * count, features.size)
     gram = rows @ rows.T
     del projected, rows  # the largest arrays here, and the next lines need as much again
@@ -93,3 +102,68 @@ def coarse(
     del gram
     system.diagonal().add_(ridge)
     return CoarsePreconditioner(v, torch.linalg.cholesky(system, out=system), base)
+
+
+def recommended(
+    features: FeatureKernel,
+    ridge: float | FixedRidge,
+    *,
+    kernel: Kernel | Tensor | np.ndarray | None = None,
+) -> CoarsePreconditioner:
+    """The preconditioner to begin with: k (x) B, and `coarse` on up to a fifth of k's directions.
+
+    Args:
+        features: sketched features of the full kernel, C rows for each of N examples. D = N*C / 2 serves all of the
+            fifth; fewer features serve fewer directions, at least 2.5 C for each.
+        ridge: the absolute ridge of the solve, positive.
+        kernel: k, the trace kernel, or a sketch of it; None for what these features say of it, (N, N).
+
+    Cost: for k from the features 2 N^2 C D, and 9 N^3; then that of `coarse`. Memory: 32 N^2 bytes, and that of
+    `coarse`.
+
+    Raises:
+        InputError: if the shapes do not fit, or the features are zero.
+    """
+    ridge, count = as_absolute(ridge), features.scalars
+    outputs = _coupling(features)
+    base = kronecker(_trace_kernel(features) if kernel is None else kernel, outputs, DAMPED * ridge)
+    n = features.shape[0] // count
+    size = max(1, min(int(SHARE * n), int(features.size / (FEATURES * count))))
+    if isinstance(base, KroneckerPreconditioner):
+        vectors = base.vectors[:, -size:]
+    else:  # of Phi Phi^T, from those of Phi^T Phi
+        long = base.vectors[:, -size:]
+        vectors = torch.linalg.qr(torch.cat([base.features.features(s).to(long) @ long for s in strips(n)])).Q
+    return coarse(features, vectors, ridge, base=base)
+
+
+def _blocks(features: FeatureKernel) -> Iterator[tuple[slice, Tensor]]:
+    """Examples, and their features (examples, C, D)."""
+    count = features.scalars
+    for some in strips(features.shape[0] // count, max(1, STRIP // count)):
+        block = features.features(slice(some.start * count, some.stop * count)).cpu()
+        yield some, block.view(-1, count, features.size)
+
+
+def _coupling(features: FeatureKernel) -> Tensor:
+    """B by the features: their mean diagonal block, scaled to the trace C."""
+    total = torch.zeros(features.scalars, features.scalars, dtype=torch.float64)
+    for _, block in _blocks(features):
+        total += torch.einsum("ncd,ned->ce", block, block).double()
+    if not float(total.trace()) > 0:
+        raise InputError("the features are zero: there is nothing to precondition")
+    return total * (len(total) / total.trace())
+
+
+def _trace_kernel(features: FeatureKernel) -> Tensor:
+    """The mean over the outputs of their sketched kernels, (N, N)."""
+    n = features.shape[0] // features.scalars
+    total = torch.empty(n, n, dtype=features.dtype)
+    for rows, left in _blocks(features):
+        for cols, right in _blocks(features):
+            if cols.start < rows.start:
+                continue
+            # all features of an example end to end: their products are sums over the outputs
+            part = left.flatten(1) @ right.flatten(1).T / features.scalars
+            total[rows, cols], total[cols, rows] = part, part.T
+    return total
