@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import ntkit
 from ntkit.tangent import backward, products
+from ntkit.tangent.grain import CPU
 from tests import oracles
 
 K = 4
@@ -105,7 +107,8 @@ def test_groups_of_scalars(monkeypatch: pytest.MonkeyPatch, passes: list[bool]) 
     model = Late().double()
     x = torch.randn(2, 5, dtype=torch.float64)
     monkeypatch.setattr(backward, "_BATCHED", backward._BATCHED | {"Cat"})
-    monkeypatch.setattr(backward, "_TOGETHER_CPU", 3 * 2 * (6 + K + 1) * 8)
+    small = replace(CPU, together=3 * 2 * (6 + K + 1) * 8)
+    monkeypatch.setattr(backward, "grain", lambda device: small)
     kernel = ntkit.empirical_ntk(model, x)
     assert sum(passes) == 2
     assert oracles.relative_error(kernel, truth(model, x)) <= 1e-10

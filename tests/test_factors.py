@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -24,8 +25,8 @@ from ntkit.tangent.factors import (
     Rows,
     Total,
     as_matrix,
-    convolution,
 )
+from ntkit.tangent.grain import CPU
 from ntkit.tangent.workspace import Workspace
 
 small = st.integers(1, 4)
@@ -341,7 +342,7 @@ def test_only_neighbours_on_the_same_batches_share_a_product() -> None:
 @pytest.mark.parametrize("k", [1, 2, 6])
 def test_many_examples_of_a_convolution(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More examples than are unfolded at a time."""
-    monkeypatch.setattr(convolution, "UNFOLDED", 1000)
+    monkeypatch.setattr("ntkit.tangent.grain.CPU", replace(CPU, unfolded=1000))
     geometry = Geometry((3,), (1,), ((1, 1),), (1,), 1)
     factor = Convolution(random(19, 2, 7), random(19, k, 3, 7, seed=1), (3, 2, 3), geometry)
     whole = factor.outer().rows().movedim(-1, 3)  # the channels are behind the window there

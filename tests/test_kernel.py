@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,7 @@ import ntkit
 from ntkit.errors import InputError
 from ntkit.kernel.base import Kernel
 from ntkit.kernel.empirical import by_module
+from ntkit.tangent.grain import CPU
 from tests import oracles
 from tests.cases import CASES, Net, mlp, normal, weight
 
@@ -136,8 +138,8 @@ def test_tiles_have_no_steps() -> None:
 
 def test_tiles_larger_than_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """The edge of a tile is far above the sizes of tests: bring it down, so that several tiles meet."""
-    for place in ("ntkit.kernel.plan.TILE", "ntkit.kernel.base.STRIP"):
-        monkeypatch.setattr(place, 2 * C + 1)
+    monkeypatch.setattr("ntkit.tangent.grain.CPU", replace(CPU, tile=2 * C + 1))
+    monkeypatch.setattr("ntkit.kernel.base.STRIP", 2 * C + 1)
     for kind in KINDS:
         for symmetric in (False, True):
             got = kernel(kind, symmetric=symmetric)

@@ -85,6 +85,19 @@ def test_every_use(mode: str, fused: bool, chosen: str | None) -> None:
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+@pytest.mark.parametrize("fails", [True, False])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_recurrent_layers_do_without_cudnn(enabled: bool, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its recurrent layers refuse a backward pass in evaluation mode; other networks keep it."""
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", enabled)
+    for net, inside in ((torch.nn.LSTM(2, 3), False), (torch.nn.Linear(2, 3), enabled)):
+        with contextlib.suppress(Interrupted), untouched(net):
+            assert torch.backends.cudnn.enabled is inside
+            if fails:
+                raise Interrupted
+        assert torch.backends.cudnn.enabled is enabled
+
+
 def test_frozen_parameters_stay_frozen_and_their_kernel_is_right() -> None:
     net = model()
     frozen = list(net.layer.linear1.parameters())  # pyright: ignore

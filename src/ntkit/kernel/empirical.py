@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ntkit.errors import ModelError
 from ntkit.kernel.base import Kernel, bounds
 from ntkit.kernel.memory import checked_memory
-from ntkit.kernel.plan import TILE, Plan, Sizes, make_plan, sizes, span, tile_edge
+from ntkit.kernel.plan import Plan, Sizes, make_plan, sizes, span, tile_edge
 from ntkit.tangent.derivatives import Derivatives, Gathering
+from ntkit.tangent.grain import grain
 from ntkit.tangent.identity import content
 from ntkit.tangent.linearize import Tangent, linearize
 
@@ -82,7 +83,8 @@ class TangentKernel(Kernel):
             x1: examples of the rows.
             x2: examples of the columns; None for x1, a symmetric kernel.
             trace: the mean over the K scalars of the diagonal blocks, one row per example.
-            memory: bytes of working space beside the matrix itself; an eighth of the machine's memory by default.
+            memory: bytes of working space beside the matrix itself; by default an eighth of the machine's memory, or a
+                quarter of the GPU's.
             progress: called with (entries done, entries in all) while tiles are computed.
 
         Raises:
@@ -91,7 +93,7 @@ class TangentKernel(Kernel):
         """
         self.tangent = tangent
         self.trace = trace
-        self.memory = checked_memory(memory)
+        self.memory = checked_memory(memory, tangent.device)
         self.progress = progress
         self._rows = tangent.examples(x1)
         self._cols = self._rows if x2 is None else tangent.examples(x2)
@@ -138,7 +140,7 @@ class TangentKernel(Kernel):
 
     def _sizes(self, flops: tuple[int, int] | None = None) -> Sizes:
         itemsize = torch.empty(0, dtype=self.dtype).element_size()
-        return sizes(self._anatomy, itemsize, self.tangent.count * itemsize, flops)
+        return sizes(self._anatomy, itemsize, self.tangent.count * itemsize, flops, grain(self.device))
 
     def _planned(self, rows: int, cols: int, symmetric: bool, found: Sizes | None = None) -> Plan:
         found = found or self._sizes()
@@ -167,7 +169,7 @@ class TangentKernel(Kernel):
 
     def _tiles(self, plan: Plan, n0: int, n1: int, m0: int, m1: int, same: bool) -> Iterator[_Piece]:
         """Tiles of examples in range, each once; of a symmetric range those on and above the diagonal."""
-        edge = tile_edge(self.scalars)
+        edge = tile_edge(self.scalars, grain(self.device))
         total, done = (n1 - n0) * (m1 - m0), 0
         for start, stop in plan.blocks():
             a, b = start + n0, stop + n0
@@ -207,15 +209,18 @@ class TangentKernel(Kernel):
         ranges = [tuple(edge // k for edge in bounds(column, self.shape[1])) for column in columns]
         # whatever is asked for, the plan is that of a full pass of all columns: it decides how sums are rounded
         found, budget = self._sizes(), memory or self.memory
-        plan = make_plan(found, b - a, max(len(self._cols), 2 * TILE), symmetric=False, trace=self.trace, memory=budget)
+        plan = self._full_pass(found, b - a, max(len(self._cols), 2 * found.grain.tile), budget)
         with torch.no_grad():
             held = self._held(self._rows, a, b, plan, partners=len(self._cols))
         for c, d in ranges:
             yield self._stripe_tile(held, a, b, c, d, plan)
 
+    def _full_pass(self, found: Sizes, rows: int, cols: int, memory: int) -> Plan:
+        return make_plan(found, rows, cols, symmetric=False, trace=self.trace, memory=memory)
+
     @torch.no_grad()  # and not around the `yield`, where it would change what the caller does in between
     def _stripe_tile(self, held: Derivatives, a: int, b: int, c: int, d: int, plan: Plan) -> Tensor:
-        k, edge = self.scalars, tile_edge(self.scalars)
+        k, edge = self.scalars, tile_edge(self.scalars, grain(self.device))
         out = self._empty((b - a) * k, (d - c) * k)
         own = self._symmetric and (c, d) == (a, b)
         pieces = (
@@ -243,7 +248,7 @@ class TangentKernel(Kernel):
     def tile_rows(self, memory: int) -> int:
         """Rows of a tile on disk: as many as can be held within half of a memory budget, in whole examples."""
         found, k = self._sizes(), self.scalars
-        plan = make_plan(found, 2 * TILE, 2 * TILE, symmetric=False, trace=self.trace, memory=memory)
+        plan = self._full_pass(found, 2 * found.grain.tile, 2 * found.grain.tile, memory)
         held = max(1, sum(route.held for route in plan.routes))
         return max(1, min(memory // (2 * held) * k, super().tile_rows(memory)) // k) * k
 

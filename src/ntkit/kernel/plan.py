@@ -10,18 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ntkit.tangent.grain import CPU, Grain
 from ntkit.tangent.trial import Anatomy, PartSize
 from ntkit.tangent.work import OuterWork, Way
-from ntkit.tangent.workspace import SCRATCH
 
-# A capture of about this many bytes is large enough for efficient products; more only costs memory.
-CAPTURE = 64 * 2**20
 # Never fewer examples at a time than this, if the budget allows: small batches waste the processor.
 FEWEST = 4
-# Of more examples than a tile has no more than this is held at once, where capturing the others again costs little.
-ROOMY = 256 * 2**20
-# Entries of the widest tile that is contracted in one go.
-TILE = 2048
 # Rows of a product below which it wastes the processor.
 NARROW = 64
 # Buffers and code that PyTorch's matrix libraries load when they are first used.
@@ -45,6 +39,7 @@ class Sizes:
         parts: the parameters.
         forward: FLOPs of a forward pass.
         backward: FLOPs of one backward pass to the uses.
+        grain: of the device.
     """
 
     scalars: int
@@ -55,6 +50,7 @@ class Sizes:
     parts: tuple[PartSize, ...]
     forward: int
     backward: int
+    grain: Grain = CPU
 
     @property
     def captured(self) -> int:
@@ -173,7 +169,9 @@ def human_flops(number: float) -> str:
     return f"{number:.3g} PFLOP"
 
 
-def sizes(anatomy: Anatomy, itemsize: int, parameters: int, flops: tuple[int, int] | None = None) -> Sizes:
+def sizes(
+    anatomy: Anatomy, itemsize: int, parameters: int, flops: tuple[int, int] | None = None, pace: Grain = CPU
+) -> Sizes:
     """The sizes of a network from its trial.
 
     Args:
@@ -181,12 +179,13 @@ def sizes(anatomy: Anatomy, itemsize: int, parameters: int, flops: tuple[int, in
         itemsize: bytes of one number.
         parameters: bytes of the selected parameters.
         flops: forward and backward FLOPs of one example where they were measured; else they are taken from the parts.
+        pace: the grain of the device.
     """
     parts = tuple(anatomy.sizes)
     products = sum(2 * p.work.positions * p.row for p in parts if p.work is not None)
     forward, backward = flops or (products, products)
     return Sizes(
-        anatomy.scalars, itemsize, parameters, anatomy.activations, anatomy.cotangents, parts, forward, backward
+        anatomy.scalars, itemsize, parameters, anatomy.activations, anatomy.cotangents, parts, forward, backward, pace
     )
 
 
@@ -202,10 +201,11 @@ def make_plan(found: Sizes, rows: int, cols: int, *, symmetric: bool, trace: boo
         memory: bytes for everything but the matrix itself, the model and the examples.
     """
     job = _Job(found, rows, cols, symmetric, trace)
-    scratch = min(SCRATCH, memory // 4)
+    pace = found.grain
+    scratch = min(pace.scratch, memory // 4)
     most = max(rows, cols)
     # large weights are read and rearranged for every chunk: it takes many examples to be worth it
-    capture = min(max(CAPTURE, 3 * found.parameters), max(CAPTURE, memory // 3))
+    capture = min(max(pace.capture, 3 * found.parameters), max(pace.capture, memory // 3))
     # what two chunks would hold is captured at once: that saves putting them together, which takes as much again
     if most * found.captured <= min(2 * capture, memory // 3):
         capture *= 2
@@ -215,7 +215,7 @@ def make_plan(found: Sizes, rows: int, cols: int, *, symmetric: bool, trace: boo
     reused = rows > job.edge or (not symmetric and cols > chunk)
     routes = job.routes(rows, reused=reused)
     block = rows
-    if rows * sum(route.held for route in routes) > (min(space, ROOMY) if rows > TILE else space):
+    if rows * sum(route.held for route in routes) > (min(space, pace.roomy) if rows > pace.tile else space):
         reused = True
         for _ in range(2):  # the routes depend a little on the block's size, and the size on what the routes hold
             routes = job.routes(block, reused=True)
@@ -223,9 +223,9 @@ def make_plan(found: Sizes, rows: int, cols: int, *, symmetric: bool, trace: boo
             pair = max(1, sum(route.flops for route in routes))
             repeated = found.capture_flops + sum(route.forming for route in routes)
             enough = int(repeated / (OVERHEAD * pair)) + 1
-            block = max(1, min(rows, max(enough, TILE), space // max(1, held)))
+            block = max(1, min(rows, max(enough, pace.tile), space // max(1, held)))
         routes = job.routes(block, reused=True)
-        chunk = min(chunk, max(FEWEST, CAPTURE // (2 * found.captured + 1)))  # beside what is held
+        chunk = min(chunk, max(FEWEST, pace.capture // (2 * found.captured + 1)))  # beside what is held
     each = sum(route.held for route in routes) + 1
     if reused:  # with rows of its own
         chunk = min(chunk, max(FEWEST, capture // each))
@@ -254,7 +254,7 @@ class _Job:
     @property
     def edge(self) -> int:
         """Examples along the edge of a tile."""
-        return tile_edge(self.scalars)
+        return tile_edge(self.scalars, self.found.grain)
 
     def diagonal(self, block: int) -> list[int]:
         """Sizes of the tiles on the diagonal of all blocks."""
@@ -281,7 +281,7 @@ class _Job:
         row_flops, row_bytes = 2 * part.row * heads, part.row * found.scalars * found.itemsize
         sizes = {*self.diagonal(block)}
         if part.work is None:
-            one = OuterWork(1, found.scalars, 1, 1, part.row)
+            one = OuterWork(1, found.scalars, 1, 1, part.row, 1, found.grain)
             own = {n: one.of(n).products(Way.ROWS, one.of(n), trace=trace, same=True) for n in sizes}
             return Route(part.name, Way.ROWS, False, row_flops, own, 0, part.held, "its rows are small")
         work = part.work
@@ -376,6 +376,6 @@ def listed(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def tile_edge(scalars: int) -> int:
-    """Examples along the edge of a tile of at most TILE rows."""
-    return max(1, TILE // scalars)
+def tile_edge(scalars: int, pace: Grain = CPU) -> int:
+    """Examples along the edge of the widest tile that is contracted in one go."""
+    return max(1, pace.tile // scalars)

@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ntkit.tangent.grain import grain
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch.autograd.graph import Node
 
     from ntkit.tangent.capture import Record
-
-# Bytes of cotangents that go back together: some of them are alive beside those that are kept.
-_TOGETHER_CPU = 64 * 2**20
-_TOGETHER_GPU = 2**30
 
 # Operations whose derivative torch can batch: tests run each of them, and none falls back to a loop.
 _BATCHED = frozenset(
@@ -103,7 +101,7 @@ def _together(scalars: Tensor, edges: list[tuple[Record, int]]) -> int:
     if count == 1:
         return 1
     each = sum(record.output_bytes[j] for record, j in edges)
-    step = min(count, (_TOGETHER_GPU if on_gpu else _TOGETHER_CPU) // max(1, each))
+    step = min(count, grain(scalars.device).together // max(1, each))
     batched = _BATCHED | _BATCHED_ON_GPU if on_gpu else _BATCHED
     if step < 2 or scalars.grad_fn is None or not all(_operation(node) in batched for node in _nodes(scalars.grad_fn)):
         return 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ntkit.tangent.grain import grain
 from ntkit.tangent.products import gram, inner
 from ntkit.tangent.work import Way
 
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
     from ntkit.tangent.factors import Outer
     from ntkit.tangent.workspace import Workspace
-
-# Bytes of carried cotangents held at a time: few enough to stay in a processor's cache (measured best between 1 and 8).
-CACHED = 4 * 2**20
 
 
 def contract(left: Outer, right: Outer, way: Way, *, trace: bool, workspace: Workspace) -> Tensor:
@@ -94,7 +92,7 @@ def carried_gram(left: Outer, right: Outer, *, workspace: Workspace) -> Tensor:
     o = left.cotangents.shape[4]
     positions_last = left.cotangents.stride(4) != 1  # in memory, as convolutions have them: kept so
     out = left.inputs.new_zeros(n, k, m, l)
-    step = max(1, min(workspace.nbytes, CACHED) // (left.inputs.element_size() * k * s * o))
+    step = max(1, min(workspace.nbytes, grain(left.inputs.device).carried) // (left.inputs.element_size() * k * s * o))
     for group in range(left.inputs.shape[1]):
         cotangents = left.cotangents[:, :, group].flatten(0, 1)  # nk t o
         for j in range(m):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ntkit.tangent.capture import Source
 from ntkit.tangent.factors import Factor, Outer, PulledBack, Rows, Total
-from ntkit.tangent.workspace import SCRATCH, Workspace
+from ntkit.tangent.grain import grain
+from ntkit.tangent.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,14 @@ class Derivatives:
                 settled[part] = factor
         return replace(self, factors=settled)
 
-    def grams(self, other: Derivatives, *, trace: bool, scratch: int = SCRATCH) -> Iterator[tuple[str, Tensor]]:
+    def grams(self, other: Derivatives, *, trace: bool, scratch: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """For each part its parameter's name and the inner products: (n, k, m, l), or summed over k = l: (n, m)."""
-        workspace = Workspace(scratch)
+        workspace = self._workspace(scratch)
         for part, factor in self.factors.items():
             partner = factor if other is self else other.factors[part]
             yield part.name, factor.gram(partner, trace=trace, workspace=workspace)
 
-    def gram(self, other: Derivatives, *, trace: bool = False, scratch: int = SCRATCH) -> Tensor:
+    def gram(self, other: Derivatives, *, trace: bool = False, scratch: int | None = None) -> Tensor:
         """The kernel of two batches: (n*k, m*k) example-major, or with `trace` (n, m), the mean over k."""
         n, k, m = self.examples, self.scalars, other.examples
         total = self.outputs.new_zeros((n, m) if trace else (n, k, m, k))
@@ -98,12 +99,15 @@ class Derivatives:
             total += gram
         return total.div_(k) if trace else total.view(n * k, m * k)
 
-    def squared_norms(self, scratch: int = SCRATCH) -> Tensor:
+    def squared_norms(self, scratch: int | None = None) -> Tensor:
         """The kernel's diagonal as (n, k)."""
-        total, workspace = torch.zeros_like(self.outputs), Workspace(scratch)
+        total, workspace = torch.zeros_like(self.outputs), self._workspace(scratch)
         for factor in self.factors.values():
             total += factor.squared_norms(workspace)
         return total
+
+    def _workspace(self, scratch: int | None) -> Workspace:
+        return Workspace(grain(self.outputs.device).scratch if scratch is None else scratch)
 
 
 class Gathering:

@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ntkit.tangent.grain import CPU, Grain, grain
+
 # FLOPs from which the detour pays.
 _LARGE = 2**23
-# Rows from which computing one half of a symmetric product and copying it pays.
-_HALVED = 64
-# The most rows of a strip: more of them compute more that is known already, and no faster.
-_STRIP = 128
 # Rows below which a product is bound by reading the other matrix, which oneDNN would also rearrange.
 _FEW = 10
 
@@ -40,21 +38,21 @@ def gram(a: Tensor) -> Tensor:
     Strips of rows are multiplied with what is behind them, and mirrored.
     """
     out = a.new_empty(a.shape[0], a.shape[0])
-    for start, stop in _strips(a.shape[0]):
+    for start, stop in _strips(a.shape[0], grain(a.device)):
         part = inner(a[start:stop], a[start:])
         out[start:stop, start:] = part
         out[stop:, start:stop] = part[:, stop - start :].T
     return out
 
 
-def symmetric_entries(rows: int) -> int:
-    """How many of the products of so many rows `gram` computes."""
-    return sum((stop - start) * (rows - start) for start, stop in _strips(rows))
+def symmetric_entries(rows: int, pace: Grain = CPU) -> int:
+    """How many of the products of so many rows `gram` computes on a device of this grain."""
+    return sum((stop - start) * (rows - start) for start, stop in _strips(rows, pace))
 
 
-def _strips(rows: int) -> list[tuple[int, int]]:
+def _strips(rows: int, pace: Grain) -> list[tuple[int, int]]:
     """A quarter of the rows at a time, in sizes that suit the processor's vectors and caches (measured best)."""
-    step = rows if rows < _HALVED else min(_STRIP, rows // 64 * 16)
+    step = rows if rows < pace.halved else min(pace.strip, rows // 64 * 16)
     return [(start, min(start + step, rows)) for start in range(0, rows, max(1, step))]
 
 

@@ -27,14 +27,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if isinstance(buffer, Tensor)
     ]
-    fused = torch.backends.mha.get_fastpath_enabled()
+    fused, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
     random = torch.get_rng_state()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            torch.backends.cudnn.enabled = False  # its recurrent layers have no derivative in evaluation mode
         with torch.compiler.set_stance("force_eager"), torch.enable_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+        torch.backends.cudnn.enabled = cudnn
         torch.set_rng_state(random)
         known = {(id(module), name) for module, name, *_ in buffers}
         for module in model.modules():

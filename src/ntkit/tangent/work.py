@@ -18,13 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from ntkit.tangent.grain import CPU, Grain
 from ntkit.tangent.products import symmetric_entries
-from ntkit.tangent.workspace import SCRATCH
 
 # Writing and reading an entry of an intermediate result costs as much time as so many FLOPs of a matrix product.
 TOUCH = 16
-# Rows of a strip of pairs from which matrix products are efficient.
-EFFICIENT = 128
 
 
 class Way(Enum):
@@ -46,6 +44,7 @@ class OuterWork:
         inputs: I, of one group.
         outputs: O, of one group.
         groups: independent blocks of features.
+        grain: of the device that does it.
     """
 
     examples: int
@@ -54,6 +53,7 @@ class OuterWork:
     inputs: int
     outputs: int
     groups: int = 1
+    grain: Grain = CPU
 
     def of(self, examples: int) -> OuterWork:
         """The same for another number of examples."""
@@ -97,7 +97,7 @@ class OuterWork:
         if way is Way.ROWS:
             return 2 * self.row_size * self.entries(other, trace=trace, same=same)
         if way is Way.PAIRS and self.single and other.single:
-            inputs = symmetric_entries(n) if same else n * m
+            inputs = symmetric_entries(n, self.grain) if same else n * m
             # the bias's input is one everywhere, which is no matrix product
             return 2 * self.outputs * self.entries(other, trace=trace, same=same) + (
                 2 * self.inputs * inputs if self.inputs > 1 else 0
@@ -114,8 +114,8 @@ class OuterWork:
         """Products of rows that are computed, with `trace` each of them for every scalar."""
         n, m, k = self.examples, other.examples, self.scalars
         if trace:
-            return k * (symmetric_entries(n) if same else n * m)
-        return symmetric_entries(n * k) if same else n * k * m * other.scalars
+            return k * (symmetric_entries(n, self.grain) if same else n * m)
+        return symmetric_entries(n * k, self.grain) if same else n * k * m * other.scalars
 
     def _touched(self, way: Way, other: OuterWork, trace: bool) -> int:
         """Entries of intermediate results, for all pairs."""
@@ -127,7 +127,7 @@ class OuterWork:
         return 0
 
     def strips(
-        self, other: OuterWork, *, trace: bool, same: bool, entries: int = SCRATCH // 12
+        self, other: OuterWork, *, trace: bool, same: bool, entries: int | None = None
     ) -> Iterator[tuple[int, int]]:
         """Start and stop of the examples whose pairs with all others are held at a time.
 
@@ -137,9 +137,10 @@ class OuterWork:
             same: whether the other side is this one; then strips are short, so that little is computed twice.
             entries: how many pairs of positions and scalars may be held; a workspace's, in float32, three times over.
         """
+        entries = self.grain.scratch // 12 if entries is None else entries
         each = self.positions * other.examples * other.positions
         each *= 1 if trace else self.scalars * other.scalars
         step = max(1, min(self.examples, entries // max(1, each)))
         if same:
-            step = min(step, max(1, EFFICIENT // self.positions))
+            step = min(step, max(1, self.grain.efficient // self.positions))
         return ((a, min(a + step, self.examples)) for a in range(0, self.examples, step))

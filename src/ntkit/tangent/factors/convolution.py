@@ -14,6 +14,7 @@ from ntkit.tangent import images
 from ntkit.tangent.contract import contract, mirrored
 from ntkit.tangent.factors.factor import Factor
 from ntkit.tangent.factors.outer import Outer
+from ntkit.tangent.grain import grain
 from ntkit.tangent.work import OuterWork, Way
 from ntkit.tangent.workspace import Workspace
 
@@ -57,10 +58,6 @@ class Geometry:
         return unfolded.reshape(*shape[:2], shape[3], shape[2]).transpose(2, 3)
 
 
-# Bytes of patches unfolded at a time: few enough to be read back from a processor's cache (measured best on a CPU).
-UNFOLDED = 5 * 2**20
-
-
 @dataclass(frozen=True, eq=False)
 class Convolution(Factor):
     """A convolution's weight: an `Outer` over the patches, unfolded a few examples at a time.
@@ -88,7 +85,9 @@ class Convolution(Factor):
     def work(self) -> OuterWork:  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
         groups, rest = self.geometry.groups, prod(self.shape[1:])
         places = self.inputs.shape[2:] if self.geometry.transposed else self.cotangents.shape[3:]
-        return OuterWork(self.examples, self.scalars, prod(places), rest, self.shape[0] // groups, groups)
+        return OuterWork(
+            self.examples, self.scalars, prod(places), rest, self.shape[0] // groups, groups, grain(self.inputs.device)
+        )
 
     def outer(self) -> Outer:
         """Sums of outer products over patches; their features are (*window, channels), so rows are (n, k, *stored)."""
@@ -120,7 +119,7 @@ class Convolution(Factor):
         if shape[2] == height and images.has_fast_rows(self.inputs, self.cotangents, self.geometry):
             images.weight_gradients(self.inputs, self.cotangents, self.geometry, out)
             return out.movedim(-1, 3)
-        step = max(1, UNFOLDED // self._patches_nbytes)
+        step = max(1, grain(self.inputs.device).unfolded // self._patches_nbytes)
         for first in range(0, self.examples, step):
             here = out[first : first + step]
             rows = self.narrow(first, first + step).outer().rows(start, stop, here)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ntkit.tangent.contract import contract
 from ntkit.tangent.factors.factor import Factor
+from ntkit.tangent.grain import grain
 from ntkit.tangent.work import OuterWork, Way
 from ntkit.tangent.workspace import Workspace
 
@@ -90,7 +91,9 @@ class Outer(Factor):
     @cached_property
     def work(self) -> OuterWork:  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
         _, groups, t, i = self.inputs.shape
-        return OuterWork(self.examples, self.scalars, t, i, self.cotangents.shape[4], groups)
+        return OuterWork(
+            self.examples, self.scalars, t, i, self.cotangents.shape[4], groups, grain(self.inputs.device)
+        )  # fmt: skip
 
     def squared_norms(self, workspace: Workspace | None = None) -> Tensor:  # noqa: D102
         if self.positions == 1:

@@ -31,6 +31,8 @@ _NAMES = """
     getitem
 """
 
+_INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def _operations() -> Iterator[Any]:
     owners = (torch, torch.Tensor, torch.nn.functional)
@@ -49,33 +51,42 @@ def local(use: Use, *_: Any, **__: Any) -> Contributions:
     moving = [o for o in wrapped if not o.selected and o.axis is not None]
     live = [j for j, g in enumerate(use.cotangents) if g is not None]
 
+    # An index that is out of range for a single example is an error on a CPU, which says that the examples cannot be
+    # told apart; on a GPU it is the end of all work of the process.
+    home = use.cotangents[live[0]].device  # pyright: ignore[reportOptionalMemberAccess]
+    indexed = any(o.tensor.dtype in _INDICES for o in wrapped)
+    device = torch.device("cpu") if indexed else home
+
+    def here(tensor: Tensor) -> Tensor:
+        return tensor.to(device) if indexed else tensor
+
     def run(parameters: tuple[Tensor, ...], slices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The outputs that have cotangents, for the given parameters and the given values of what moves."""
         new = {id(o): t for o, t in zip(chosen, parameters, strict=True)}
         new |= {id(o): t.clone() if use.in_place else t for o, t in zip(moving, slices, strict=True)}
-        filled = [new.get(id(o), o.tensor) if isinstance(o, Operand) else o for o in operands]
+        filled = [new.get(id(o), here(o.tensor)) if isinstance(o, Operand) else o for o in operands]
         arguments, keywords = rebuild(filled)
         result = use.function(*arguments, **keywords)
         outputs = [arguments[0]] if use.in_place else flatten(result)[0]
         return tuple(outputs[j] for j in live)
 
-    parameters = tuple(o.tensor.detach() for o in chosen)
-    cotangents = tuple(use.cotangents[j] for j in live)
+    parameters = tuple(here(o.tensor.detach()) for o in chosen)
+    cotangents = tuple(here(g) for g in use.cotangents if g is not None)
     if not moving:
-        rows = _from_constants(use, run, parameters, [use.axes[j] for j in live], cotangents)  # pyright: ignore
+        rows = _from_constants(use, run, parameters, [use.axes[j] for j in live], cotangents)
     else:
-        slices = tuple(o.per_example(use.examples) for o in moving)
+        slices = tuple(here(o.per_example(use.examples)) for o in moving)
         rows: Sequence[Tensor] = ()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's remarks on its own speed are not the user's business here
-                rows = _vectorized(run, parameters, slices, cotangents)  # pyright: ignore[reportArgumentType]
-            right = _spot_check(run, parameters, slices, cotangents, rows)  # pyright: ignore[reportArgumentType]
+                rows = _vectorized(run, parameters, slices, cotangents)
+            right = _spot_check(run, parameters, slices, cotangents, rows)
         except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):
             right = False
         if not right:
-            rows = _one_by_one(run, parameters, slices, cotangents)  # pyright: ignore[reportArgumentType]
-    return [(o, Rows(r.detach())) for o, r in zip(chosen, rows, strict=True)]
+            rows = _one_by_one(run, parameters, slices, cotangents)
+    return [(o, Rows(r.detach().to(home))) for o, r in zip(chosen, rows, strict=True)]
 
 
 def _vectorized(
