@@ -22,8 +22,12 @@ from benchmarks.distill import results as distilled
 from benchmarks.finetune import results as tuned
 from benchmarks.machine import environment, slug
 from benchmarks.record import Checksum, Job, Record, Sample
+from benchmarks.scale import foretold
 from benchmarks.scale import table as large
 from benchmarks.workloads import WORKLOADS
+from ntkit.kernel.forecast import Speeds
+from ntkit.kernel.saved import layout_of
+from ntkit.solve.pace import Pace
 from tests import oracles
 
 SMALL: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
@@ -335,15 +339,52 @@ def test_the_page_on_active_learning_has_what_was_found() -> None:
     assert not [line for rows in tables for line in rows if line not in page]
 
 
+def shown(page: str, rows: list[str]) -> bool:
+    """Whether a page has a table, with these rows and no others."""
+    text = (run.ROOT / page).read_text()
+    assert len(rows) > 2, f"a table of {page} has no row: is its record gone?"
+    return "\n\n" + "\n".join(rows) + "\n\n" in text + "\n"
+
+
 def test_pages_have_what_the_large_runs_found() -> None:
-    readme, page = ((run.ROOT / name).read_text() for name in ("README.md", "docs/scale.md"))
-    for line in large.table():
-        assert line in page
-        assert line in readme
-    for line in (*large.accuracies(), *large.projections()):
-        assert line in page
-    for line in (*large.scaling(), *large.clusters()):
-        assert line in (run.ROOT / "docs/clusters.md").read_text()
+    assert len(large.table()) > len(large.HEAD) + len(large.walls())
+    assert shown("README.md", large.table())
+    for rows in (large.table(), large.accuracies(), large.projections(), large.forms()):
+        assert shown("docs/scale.md", rows)
+    for rows in (large.scaling(), large.clusters()):
+        assert shown("docs/clusters.md", rows)
+
+
+@pytest.mark.parametrize("lost", ["solve-pntk-20000", "full-entk-4000", "sketched-fashion", "projections", "workers"])
+def test_a_record_that_is_gone_is_noticed(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows are still on the pages."""
+    found = large.found
+    monkeypatch.setattr(large, "found", lambda name: None if name == lost else found(name))
+    with pytest.raises(AssertionError):
+        test_pages_have_what_the_large_runs_found()
+
+
+def test_walls_are_arithmetic() -> None:
+    cifar, imagenet = large.walls()
+    assert cifar.endswith("| 50,000 | | | 2.0 TB |")
+    assert round((50_000 * 10) ** 2 * 8 / 2**40, 1) == 1.8
+    assert imagenet.endswith("| 1,281,167 | | | 13.1 million TB |")
+    assert round((1_200_000 * 1000) ** 2 * 8 / 1e18, 1) == 11.5
+    assert all("estimate" in row for row in large.walls())
+    assert not any("estimate" in row for row in large.table()[: -len(large.walls())])
+
+
+def test_the_planner_tells_the_bytes_of_the_large_runs() -> None:
+    """Its times depend on the machine; these do not."""
+    pace, few = Pace(Speeds(1e-3, 1e-6, ""), Speeds(1e-3, 1e-6, ""), 1e-3, 1e-3, 1e11, 2), foretold.kernel(examples=4)
+    for n in (20_000, 50_000):
+        layout, exact = layout_of(few, "float32", foretold.MEMORY, (n, n)), foretold.record(f"exact-pntk-{n}")
+        assert (layout.edge[0], layout.count) == (exact["edge"], exact["tiles"])
+    pairs = [pair for pair in foretold.pntk(pace, few) if pair.kind == "bytes"]
+    assert len(pairs) == 7
+    for pair in pairs:
+        allowed = (1.0, 1.5) if "at most" in pair.what else (0.97, 1.03)
+        assert allowed[0] <= pair.told / pair.taken <= allowed[1], str(pair)
 
 
 def test_table_for_people_marks_what_was_missed() -> None:

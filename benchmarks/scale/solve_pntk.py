@@ -19,6 +19,9 @@ from benchmarks.scale.data import cifar10_jpeg
 from benchmarks.scale.record import peak_mb, record
 from ntkit.solve.inplace import CholeskyInPlace
 
+# Wanted relative residual.
+TOLERANCE = 1e-9
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,7 +34,7 @@ def main() -> None:
     start = time.perf_counter()
     with Progress() as progress:
         bar = progress.add_task("reading")
-        factored = CholeskyInPlace(torch.float32, tolerance=1e-9).factor(
+        factored = CholeskyInPlace(torch.float32, tolerance=TOLERANCE).factor(
             kernel, options.ridge, progress=lambda done, total: progress.update(bar, completed=done, total=total)
         )
     middle = time.perf_counter()
@@ -46,6 +49,8 @@ def main() -> None:
             "seconds_read_and_factor": round(middle - start, 1),
             "seconds_solve": round(end - middle, 1),
             "iterations": found.iterations,
+            "tolerance": TOLERANCE,
+            "converged": found.converged,
             "relative_residual": found.relative_residual,
             "peak_mb": peak_mb(),
         },

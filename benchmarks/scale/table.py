@@ -23,8 +23,20 @@ def line(what: str, n: int, seconds: float, peak_mb: float, disk: float | None =
     return f"| {what} | {n:,} | {taken} | {peak_mb * 2**20 / 1e9:.1f} GB | {room} |"
 
 
+def walls() -> list[str]:
+    """What nobody has done: the full kernel as a matrix, (N C)^2 entries in float64, by arithmetic."""
+    rows = []
+    for data, n, outputs in (("CIFAR-10", 50_000, 10), ("ImageNet", 1_281_167, 1000)):
+        terabytes = 8 * (n * outputs) ** 2 / 1e12
+        room = f"{terabytes:.1f} TB" if terabytes < 1e6 else f"{terabytes / 1e6:.1f} million TB"
+        rows.append(
+            f"| *an estimate:* the full kernel of {data} as a matrix, {outputs:,} outputs | {n:,} | | | {room} |"
+        )
+    return rows
+
+
 def table() -> list[str]:
-    """All rows for which there is a record."""
+    """All rows for which there is a record, and the walls."""
     rows = []
     for n in (20_000, 50_000):
         if exact := found(f"exact-pntk-{n}"):
@@ -33,6 +45,7 @@ def table() -> list[str]:
         if solve := found(f"solve-pntk-{n}"):
             seconds = solve["seconds_read_and_factor"] + solve["seconds_solve"]
             what = f"ridge regression with that matrix, 10 right-hand sides, residual {solve['relative_residual']:.0e}"
+            what += "" if solve.get("converged", True) else " (not converged)"  # older records do not say
             rows.append(line(what, n, seconds, solve["peak_mb"]))
     for name in ("cifar10", "fashion"):
         if run := found(f"sketched-{name}"):
@@ -49,7 +62,7 @@ def table() -> list[str]:
         difference = f"{check['dense']['relative_difference']:.0e}"
         what = f"the same with 500 images, which differs from the dense solution in float64 by {difference}"
         rows.append(line(what, check["n"], check["seconds"], check["peak_mb"]))
-    return [*HEAD, *rows]
+    return [*HEAD, *rows, *walls()]
 
 
 def accuracies() -> list[str]:
@@ -128,10 +141,32 @@ def projections() -> list[str]:
     return rows
 
 
+def forms() -> list[str]:
+    """Forms that a sketch could take: error and work of each."""
+    run = found("sketch-forms")
+    if run is None:
+        return []
+    rows = [
+        "| network and images | form | error | beside a dense map | MFLOP an image | CPU time an image |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in run["cases"]:
+        dense = case["error_dense_gaussian_expected"]
+        for name, facts in case["forms"].items():
+            error = f"{100 * facts['error']:.2f} ± {100 * facts['standard_error']:.2f} %"
+            work = [
+                f"{facts['mflop_an_example']:,.0f}" if "mflop_an_example" in facts else "",
+                f"{facts['cpu_ms_an_example']:.1f} ms" if "cpu_ms_an_example" in facts else "",
+            ]
+            cells = [f"{case['network']}, {case['what']}", name, error, f"{facts['error'] / dense:.2f}", *work]
+            rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
 def _both(facts: dict[str, Any]) -> list[float]:
     return [facts[kernel]["accuracy"] for kernel in ("pntk", "trace")]
 
 
 if __name__ == "__main__":
-    parts = (table(), accuracies(), projections(), scaling(), clusters())
+    parts = (table(), accuracies(), projections(), forms(), scaling(), clusters())
     print("\n\n".join("\n".join(part) for part in parts))

@@ -140,6 +140,10 @@ class Job:
         """FLOP/s in float64: half of those in float32."""
         return self.pace.cholesky / 2
 
+    def factor_memory(self, itemsize: int) -> int:
+        """Bytes of a matrix that is factored in place, with a strip of it in float64 and vectors."""
+        return itemsize * self.rows**2 + STRIPPED * STRIP * self.rows + 64 * self.rows * self.targets + BESIDE
+
     def passing(self) -> float:
         """Seconds of one product with a matrix on disk, of which one half is there."""
         return self.rows**2 / 2 * (self.itemsize / READ + TOUCH)
@@ -159,14 +163,13 @@ def regressions(job: Job, exact: Sequence[Way], sketched: Sequence[Way]) -> tupl
         exact: ways to the kernel, in memory and on disk.
         sketched: ways to its features.
     """
-    rows, right = job.rows, job.targets
-    found = []
+    rows, found = job.rows, []
     for itemsize, name, speed in (
         (8, "Cholesky in place, float64", job.double),
         (4, "Cholesky in place, float32, refined", job.pace.cholesky),
     ):
-        memory = itemsize * rows**2 + STRIPPED * STRIP * rows + 64 * rows * right + BESIDE
-        found.append(job.way(name, rows**3 / 3 / speed + REFINED[itemsize] * rows**2 * TOUCH, memory, needs=exact))
+        seconds = rows**3 / 3 / speed + REFINED[itemsize] * rows**2 * TOUCH
+        found.append(job.way(name, seconds, job.factor_memory(itemsize), needs=exact))
     return (*found, *_iterative(job, exact[-1]), _primal(job, sketched))
 
 
