@@ -17,7 +17,7 @@ from ntkit.solve.pace import Pace
 # Bytes of a library, a batch and its scratch, beside what is said.
 BESIDE = 512 * 2**20
 # Iterations that a helped solve is assumed to take, and how many times as many without help. To a residual of 1e-6 with
-# the ridge 1e-4 three networks of `docs/scale.md` took 65 to 448, and 517 to 2,447 without help.
+# the ridge 1e-4 small networks took some 50 to 450, and 500 to 3,500 without help (`docs/scale.md`).
 ITERATIONS, PLAIN = 200, 7
 # Refinements in float64 of a solve with a factor in float32, or in float64.
 REFINED = {4: 10, 8: 2}
