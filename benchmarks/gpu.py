@@ -39,7 +39,7 @@ def case_on(case: Case, examples: int, device: torch.device) -> dict[str, Any]:
     model, x = workload.model().to(device), workload.data(examples).to(device)
     job = Job(case.workload, case.kind, OURS, examples, device=device.type)
     found: dict[str, Any] = {
-        "case": case.name if examples == case.examples else f"{case.workload} {case.kind}",
+        "case": f"{case.workload} {case.kind}",
         "n": examples,
     }
     runs: dict[str, Any] = {OURS: CONTENDERS[OURS](model, x, job)}
@@ -93,6 +93,19 @@ def speeds(device: torch.device) -> dict[str, Any]:
         taken = forecast.measure(kernel, layout_of(kernel, "float32", 20 * 10**9))
         found[name] = {"seconds_a_capture": taken.capture, "seconds_a_pair": taken.pair}
     return found
+
+
+def markdown(record: dict[str, Any]) -> list[str]:
+    """The cases of a record as a table."""
+    rows = [
+        "| | N | ntkit, s | tutorial, s | rows, s | ntkit, MB | tutorial, MB | rows, MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in record["cases"]:
+        seconds = [f"{case['seconds'][name]:.3f}" if name in case["seconds"] else "-" for name in (OURS, *PEERS)]
+        peaks = [f"{case['peak_mb'][name]:,.0f}" if name in case["peak_mb"] else "-" for name in (OURS, *PEERS)]
+        rows.append(f"| {case['case']} | {case['n']:,} | {' | '.join([*seconds, *peaks])} |")
+    return rows
 
 
 def main() -> None:

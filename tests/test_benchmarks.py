@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import measure, peers, run, table, workloads
+from benchmarks import gpu, measure, peers, run, table, workloads
 from benchmarks.active import results as bought
 from benchmarks.cases import CASES, OURS, PARAMETERS, PEERS
 from benchmarks.distill import results as distilled
@@ -385,6 +385,16 @@ def test_the_planner_tells_the_bytes_of_the_large_runs() -> None:
     for pair in pairs:
         allowed = (1.0, 1.5) if "at most" in pair.what else (0.97, 1.03)
         assert allowed[0] <= pair.told / pair.taken <= allowed[1], str(pair)
+
+
+def test_page_has_what_a_gpu_took() -> None:
+    page = (run.ROOT / "benchmarks/README.md").read_text()
+    record = json.loads((run.RESULTS / "2026-11-27-nvidia-h200.json").read_text())
+    lines = gpu.markdown(record)
+    assert len(lines) == 18
+    for line in lines:
+        assert line in page
+    assert all(case["largest_difference"] is None or case["largest_difference"] < 1e-3 for case in record["cases"])
 
 
 def test_table_for_people_marks_what_was_missed() -> None:
