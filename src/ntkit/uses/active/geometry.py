@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,16 +113,21 @@ class Hidden(Geometry):
         Raises:
             ModelError: if the network has no such layers, or nothing comes into them.
         """
-        seen = layer_inputs(tangent, x, self.layers)
-        chosen = list(seen.inputs.values())[-self.depth :] if self.layers is None else list(seen.inputs.values())
-        sizes = [float(part.norm(dtype=torch.float64)) / len(part) ** 0.5 for part in chosen]
-        parts = [part / size for part, size in zip(chosen, sizes, strict=True) if size > 0]
+        seen = layer_inputs(tangent, x, self.layers, 0 if self.layers is not None else self.depth)
+        sizes = [float(part.norm(dtype=torch.float64)) / len(part) ** 0.5 for part in seen.inputs.values()]
+        parts = [(part, size) for part, size in zip(seen.inputs.values(), sizes, strict=True) if size > 0]
         if not parts:
             raise ModelError(
                 "nothing comes into the network's last linear and convolution modules: use Sketched(...), or "
                 "Given(...) with features of your own"
             )
-        return WithOutputs(torch.cat([*parts, parts[0].new_ones(len(parts[0]), 1)], 1), seen.outputs)
+        dtype = reduce(torch.promote_types, (part.dtype for part, _ in parts))
+        features = torch.ones(len(seen.outputs), sum(part.shape[1] for part, _ in parts) + 1, dtype=dtype)
+        start = 0
+        for part, size in parts:
+            torch.div(part, size, out=features[:, start : start + part.shape[1]])
+            start += part.shape[1]
+        return WithOutputs(features, seen.outputs)
 
 
 class WithOutputs(FeatureKernel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,13 +36,14 @@ class Seen:
     outputs: Tensor
 
 
-def layer_inputs(tangent: Tangent, x: Any, names: Sequence[str] | None = None) -> Seen:
+def layer_inputs(tangent: Tangent, x: Any, names: Sequence[str] | None = None, last: int = 0) -> Seen:
     """Pass over all points once.
 
     Args:
         tangent: the network.
         x: the n points.
         names: of modules; all linear and convolution modules that see each example once by default.
+        last: so many of them, the last that are called; 0 for all.
 
     Raises:
         ModelError: if there is no such module, or one that is named does not see each example once.
@@ -53,44 +55,50 @@ def layer_inputs(tangent: Tangent, x: Any, names: Sequence[str] | None = None) -
             f"the network has no module {unknown[0]!r}: expected some of {', '.join(filter(None, modules))}"
         )
     watched = {n: m for n, m in modules.items() if (isinstance(m, LAYERS) if names is None else n in names)}
-    found: dict[str, Tensor] = {}
-    hooks = [module.register_forward_pre_hook(_Note(name, found)) for name, module in watched.items()]
-    examples, outputs = tangent.examples(x), []
-    parts: dict[str, list[Tensor]] = {}
+    notes = _Notes(len(tangent.examples(x)), names or ())
+    hooks = [module.register_forward_pre_hook(partial(notes.take, name)) for name, module in watched.items()]
+    hooks.append(tangent.model.register_forward_hook(notes.close))
     try:
-        for start in range(0, len(examples), BATCH):
-            stop = min(start + BATCH, len(examples))
-            outputs.append(tangent.outputs(examples.pick(range(start, stop)), batch=BATCH).detach().cpu())
-            whole = {name: part for name, part in found.items() if len(part) == stop - start}
-            lost = [name for name in names or () if name not in whole]
-            if lost:
-                raise ModelError(f"the module {lost[0]!r} does not see each example once: name others, or none")
-            if start == 0:
-                parts = {name: [] for name in whole}
-            for name in [name for name in parts if name not in whole]:
-                del parts[name]
-            for name, column in parts.items():
-                column.append(whole[name].cpu())
-            found.clear()
+        outputs = tangent.outputs(x, batch=BATCH).detach().cpu()
     finally:
         for hook in hooks:
             hook.remove()
-    return Seen({name: torch.cat(column) for name, column in parts.items()}, torch.cat(outputs))
+    return Seen({name: torch.cat(notes.parts[name]) for name in list(notes.parts)[-last:]}, outputs)
 
 
-class _Note:
-    """A hook that keeps what comes into a module."""
+class _Notes:
+    """What comes into modules, batch by batch; of those that do not see each example once nothing is kept."""
 
-    def __init__(self, name: str, found: dict[str, Tensor]) -> None:
-        self.name, self.found = name, found
+    def __init__(self, n: int, wanted: Sequence[str]) -> None:
+        self.parts: dict[str, list[Tensor]] = {}
+        self._n, self._wanted = n, wanted
+        self._done, self._now = 0, {}
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def take(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """A hook before a module."""
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim > 1:
-            self.found[self.name] = _pooled(inputs[0].detach(), module)
+            self._now[name] = _pooled(inputs[0].detach(), module)
+
+    def close(self, *_: Any) -> None:
+        """A hook after the network: the end of a batch."""
+        size = min(BATCH, self._n - self._done)
+        whole = {name: part for name, part in self._now.items() if len(part) == size}
+        lost = [name for name in self._wanted if name not in whole]
+        if lost:
+            raise ModelError(f"the module {lost[0]!r} does not see each example once: name others, or none")
+        if not self._done:
+            self.parts = {name: [] for name in whole}
+        self.parts = {name: column for name, column in self.parts.items() if name in whole}
+        for name, column in self.parts.items():
+            column.append(whole[name].cpu())
+        self._done, self._now = self._done + size, {}
 
 
 def _pooled(x: Tensor, module: nn.Module) -> Tensor:
-    """Averaged over all axes but examples and channels: the second axis for convolutions, the last for others."""
+    """Averaged over all axes but examples and channels: the second axis for convolutions, the last for others.
+
+    A copy, since a network may go on to overwrite what it gave to a layer.
+    """
     if x.ndim == 2:
-        return x
+        return x.clone()
     return x.mean(tuple(range(2, x.ndim)) if isinstance(module, CONVOLUTIONS) else tuple(range(1, x.ndim - 1)))

@@ -54,10 +54,12 @@ class Objective(ABC):
         curved_labels: whether labels that the network has learned count by the curvature of their loss. Points that a
             network has learned have next to none; rules that go by the size of changes then think that it has forgotten
             them, and are better served by one for each of these labels (measured).
+        reads_outputs: whether scores look at the outputs, so that each pick has to move them.
     """
 
     pairs: ClassVar[bool] = False
     curved_labels: ClassVar[bool] = True
+    reads_outputs: ClassVar[bool] = True
 
     def weights(self, outputs: Tensor, loss: Loss, block: int) -> Tensor:
         """Omega of every point were it a target, (n, c, c)."""
@@ -94,6 +96,7 @@ class IntegratedVariance(Objective):
             is), which for the full kernel is BAIT's trace. Otherwise all alike.
     """
 
+    reads_outputs: ClassVar[bool] = False
     curvature: bool = True
 
     def weights(self, outputs: Tensor, loss: Loss, block: int) -> Tensor:  # noqa: D102
@@ -139,6 +142,8 @@ class ExpectedChange(Objective):
 class Variance(Objective):
     """The candidate's own uncertainty, log det(I + R^T s R): greedy batches have the largest determinant."""
 
+    reads_outputs: ClassVar[bool] = False
+
     def scores(self, scene: Scene, candidates: Tensor) -> Tensor:  # noqa: D102
         r = root_of(scene.posterior.precision[candidates])
         return torch.linalg.slogdet(_whitened(scene.posterior, candidates, r)).logabsdet
@@ -149,6 +154,7 @@ class Information(Objective):
     """EPIG (Bickford Smith et al. 2023) for Gaussians: what the label tells of the targets' labels, summed, in nats."""
 
     pairs: ClassVar[bool] = True
+    reads_outputs: ClassVar[bool] = False
 
     def scores(self, scene: Scene, candidates: Tensor) -> Tensor:  # noqa: D102
         posterior, targets = scene.posterior, scene.targets

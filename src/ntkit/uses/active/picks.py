@@ -63,7 +63,8 @@ class Picks(ABC):
 class Greedy(Picks):
     """The best point, then the best given that one, and so on: exact conditioning, by one update for each pick.
 
-    A pick moves the outputs as well, towards the label that the network thinks likeliest. Ties go to the first.
+    A pick moves the outputs as well, where the objective looks at them, towards the label that the network thinks
+    likeliest. Ties go to the first.
     """
 
     def choose(  # noqa: D102
@@ -77,8 +78,12 @@ class Greedy(Picks):
             free[place] = False
             numbers.append(int(candidates[place]))
             utilities.append(scores)
-            if len(numbers) < size:
+            if len(numbers) == size:
+                break
+            if objective.reads_outputs:
                 scene = after(scene, numbers[-1])
+            else:
+                scene.posterior.add(numbers[-1])
         return Picked(torch.tensor(numbers), torch.stack(utilities))
 
 

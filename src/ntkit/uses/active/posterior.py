@@ -83,7 +83,7 @@ class Posterior(ABC):
 
     @abstractmethod
     def _change(self, number: int, root: Tensor, sign: float) -> None:
-        """Take sign V V^T off s, for V = s(., x) root of the last columns."""
+        """Take sign V V^T off s, for V = s(., x) root of the last columns, which were those of that point."""
 
     def response(self, number: int, *, removed: bool = False) -> Tensor:
         """How the outputs of all points follow the misfit of one, if its label came or went: (n, c, c).
@@ -119,11 +119,16 @@ class Posterior(ABC):
             raise InputError(f"point {number} has no label that could be taken off")
         response = self._response(number, column, sign)
         root = torch.linalg.solve_triangular(lower, r.T, upper=False).T
-        v, e = times(column, root), times(reach, root)
         inside = root.T @ reach[number] @ root  # V^T Omega V
-        cross = times(v, e.transpose(1, 2))
-        self.shared += times(times(v, inside), v.transpose(1, 2)) - sign * (cross + cross.transpose(1, 2))
-        self.own -= sign * times(v, v.transpose(1, 2))
+        if self.block == 1:  # the same in three passes over the points, most of the time of an update
+            k = float(root) ** 2
+            self.shared.addcmul_(column, column, value=k * float(inside)).addcmul_(column, reach, value=-2 * sign * k)
+            self.own.addcmul_(column, column, value=-sign * k)
+        else:
+            v, e = column @ root, reach @ root
+            cross = v @ e.transpose(1, 2)
+            self.shared += v @ inside @ v.transpose(1, 2) - sign * (cross + cross.transpose(1, 2))
+            self.own -= sign * v @ v.transpose(1, 2)
         self._change(number, root, sign)
         return response
 
@@ -242,7 +247,7 @@ class FeaturePosterior(Posterior):
 
     def _columns(self, number: int) -> tuple[Tensor, Tensor]:
         phi = self._rows(torch.tensor([number]))[0].T
-        q = self._p @ phi
+        q = self._last = self._p @ phi
         # a few long rows: several times faster here than the same product with a few narrow columns
         both = torch.cat([q, self._p @ (self._g @ q)], 1).T.to(self._dtype).contiguous()
         n, c = self.precision.shape[:2]
@@ -253,13 +258,15 @@ class FeaturePosterior(Posterior):
         return column, reach
 
     def _change(self, number: int, root: Tensor, sign: float) -> None:
-        q = self._p @ (self._rows(torch.tensor([number]))[0].T @ root)
+        q = self._last @ root
         self._p.addmm_(q, q.T, alpha=-sign)
 
     def _rows(self, numbers: Tensor) -> Tensor:
         """Features of some points, (numbers, c, D), in float64."""
         c = self.block
-        return torch.stack([self._features.features(slice(i * c, (i + 1) * c)).double() for i in numbers.tolist()])
+        return torch.stack(
+            [self._features.features(slice(i * c, (i + 1) * c)).cpu().double() for i in numbers.tolist()]
+        )
 
     def _strips(self) -> Iterator[tuple[slice, Tensor]]:
         """Points and their features, (strip, c, D)."""
@@ -267,7 +274,7 @@ class FeaturePosterior(Posterior):
         step = max(1, STRIP // (c * self._features.size * self._dtype.itemsize))
         for start in range(0, n, step):
             some = slice(start, min(start + step, n))
-            block = self._features.features(slice(some.start * c, some.stop * c)).to(self._dtype)
+            block = self._features.features(slice(some.start * c, some.stop * c)).to("cpu", self._dtype)
             yield some, block.unflatten(0, (-1, c))
 
 
