@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from ntkit.errors import InputError
-from ntkit.uses.active.comparison import area, compare, holm, labels_to
+from ntkit.report.curves import plot_learning_curves
+from ntkit.uses.active.comparison import area, compare, holm, labels_to, penalties
 
 LABELS = [20, 30, 50]
 
@@ -54,7 +58,28 @@ def test_strategies_beside_each_other() -> None:
     assert found["random"].saved == 0
     assert found["bad"].saved == -np.inf
     assert "never" in str(found)
-    assert "0.0" in str(found).splitlines()[1]
+    head, first, *_ = str(found).splitlines()
+    assert head.split() == ["strategy", "area", "final", "saved", "-", "random"]
+    assert first.startswith("good ")
+    row = found["good"]
+    for part in (f"{row.area:.4f}", f"{row.final:.3f}", f"{row.saved:.0%}", f"{good.difference:+.4f}"):
+        assert f" {part}" in first
+
+
+def test_penalties_by_hand() -> None:
+    """In round 0 nothing differs; in the others a is better: on all seeds, by next to nothing, on two of three."""
+    a = np.array([[0.5, 0.7, 0.60, 0.7], [0.6, 0.8, 0.61, 0.7], [0.4, 0.6, 0.62, 0.4]])
+    b = np.array([[0.5, 0.5, 0.60, 0.5], [0.6, 0.6, 0.60, 0.6], [0.4, 0.4, 0.60, 0.5]])
+    found = penalties({"a": a, "b": b, "c": b - 1e-9})
+    for first, second in (("a", "b"), ("b", "a")):
+        gaps = {"a": a, "b": b}[first] - {"a": a, "b": b}[second]
+        beats = [gap.mean() > 0 and (np.ptp(gap) < 1e-12 or ttest_1samp(gap, 0).pvalue < 0.05) for gap in gaps.T]
+        assert found[first][second] == pytest.approx(np.mean(beats))
+    assert found["a"]["b"] == pytest.approx(1 / 4)
+    assert (found["b"]["a"], found["b"]["c"], found["c"]["b"]) == (0.0, 1.0, 0.0)
+    assert "a" not in found["a"]
+    assert compare({"a": a, "b": b, "c": b - 1e-9}, [1, 2, 3, 4], against=["a"], to_save="b").penalties == found
+    assert penalties({"a": a, "b": b}, level=0.5)["a"]["b"] > found["a"]["b"]
 
 
 def test_curves_that_do_not_fit() -> None:
@@ -70,3 +95,19 @@ def test_curves_that_do_not_fit() -> None:
         compare(curves(), [20, 20, 30], against=["random"])
     with pytest.raises(InputError, match="two seeds"):
         compare(curves(1), LABELS, against=["random"])
+
+
+def test_curves_are_drawn() -> None:
+    svg = plot_learning_curves(curves(), LABELS, score="accuracy")
+    root = ElementTree.fromstring(svg)
+    said = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    for word in ("random", "good", "same", "bad", "labels", "accuracy"):
+        assert word in said
+    assert root.attrib["aria-label"].startswith("accuracy over the number of labels")
+    bands = [part for part in root.iter() if part.attrib.get("id", "").startswith("FillBetween")]
+    assert len(bands) == 4
+    one = plot_learning_curves({"good": curves()["good"][:1]}, LABELS)  # one seed has no error
+    assert "FillBetween" not in one
+    for wrong in ({}, {"good": np.zeros((2, 4))}):
+        with pytest.raises(InputError, match="one score for each number of labels"):
+            plot_learning_curves(wrong, LABELS)

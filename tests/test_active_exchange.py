@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 
 from ntkit.errors import InputError, StoreError
-from ntkit.uses.active.exchange import CSV, Answers, Argilla, Exchange, LabelStudio
+from ntkit.uses.active.exchange import (
+    CSV,
+    Answers,
+    Argilla,
+    Exchange,
+    LabelStudio,
+    export_tasks,
+    import_annotations,
+)
 
 NAMES = ["cat", "dog", "bird, small"]
 NUMBERS, SCORES, GUESSES = [17, 4, 256], [2.5, 1.5, 0.5], [1, 0, 2]
@@ -157,6 +165,27 @@ def test_argilla(tmp_path: Path) -> None:
     path.write_text(json.dumps(records), encoding="utf-8")
     assert kind.read(path) == Answers([17], [0], [256])
     assert Argilla(NAMES, question="other").read(path) == Answers([], [], [])
+
+
+def test_files_by_functions(tmp_path: Path) -> None:
+    for name, fmt, kind in (
+        ("q.csv", None, CSV),
+        ("t.json", "labelstudio", LabelStudio),
+        ("r.json", "argilla", Argilla),
+    ):
+        path, same = tmp_path / name, tmp_path / f"same-{name}"
+        export_tasks(path, NUMBERS, SCORES, fmt=fmt, names=NAMES, items=ITEMS, guesses=GUESSES)
+        assert path.read_bytes() == written(kind(NAMES), same).read_bytes()
+        assert import_annotations(path, fmt=fmt, names=NAMES) == Answers([], [], [])
+    fill(tmp_path / "q.csv", {17: "dog", 4: "skip"})
+    assert import_annotations(tmp_path / "q.csv", names=NAMES) == Answers([17], [1], [4])
+    with pytest.raises(InputError, match=r"'\.json', expected one of csv, labelstudio, argilla"):
+        export_tasks(tmp_path / "x.json", NUMBERS, SCORES)
+    with pytest.raises(InputError, match="got 'excel'"):
+        import_annotations(tmp_path / "q.csv", fmt="excel")
+    with pytest.raises(InputError, match="no record without fields"):
+        export_tasks(tmp_path / "x.json", NUMBERS, SCORES, fmt="argilla")
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_equal_scores_and_no_guesses(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ntkit.errors import InputError, StoreError
-from ntkit.uses.active import LookAhead, SquareLoss
+from ntkit.errors import InputError, ModelError, StoreError
+from ntkit.kernel.features import FeatureKernel
+from ntkit.uses.active import ChangedStrategyWarning, Given, LookAhead, SquareLoss
 from ntkit.uses.active.journal import Journal
 from ntkit.uses.active.loop import Loop
 from ntkit.uses.active.uncertainty import Random
@@ -258,6 +259,54 @@ def test_other_sessions_are_refused(tmp_path: Path) -> None:
     journal.add("dance")
     with pytest.raises(StoreError, match="unknown kind 'dance'"):
         session(path)
+
+
+def test_going_on(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    with pytest.raises(InputError, match="there is no session"):
+        Loop.resume(path, pool()[0], Random(), fit)
+    assert not path.exists()
+    first = session(path, strategy=Random())
+    asked = first.query(3).numbers
+    again = Loop.resume(path, pool()[0], Random(), fit, evaluate=lambda _: {"accuracy": 0.5})
+    assert np.array_equal(again.waiting, asked)
+    assert again.classes == C
+    again.label(asked.tolist(), [0, 1, 2])
+    assert again.query(2).metrics == {"accuracy": 0.5}
+
+
+def test_another_strategy_is_said_and_written_down(tmp_path: Path) -> None:
+    path, (x, _) = tmp_path / "s.jsonl", pool()
+    session(path, strategy=Random()).query(1)
+    with pytest.warns(ChangedStrategyWarning, match=r"begun with another strategy: Random.*goes on with LookAhead"):
+        loop = session(path)
+    loop.label(loop.waiting.tolist(), [0])
+    loop.query(1)
+    assert [event["strategy"].split("(")[0] for event in events(path) if event["event"] != "tell"] == [
+        "Random", "Random", "LookAhead",
+    ]  # fmt: skip
+    session(path)  # it has had both by now
+    session(path, strategy=Random())
+    # functions are told by their names, not by where they are in memory
+    path = tmp_path / "given.jsonl"
+    for _ in range(2):
+        Loop(x, LookAhead(kernel=Given(Features())), fit, journal=path, classes=C)
+    assert "Features" in events(path)[0]["strategy"]
+
+
+class Features:
+    def __call__(self, model: nn.Module, x: Tensor) -> FeatureKernel:
+        return FeatureKernel(x)
+
+
+def test_as_many_outputs_as_classes(tmp_path: Path) -> None:
+    for classes in (2, 4):
+        path = tmp_path / f"{classes}.jsonl"
+        loop = session(path, classes=classes, y=np.where(np.arange(N) < 2, np.arange(N), -1))
+        before = path.read_bytes()
+        with pytest.raises(ModelError, match=f"3 outputs, the session {classes} classes"):
+            loop.query(2)
+        assert path.read_bytes() == before
 
 
 def test_refusals_are_not_written_down(tmp_path: Path) -> None:

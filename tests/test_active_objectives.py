@@ -21,6 +21,7 @@ from ntkit.uses.active.objectives import (
     Objective,
     Reduction,
     Scene,
+    SummedChange,
     Variance,
 )
 from ntkit.uses.active.posterior import KernelPosterior
@@ -100,6 +101,21 @@ def test_changes(loss: Loss, c: int) -> None:
 
 @losses
 @blocks
+def test_summed_changes(loss: Loss, c: int) -> None:
+    """MLMOC as it is printed: the sum over targets of the length of each one's move; and its mean over labels."""
+    setting = Setting(loss, c, SummedChange())
+    likely, mean = [], []
+    for x in CANDIDATES.tolist():
+        p = loss.probabilities(setting.outputs[x][None])[0]
+        moved = [(setting.after(x, y) - setting.outputs[TARGETS]).norm(dim=1).sum() for y in range(C)]
+        likely.append(moved[int(setting.outputs[x].argmax())])
+        mean.append(sum(p[y] * moved[y] for y in range(C)))
+    close(SummedChange().scores(setting.scene, CANDIDATES), likely)
+    close(SummedChange(None).scores(setting.scene, CANDIDATES), mean)
+
+
+@losses
+@blocks
 @pytest.mark.parametrize("labels", [None, 2])
 @pytest.mark.parametrize("kind", [ErrorReduction, BrierReduction, EntropyReduction])
 def test_reductions(loss: Loss, c: int, labels: int | None, kind: type[Reduction]) -> None:
@@ -159,7 +175,7 @@ def test_information_and_variance(loss: Loss, c: int) -> None:
 
 
 @blocks
-@pytest.mark.parametrize("rule", [ErrorReduction(), Flips(), Information(), IntegratedVariance()])
+@pytest.mark.parametrize("rule", [ErrorReduction(), Flips(), Information(), IntegratedVariance(), SummedChange()])
 def test_pieces_and_order_do_not_matter(rule: Objective, c: int, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(CrossEntropy(), c, rule)
     every = torch.arange(N)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,12 +83,14 @@ GEOMETRIES = {
     "exact": active.Exact(),
     "exact, coupled": active.Exact(coupled=True),
     "sum": active.Exact(ntkit.SumOfLogits()),
+    "random logits, sketched": active.Sketched(64, readout=ntkit.RandomLogits(4, torch.Generator().manual_seed(0))),
     "features": active.Given(lambda model, x: FeatureKernel(next(model.children())(x).detach())),
     "matrix": active.Given(DenseKernel(torch.eye(N).double())),
 }
 OBJECTIVES = [
     active.IntegratedVariance(), active.MostLikelyChange(), active.ExpectedChange(), active.Variance(),
     active.Information(), active.ErrorReduction(2), active.BrierReduction(), active.EntropyReduction(), active.Flips(),
+    active.SummedChange(),
 ]  # fmt: skip
 
 
@@ -192,10 +195,98 @@ def test_weights_of_labels_count() -> None:
     weights = np.ones(N)
     base = LookAhead().query(x, y, model, sample_weight=weights, return_utilities=True)[1]
     np.testing.assert_allclose(base, LookAhead().query(x, y, model, return_utilities=True)[1], rtol=1e-12)
-    weights[8] = 50.0
-    assert not np.allclose(
-        base, LookAhead().query(x, y, model, sample_weight=weights, return_utilities=True)[1], equal_nan=True
-    )
+    weights[:] = np.linspace(0.2, 3, N)
+    phi = torch.cat([model[:2](x), torch.ones(N, 1)], 1).detach()
+    f, free, eye = model(x).detach(), np.flatnonzero(np.isnan(y)), torch.eye(C).double()
+    known, each = np.flatnonzero(~np.isnan(y)), torch.from_numpy(weights)
+    ridge = 0.1 * float(phi[known].square().sum(1).mean() * each[known].mean())
+
+    def fit(points: list[int], pulls: Tensor) -> tuple[Tensor, Tensor]:
+        """The refit's move of all outputs and its covariance: each label counts with its weight."""
+        some, w = phi[points], each[points]
+        p = torch.linalg.inv(ridge * torch.eye(phi.shape[1]).double() + some.T @ (w[:, None] * some))
+        return phi @ p @ some.T @ (w[:, None] * pulls), torch.einsum("nd,de,ne->n", phi, p, phi)
+
+    still = torch.zeros(len(known), C).double()  # what was learned is in balance
+    before = fit(known.tolist(), still)[1][free].sum()
+    change, variance = np.full(N, np.nan), np.full(N, np.nan)
+    for i in free.tolist():
+        moved, after = fit([*known.tolist(), i], torch.cat([still, (eye[int(f[i].argmax())] - f[i])[None]]))
+        change[i], variance[i] = float(moved[free].norm()), float(before - after[free].sum())
+    for objective, expected in ((active.MostLikelyChange(), change), (active.IntegratedVariance(), variance)):
+        rule = LookAhead(objective, active.SquareLoss(), active.LastLayer())
+        found = rule.query(x, y, model, sample_weight=weights, return_utilities=True)[1]
+        np.testing.assert_allclose(found[0], expected, rtol=1e-8)
+        assert np.nanmax(np.abs(base[0] - found[0])) > 0.1 * np.nanmax(base[0])
+
+
+def test_features_from_disk_in_half_precision(tmp_path: Path) -> None:
+    """Mapped from a file of float16, in strips: the same choice as in memory, the numbers those of the halves."""
+    model, (x, y) = network(), pool()
+    phi = torch.randn(N, 30, dtype=torch.float64)
+    mapped = np.lib.format.open_memmap(tmp_path / "phi.npy", "w+", np.float16, (N, 30))
+    mapped[:] = phi.numpy()
+    mapped.flush()
+    half = torch.from_numpy(np.lib.format.open_memmap(tmp_path / "phi.npy", "c"))
+    before = (tmp_path / "phi.npy").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ntkit.uses.active.posterior.STRIP", 4 * 30 * 7)
+        for objective in (active.IntegratedVariance(), active.MostLikelyChange(), active.Information()):
+            found, exact, whole = (
+                LookAhead(objective, kernel=active.Given(FeatureKernel(features))).query(
+                    x, y, model, batch_size=4, return_utilities=True
+                )
+                for features in (half, half.double(), phi)
+            )
+            assert found[0].tolist() == exact[0].tolist() == whole[0].tolist()
+            np.testing.assert_allclose(found[1], exact[1], rtol=1e-4)  # products in float32
+            np.testing.assert_allclose(exact[1], whole[1], rtol=1e-2)
+    assert (tmp_path / "phi.npy").read_bytes() == before
+
+
+def test_a_call_without_objects() -> None:
+    model, (x, y) = network(), pool()
+    known = np.flatnonzero(~np.isnan(y))[::-1]
+    numbers, utilities = LookAhead(random_state=3).query(x, y, model, [5, 9, 30], 2, return_utilities=True)
+    found = active.select(
+        model, x, known, y[known].astype(int), candidates=[5, 9, 30], batch_size=2, random_state=3
+    )  # fmt: skip
+    assert np.array_equal(found.indices, numbers)
+    np.testing.assert_array_equal(found.utilities, utilities)
+    labels = torch.from_numpy(np.nan_to_num(y, nan=-1)).long()
+    now = Round(linearize(model), x, labels, torch.ones(N).double(), torch.arange(N), 1, torch.Generator())
+    assert found.info["ridge"] == LookAhead().look(now).posterior.ridge
+    assert 0 < found.info["seconds_look"] < found.info["seconds"]
+    margin = active.select(model, x, known, y[known].astype(int), batch_size=3, strategy="margin")
+    assert np.array_equal(margin.indices, active.Margin().query(x, y, model, batch_size=3))
+    given = active.select(model, x, known, y[known].astype(int), strategy=LookAhead(missing_label=None))
+    assert np.array_equal(given.indices, LookAhead().query(x, y, model))
+    for labelled, classes, message in (
+        ([3, 8], [0], "one class"), ([3, 3], [0, 1], "different numbers"), ([N], [0], "from 0 to 39"),
+        ([0.5], [0], "from 0 to 39"), ([3], [0.5], "got 0.5"), ([3], [7], "classes from 0 to 2"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            active.select(model, x, labelled, classes)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", [name for name in active.NAMES if name not in ("random", "bald", "epig")])
+def test_one_output_is_no_choice(name: str) -> None:
+    torch.manual_seed(0)
+    single = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)).double().eval()
+    x, y = pool()
+    if name in (
+        "core-set",
+        "k-means++",
+        "lcmd",
+        "max-det",
+        "frank-wolfe",
+        "bait",
+        "bait-forward-backward",
+        "typiclust",
+    ):
+        return  # they look at features alone
+    with pytest.raises(InputError, match=r"one output, expected one for each class.*\(0, z\)"):
+        active.strategy(name).query(x, np.where(np.isnan(y), np.nan, 0), single)
 
 
 def test_targets_matter() -> None:
@@ -370,3 +461,42 @@ class Bare(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight
+
+
+class Overwrites(nn.Module):
+    """Adds to what it has given to a layer, in its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.head = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        x += self.middle(x)
+        return self.head(x)
+
+
+def test_hidden_is_what_came_into_layers_before_it_was_overwritten() -> None:
+    torch.manual_seed(0)
+    model, x = Overwrites().eval(), torch.randn(300, 5)
+    with torch.no_grad():
+        before = model.first(x).relu()
+        after = before + model.middle(before)
+    kernel = active.Hidden().of(linearize(model), x)
+    assert isinstance(kernel, FeatureKernel)
+    expected = [part / part.square().sum(1).mean().sqrt() for part in (before, after)]
+    torch.testing.assert_close(kernel.features(), torch.cat([*expected, torch.ones(300, 1)], 1))
+
+
+@pytest.mark.parametrize("objective", [active.IntegratedVariance(), active.Variance(), active.Information()])
+def test_outputs_need_not_move_for_scores_that_do_not_look_at_them(
+    objective: active.Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, (x, y) = network(), pool()
+    rule = LookAhead(objective)
+    numbers, utilities = rule.query(x, y, model, batch_size=6, return_utilities=True)
+    assert not objective.reads_outputs
+    monkeypatch.setattr(type(objective), "reads_outputs", True)
+    again, moved = rule.query(x, y, model, batch_size=6, return_utilities=True)
+    np.testing.assert_array_equal(numbers, again)
+    np.testing.assert_array_equal(utilities, moved)

@@ -42,7 +42,7 @@ RULES: dict[str, list[active.Objective]] = {
     "labels curved": [active.IntegratedVariance(curvature=False), active.Variance(), active.Information()],
     "changes": [
         active.MostLikelyChange(), active.ExpectedChange(), active.ErrorReduction(), active.BrierReduction(2),
-        active.EntropyReduction(), active.Flips(), active.Flips(None),
+        active.EntropyReduction(), active.Flips(), active.Flips(None), active.SummedChange(),
     ],
 }  # fmt: skip
 rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

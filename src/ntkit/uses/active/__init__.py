@@ -1,15 +1,15 @@
 """Which labels to buy next: what a linearised model would learn from each, for a whole pool and without training."""
 
 from ntkit.solve.losses import CrossEntropy, Loss, SquareLoss
-from ntkit.uses.active.comparison import Comparison, compare
+from ntkit.uses.active.comparison import Comparison, compare, penalties
 from ntkit.uses.active.designs import LCMD, Bait, CoreSet, FrankWolfe, KMeansPlusPlus, MaxDet, MaxDiag
-from ntkit.uses.active.exchange import CSV, Argilla, LabelStudio
+from ntkit.uses.active.exchange import CSV, Argilla, LabelStudio, export_tasks, import_annotations
 from ntkit.uses.active.fidelity import Agreement, fidelity
 from ntkit.uses.active.geometry import Exact, Geometry, Given, Hidden, LastLayer, Sketched
 from ntkit.uses.active.gradients import BADGE
 from ntkit.uses.active.learned import LearnedLoss
 from ntkit.uses.active.lookahead import LookAhead
-from ntkit.uses.active.loop import Asked, Loop, UntrainedWarning
+from ntkit.uses.active.loop import Asked, ChangedStrategyWarning, Loop, UntrainedWarning
 from ntkit.uses.active.objectives import (
     BrierReduction,
     EntropyReduction,
@@ -20,11 +20,13 @@ from ntkit.uses.active.objectives import (
     IntegratedVariance,
     MostLikelyChange,
     Objective,
+    SummedChange,
     Variance,
 )
 from ntkit.uses.active.picks import Greedy, Power, RedundantBatchWarning, TopK
 from ntkit.uses.active.registry import NAMES, strategy
 from ntkit.uses.active.sampled import BALD, EPIG, Dropout, Ensemble
+from ntkit.uses.active.selection import Selection, select
 from ntkit.uses.active.state import LookAheadState
 from ntkit.uses.active.stopping import (
     Budget,
@@ -53,6 +55,7 @@ __all__ = [
     "Bait",
     "BrierReduction",
     "Budget",
+    "ChangedStrategyWarning",
     "Comparison",
     "CoreSet",
     "CrossEntropy",
@@ -94,10 +97,12 @@ __all__ = [
     "Random",
     "RedundantBatchWarning",
     "Refit",
+    "Selection",
     "Sketched",
     "SquareLoss",
     "StoppingRule",
     "Strategy",
+    "SummedChange",
     "Target",
     "TopK",
     "Training",
@@ -106,6 +111,10 @@ __all__ = [
     "Variance",
     "as_network",
     "compare",
+    "export_tasks",
     "fidelity",
+    "import_annotations",
+    "penalties",
+    "select",
     "strategy",
 ]

@@ -60,11 +60,13 @@ class Comparison:
         rows: one for each.
         seeds: how many.
         to_save: whose final score counts for labels saved.
+        penalties: as `penalties` gives them; those of several tasks add up.
     """
 
     rows: tuple[Row, ...]
     seeds: int
     to_save: str
+    penalties: Mapping[str, Mapping[str, float]]
 
     def __getitem__(self, name: str) -> Row:
         """The row of one strategy."""
@@ -136,7 +138,31 @@ def compare(
         )
         for name, found in areas.items()
     ]
-    return Comparison(tuple(sorted(rows, key=lambda row: -row.area)), len(next(iter(values.values()))), to_save)
+    seeds = len(next(iter(values.values())))
+    return Comparison(tuple(sorted(rows, key=lambda row: -row.area)), seeds, to_save, penalties(values))
+
+
+def penalties(curves: Mapping[str, np.ndarray], level: float = 0.05) -> dict[str, dict[str, float]]:
+    """In which part of the rounds each strategy beats each other one, by name and name (Ash et al. 2020, section 4).
+
+    One beats the other in a round if its mean score is larger and a paired, two-sided t-test over the seeds says so.
+    Rows of good strategies have large numbers, columns of bad ones.
+
+    Args:
+        curves: as for `compare`.
+        level: of the tests, which are not corrected: their numbers are compared, they prove nothing one by one.
+    """
+    from scipy.stats import t
+
+    values = {name: np.asarray(curve, dtype=float) for name, curve in curves.items()}
+    seeds = len(next(iter(values.values())))
+    least = float(t.ppf(1 - level / 2, seeds - 1)) / seeds**0.5
+
+    def beats(mine: np.ndarray, theirs: np.ndarray) -> float:
+        gaps = mine - theirs
+        return float((gaps.mean(0) > least * gaps.std(0, ddof=1)).mean())
+
+    return {a: {b: beats(values[a], values[b]) for b in values if b != a} for a in values}
 
 
 def area(curve: np.ndarray, labels: np.ndarray) -> np.ndarray:

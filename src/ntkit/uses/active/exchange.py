@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # The name of a point's number in files.
 NUMBER = "ntkit_id"
+# Names of columns that are not the items'.
+OWN = frozenset({NUMBER, "score", "guess", "label"})
 # What stands in a spreadsheet for a point that cannot be labelled.
 SKIP = "skip"
 # As the author of what is suggested.
@@ -50,9 +52,11 @@ class Exchange(ABC):
 
     Attributes:
         names: of the classes, in order; their numbers by default.
+        needs_items: whether the tool refuses a point of which nothing can be seen.
     """
 
     names: Sequence[str] | None = None
+    needs_items: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the names.
@@ -172,7 +176,7 @@ class CSV(Exchange):
         self, points: list[int], scores: list[float], shown: list[dict[str, Any]], guesses: list[str | None]
     ) -> str:
         columns = dict.fromkeys(name for item in shown for name in item)
-        taken = {NUMBER, "score", "guess", "label"} & set(columns)
+        taken = OWN & set(columns)
         if taken:
             raise InputError(f"items have a column {sorted(taken)[0]!r}, which is one of the table's own: rename it")
         extra = ["guess"] if any(g is not None for g in guesses) else []
@@ -260,11 +264,14 @@ class Argilla(Exchange):
     """
 
     question: str = "label"
+    needs_items: ClassVar[bool] = True
 
     def _written(
         self, points: list[int], scores: list[float], shown: list[dict[str, Any]], guesses: list[str | None]
     ) -> str:
         records = []
+        if not all(shown):
+            raise InputError("Argilla takes no record without fields: give items, what people are to see")
         for number, score, item, guess in zip(points, scores, shown, guesses, strict=True):
             said = {} if guess is None else {self.question: {"value": guess, "score": None, "agent": AGENT}}
             records.append({
@@ -278,6 +285,62 @@ class Argilla(Exchange):
             number = _number(record.get("id"), place)
             for response in (record.get("responses") or {}).get(self.question, []):
                 yield number, response.get("value")
+
+
+FORMATS: dict[str, type[Exchange]] = {"csv": CSV, "labelstudio": LabelStudio, "argilla": Argilla}
+
+
+def exchange(path: str | os.PathLike[str], fmt: str | None = None, names: Sequence[str] | None = None) -> Exchange:
+    """The kind of a file, by name or by the end of its path.
+
+    Raises:
+        InputError: if it is not known.
+    """
+    found = fmt or ("csv" if Path(path).suffix == ".csv" else None)
+    if found not in FORMATS:
+        raise InputError(
+            f"the kind of {path}: got {found or Path(path).suffix!r}, expected one of {', '.join(FORMATS)}"
+        )
+    return FORMATS[found](names)
+
+
+def export_tasks(
+    path: str | os.PathLike[str],
+    numbers: Sequence[int] | np.ndarray,
+    scores: Sequence[float] | np.ndarray,
+    *,
+    fmt: str | None = None,
+    names: Sequence[str] | None = None,
+    items: Items | None = None,
+    guesses: Sequence[int] | np.ndarray | None = None,
+) -> None:
+    """Write points to be labelled; `CSV`, `LabelStudio` and `Argilla` do the same and can be told more.
+
+    Args:
+        path: of the file.
+        numbers: of points, best first.
+        scores: what each is worth.
+        fmt: "csv", "labelstudio" or "argilla"; by default what the path ends with.
+        names: of the classes, in order; their numbers by default.
+        items: what people are to see of each point.
+        guesses: the network's own classes.
+
+    Raises:
+        InputError: if anything does not fit.
+        StoreError: if the file cannot be written.
+    """
+    exchange(path, fmt, names).write(path, numbers, scores, items=items, guesses=guesses)
+
+
+def import_annotations(
+    path: str | os.PathLike[str], *, fmt: str | None = None, names: Sequence[str] | None = None
+) -> Answers:
+    """Read the answers of a file that `export_tasks` has written, or of the other tool's export.
+
+    Raises:
+        InputError: if it cannot be read, an answer is no class, or a point has two different answers.
+    """
+    return exchange(path, fmt, names).read(path)
 
 
 def _item(items: Items | None, number: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,10 @@ Evaluate = Callable[["nn.Module"], Mapping[str, float]]
 
 class UntrainedWarning(UserWarning):
     """Labels have come, and the network is still the one before."""
+
+
+class ChangedStrategyWarning(UserWarning):
+    """A session goes on with a strategy that it has not had before."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,9 @@ class Loop:
         Raises:
             InputError: if the labels do not fit, or two rules of one kind would measure under one name.
             StoreError: if the journal is damaged, or of other points, classes or first labels.
+
+        Warns:
+            ChangedStrategyWarning: if the session has had another strategy.
         """
         self.strategy, self.fit, self.X = strategy, fit, X
         self.evaluate, self.rules = evaluate, tuple(stop)
@@ -106,7 +114,7 @@ class Loop:
         facts = {"version": VERSION, "points": self.n, "classes": classes, "data": content(Examples(X))}
         first = [] if y is None else self._first(y)
         if not self._journal.events:
-            self._journal.add("start", **facts, strategy=repr(strategy), labels=first, settings=dict(settings or {}))
+            self._journal.add("start", **facts, strategy=_named(strategy), labels=first, settings=dict(settings or {}))
         begun = self._journal.events[0]
         for name, meaning in (("points", "number of points"), ("classes", "number of classes"), ("data", "data")):
             if begun.get(name) != facts[name]:
@@ -120,6 +128,36 @@ class Loop:
             )
         for event in self._journal.events:
             self._replay(event)
+        before = [event["strategy"] for event in self._journal.events if "strategy" in event]
+        if _named(strategy) not in map(_without_places, before):
+            warnings.warn(
+                f"this session was begun with another strategy: {before[0]}. It goes on with {_named(strategy)}, and "
+                "the journal says so at every question",
+                ChangedStrategyWarning,
+                stacklevel=2,
+            )
+
+    @classmethod
+    def resume(
+        cls,
+        journal: str | os.PathLike[str],
+        X: Any,
+        strategy: Strategy,
+        fit: Fit,
+        *,
+        evaluate: Evaluate | None = None,
+        stop: Sequence[StoppingRule] = (),
+    ) -> Loop:
+        """Go on with the session of a journal, as `Loop(...)` does; but never begin one.
+
+        Raises:
+            InputError: if there is none.
+            StoreError: if the journal is damaged, or of other points.
+        """
+        events = Journal(journal).events
+        if not events:
+            raise InputError(f"there is no session {os.fspath(journal)}: begin one with Loop(..., journal=...)")
+        return cls(X, strategy, fit, journal=journal, classes=events[0]["classes"], evaluate=evaluate, stop=stop)
 
     @property
     def labels(self) -> np.ndarray:
@@ -188,6 +226,11 @@ class Loop:
         now = replace(self.strategy, missing_label=float("nan")).round(self.X, y, model, free, size)
         picked = self.strategy.choose(now)
         done = time.perf_counter()
+        count = now.outputs().shape[1]
+        if count != self.classes:
+            raise ModelError(
+                f"the network has {count} outputs, the session {self.classes} classes: expected one output for each"
+            )
         places = np.searchsorted(now.candidates.numpy(), picked.numbers.numpy())
         scores = picked.utilities[range(size), places].tolist()
         guesses = now.outputs()[picked.numbers].argmax(1).tolist()
@@ -197,6 +240,7 @@ class Loop:
             numbers=picked.numbers.tolist(),
             scores=scores,
             guesses=guesses,
+            strategy=_named(self.strategy),
             **seconds,
             network=network,
             **self._found(model, now),
@@ -400,3 +444,12 @@ class Loop:
                 f"labels are classes from 0 to {self.classes - 1}, or -1: got {values.min()} to {values.max()}"
             )
         return [[int(i), int(values[i])] for i in np.flatnonzero(values >= 0)]  # pyright: ignore
+
+
+def _named(strategy: Strategy) -> str:
+    return _without_places(repr(strategy))
+
+
+def _without_places(text: str) -> str:
+    """Python names functions and many objects by where they are in memory, which is new in every process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)

@@ -139,6 +139,31 @@ class ExpectedChange(Objective):
 
 
 @dataclass(frozen=True)
+class SummedChange(Objective):
+    """How far each target would move, summed over the targets, instead of the root of the sum of squares.
+
+    MLMOC as it is printed (Mohamadi, Bae, Sutherland 2022, equation 13) for the likeliest label, EMOC for the mean over
+    labels. A target that moves far counts for less than in `MostLikelyChange` and `ExpectedChange`.
+
+    Attributes:
+        labels: so many of the likeliest are looked at, their probabilities scaled to one; None for all.
+    """
+
+    pairs: ClassVar[bool] = True
+    curved_labels: ClassVar[bool] = False
+    labels: int | None = 1
+
+    def scores(self, scene: Scene, candidates: Tensor) -> Tensor:
+        """Cost: (targets) x (candidates) x C for each label looked at."""
+        before = scene.outputs[scene.targets][:, None].double()
+
+        def moved(scene: Scene, outputs: Tensor) -> Tensor:
+            return (outputs - before).norm(dim=2).sum(0)
+
+        return torch.cat(list(expected(scene, candidates, self.labels, moved)))
+
+
+@dataclass(frozen=True)
 class Variance(Objective):
     """The candidate's own uncertainty, log det(I + R^T s R): greedy batches have the largest determinant."""
 

@@ -17,6 +17,8 @@ LOOK_AHEAD: dict[str, objectives.Objective] = {
     "ivr": objectives.IntegratedVariance(curvature=False),
     "mlmoc": objectives.MostLikelyChange(),
     "emoc": objectives.ExpectedChange(),
+    "mlmoc-sum": objectives.SummedChange(),
+    "emoc-sum": objectives.SummedChange(labels=None),
     "information": objectives.Information(),
     "expected-error": objectives.ErrorReduction(labels=3),
     "expected-brier": objectives.BrierReduction(labels=3),

@@ -57,16 +57,28 @@ class Round:
         """The network's logits, (n, C), float64; computed once.
 
         Raises:
-            InputError: if a label is none of its classes.
+            InputError: if a label is none of its classes, or there is one class alone.
             ModelError: if an output is not finite.
         """
         outputs = self._outputs
+        if outputs.shape[1] < 2:
+            raise InputError(
+                "the network has one output, expected one for each class: with a single logit z for two classes, "
+                "return (0, z) for each point"
+            )
         if int(self.labels.max()) >= outputs.shape[1]:
             raise InputError(
                 f"labels are classes from 0 to {outputs.shape[1] - 1}, one for each of the network's "
                 f"{outputs.shape[1]} outputs: got {int(self.labels.max())}"
             )
         return outputs
+
+    def utilities(self, picked: Picked) -> np.ndarray:
+        """The scores of a batch for all points, (size, n), NaN for those that could not be chosen then."""
+        every = np.full((len(picked.numbers), len(self.labels)), np.nan)
+        found = picked.utilities.numpy()
+        every[:, self.candidates.numpy()] = np.where(np.isneginf(found), np.nan, found)
+        return every
 
     def kernel(self, geometry: Geometry) -> Kernel:
         """The kernel of all points.
@@ -158,12 +170,7 @@ class Strategy(ABC):
         """
         now = self.round(X, y, model, candidates, batch_size, sample_weight)
         picked = self.choose(now)
-        if not return_utilities:
-            return picked.numbers.numpy()
-        utilities = np.full((batch_size, len(now.labels)), np.nan)
-        found = picked.utilities.numpy()
-        utilities[:, now.candidates.numpy()] = np.where(np.isneginf(found), np.nan, found)
-        return picked.numbers.numpy(), utilities
+        return (picked.numbers.numpy(), now.utilities(picked)) if return_utilities else picked.numbers.numpy()
 
     def round(
         self,

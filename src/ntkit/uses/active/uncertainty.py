@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ntkit.errors import InputError
 from ntkit.solve.losses import CrossEntropy, Loss
 from ntkit.uses.active.picks import Picked, drawn_by_power, one_after_the_other
 from ntkit.uses.active.strategy import Round, Strategy
@@ -65,8 +64,6 @@ class Margin(Uncertainty):
     """1 - (p of the likeliest class - p of the next)."""
 
     def scores(self, probabilities: Tensor) -> Tensor:  # noqa: D102
-        if probabilities.shape[1] < 2:
-            raise InputError("a margin is between two classes: the network has one output")
         first, second = probabilities.topk(2, 1).values.unbind(1)
         return 1 - (first - second)
 

@@ -1,0 +1,92 @@
+"""One batch by one call, without objects to make: numbers of points in and out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ntkit.errors import InputError
+from ntkit.tangent.examples import Examples
+from ntkit.uses.active.lookahead import LookAhead
+from ntkit.uses.active.registry import strategy as by_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+    from ntkit.uses.active.strategy import Strategy
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """A batch, and how it came about.
+
+    Attributes:
+        indices: numbers of the points, best first, (batch_size,).
+        utilities: the score of every point when each was picked, (batch_size, n); NaN for those that could not be
+            chosen then.
+        info: `seconds`, and for a look-ahead `seconds_look` of them until the first score, and `ridge`.
+    """
+
+    indices: np.ndarray
+    utilities: np.ndarray
+    info: Mapping[str, float]
+
+
+def select(
+    model: nn.Module,
+    X: Any,
+    labelled: Sequence[int] | np.ndarray,
+    y: Sequence[int] | np.ndarray,
+    *,
+    candidates: Sequence[int] | np.ndarray | None = None,
+    batch_size: int = 1,
+    strategy: str | Strategy = "curvature-ivr",
+    sample_weight: Any = None,
+    random_state: int = 0,
+) -> Selection:
+    """Points to be labelled next.
+
+    Args:
+        model: trained on the labels so far, in evaluation mode; it is not changed.
+        X: all n points, as the model takes them.
+        labelled: numbers of the points with labels.
+        y: their classes.
+        candidates: numbers of the points that may be chosen; all without a label by default.
+        batch_size: how many.
+        strategy: one of `NAMES`, for a network that was trained with cross-entropy; or a strategy, whose own
+            `random_state` counts then.
+        sample_weight: n weights of the labels in the loss; 1 by default.
+        random_state: seed of all draws.
+
+    Raises:
+        InputError: if anything does not fit.
+        ModelError: if the network has not what the strategy needs.
+    """
+    rule = by_name(strategy, random_state=random_state) if isinstance(strategy, str) else strategy
+    numbers, classes = np.asarray(labelled), np.asarray(y)
+    if numbers.ndim != 1 or numbers.shape != classes.shape:
+        raise InputError(
+            f"every labelled point has one class: got numbers of shape {numbers.shape} and classes of {classes.shape}"
+        )
+    start = time.perf_counter()
+    known = dict(zip(numbers.tolist(), classes.tolist(), strict=True))
+    n = len(Examples(X))
+    if len(known) < len(numbers) or any(not isinstance(i, int) or not 0 <= i < n for i in known):
+        raise InputError(f"labelled are different numbers of points from 0 to {n - 1}: got {list(known)[:5]} ...")
+    labels = [known.get(i, rule.missing_label) for i in range(n)]
+    now = rule.round(X, labels, model, candidates, batch_size, sample_weight)
+    info: dict[str, float] = {}
+    if isinstance(rule, LookAhead):
+        scene = rule.look(now)
+        info = {"seconds_look": time.perf_counter() - start, "ridge": scene.posterior.ridge}
+        picked = rule.batch.choose(rule.objective, scene, now.candidates, now.size, now.generator)
+    else:
+        picked = rule.choose(now)
+    return Selection(
+        picked.numbers.numpy(), now.utilities(picked), {"seconds": time.perf_counter() - start, **info}
+    )  # fmt: skip
