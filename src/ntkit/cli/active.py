@@ -31,6 +31,15 @@ FormatOption = Annotated[
     str | None,
     typer.Option("--format", metavar="KIND", help="csv, labelstudio or argilla. Default: csv for .csv."),
 ]
+ItemsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE.csv",
+        help="What people see of a point: an array of strings in the data (texts, addresses of images), or a table "
+        "with a line for each point.",
+        show_default=False,
+    ),
+]
 CountOption = Annotated[int, typer.Option(help="Points to ask for, if none wait for an answer.", min=1)]
 
 
@@ -65,6 +74,7 @@ def start(
         float | None,
         typer.Option(help="Say stop when predictions agree so well from question to question.", show_default=False),
     ] = None,
+    items: ItemsOption = None,
 ) -> None:
     """Begin a session on the pool of a file. The test accuracy is written down where the file has x_test and y_test."""
     with in_plain_words():
@@ -77,9 +87,11 @@ def start(
         place, _, function = factory.rpartition(":")
         if place.endswith(".py"):
             factory = f"{Path(place).resolve()}:{function}"  # to be found from another folder tomorrow
+        if items is not None and Path(items).is_file():
+            items = str(Path(items).resolve())
         settings = Settings(
             factory, str(data.resolve()), rows, None if names is None else names.split(","), strategy, loss, steps,
-            batch_size, lr, seed, dtype, budget, plateau, kappa,
+            batch_size, lr, seed, dtype, budget, plateau, kappa, items,
         )  # fmt: skip
         begun = Session(settings, session, labels=labels)
         known = int((begun.loop.labels >= 0).sum())
@@ -97,6 +109,7 @@ def ask(
     ] = None,
     kind: FormatOption = None,
     weights: WeightsOption = None,
+    items: ItemsOption = None,
 ) -> None:
     """Which points should be labelled next? Trains the network on the labels so far, or takes your --weights.
 
@@ -107,13 +120,14 @@ def ask(
 
         found = Session.resume(session)
         exchange = None if out is None else found.exchange(kind, out)
+        shown = None if exchange is None else found.items(items, needed=exchange.needs_items)
         with Terminal() as terminal:
             terminal.step("training and choosing")
             asked = found.ask(count, weights)
         print_table(_questions(found, asked))
         if exchange is not None and out is not None:
             known = bool((found.loop.labels >= 0).any())
-            exchange.write(out, asked.numbers, asked.scores, guesses=asked.guesses if known else None)
+            exchange.write(out, asked.numbers, asked.scores, items=shown, guesses=asked.guesses if known else None)
             say(f"{out}: {len(asked.numbers)} questions; next: ntkit active tell {session} {out}")
         for reason in asked.reasons:
             say(f"you may stop: {reason}")

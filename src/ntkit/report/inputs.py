@@ -472,6 +472,17 @@ class Arrays:
             )
         return found.astype(np.int64)
 
+    def texts(self, name: str) -> list[str]:
+        """Strings, one for each example.
+
+        Raises:
+            InputError: if the array holds something else.
+        """
+        found = self._read(name)
+        if found.ndim != 1 or found.dtype.kind not in "US":
+            raise InputError(f"{name} of {self._path} is {found.dtype} of shape {found.shape}: expected strings, (N,)")
+        return [text.decode(errors="replace") if isinstance(text, bytes) else text for text in found.tolist()]
+
     def targets(self, name: str, dtype: torch.dtype) -> Tensor:
         """Classes (N,), or floating point targets (N, C).
 

@@ -13,11 +13,12 @@ import torch
 
 from ntkit.errors import InputError, StoreError
 from ntkit.report.inputs import Arrays, load_factory, load_weights, parse_dtype
+from ntkit.report.items import items_of
 from ntkit.report.page import Table
 from ntkit.solve.losses import CrossEntropy, Loss, SquareLoss
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits
-from ntkit.uses.active.exchange import CSV, Argilla, Exchange, LabelStudio
+from ntkit.uses.active.exchange import CSV, Exchange, exchange
 from ntkit.uses.active.journal import Journal
 from ntkit.uses.active.loop import Loop
 from ntkit.uses.active.registry import strategy
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from ntkit.uses.active.strategy import Strategy
 
 LOSSES: dict[str, type[Loss]] = {"cross-entropy": CrossEntropy, "square": SquareLoss}
-FORMATS: dict[str, type[Exchange]] = {"csv": CSV, "labelstudio": LabelStudio, "argilla": Argilla}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Settings:
         budget: labels to stop at, or None.
         plateau: rounds without progress on the test examples to stop at, or None.
         kappa: agreement of rounds to stop at, or None.
+        items: what people see of a point: name of an array of strings, or a `.csv` file; None for nothing.
     """
 
     factory: str
@@ -69,6 +70,7 @@ class Settings:
     budget: int | None = None
     plateau: int | None = None
     kappa: float | None = None
+    items: str | None = None
 
 
 class Session:
@@ -109,6 +111,8 @@ class Session:
         classes = linearize(model, readout=Logits()).outputs(self.x[:2]).shape[1]
         if settings.names is not None and len(settings.names) != classes:
             raise InputError(f"the network has {classes} outputs, one for each class: got {len(settings.names)} names")
+        if settings.items is not None and not Journal(journal).events:  # later it may be another, or nobody looks
+            self.items()
         self.loop = Loop(
             self.x,
             self._strategy(settings.strategy),
@@ -137,7 +141,7 @@ class Session:
             )
         kept = events[0].get("settings", {})
         fields = {field.name for field in dataclasses.fields(Settings)}
-        if set(kept) != fields:
+        if not {"factory", "data"} <= set(kept) <= fields:
             raise StoreError(f"{journal}: this session was begun in Python, or by another version: go on there")
         return cls(Settings(**kept), journal)
 
@@ -171,10 +175,18 @@ class Session:
         Raises:
             InputError: if it is not known.
         """
-        found = name or ("csv" if path.suffix == ".csv" else None)
-        if found not in FORMATS:
-            raise InputError(f"the kind of {path}: got {found or path.suffix!r}, say --format {', '.join(FORMATS)}")
-        return FORMATS[found](self.settings.names)
+        return exchange(path, name, self.settings.names)
+
+    def items(self, source: str | None = None, *, needed: bool = False) -> list[dict[str, str]] | None:
+        """What people see of every point; another source than the session's may be named. None if there is none.
+
+        Raises:
+            InputError: if it is not there though it is needed, or has not an entry for each point.
+        """
+        source = source or self.settings.items
+        if source is None and needed:
+            raise InputError("this tool takes no point of which nothing can be seen: say --items NAME or FILE.csv")
+        return None if source is None else items_of(source, Path(self.settings.data), len(self.x))
 
     def status(self) -> Table:
         """What has happened so far."""
