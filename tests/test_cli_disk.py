@@ -47,6 +47,10 @@ def test_a_kernel_on_disk(here: Path, options: list[Any]) -> None:
 def test_a_running_dask_cluster(here: Path, scheduler: Any) -> None:
     assert call(*COMMAND, "K.zarr", "--dask", scheduler.scheduler_address)[0] == 0
     torch.testing.assert_close(ntkit.open_kernel("K.zarr").dense(), truth(here), rtol=1e-5, atol=1e-5)
+    code, said, _ = call(*COMMAND, "other.zarr", "--dask", scheduler.scheduler_address, "--dry-run")
+    assert code == 0
+    assert "a regression: Cholesky in place" in said
+    assert not Path("other.zarr").exists()
 
 
 def test_the_same_command_goes_on(here: Path) -> None:
