@@ -1,7 +1,7 @@
 """How long to probe a new head: a network that knows the digits 0 to 4 learns 5 to 9 from two hundred labels.
 
 Writes probe_then_finetune.svg into the folder that is given, or into the current one; and predicts, without training,
-which of four backbones suits the new digits.
+which of five backbones suits the new digits.
 """
 
 import sys

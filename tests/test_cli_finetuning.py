@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +20,23 @@ NETS = """
 from torch import nn
 
 class Net(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, norm=False):
         super().__init__()
         self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+        self.norm = nn.BatchNorm1d(16) if norm else nn.Identity()
         self.fc = nn.Linear(width, 7)
 
     def forward(self, x):
-        return self.fc(self.body(x))
+        return self.fc(self.body(self.norm(x.flatten(1))))
 
 def net():
     return Net(12)
 
 def wide():
     return Net(24)
+
+def normed():
+    return Net(12, norm=True)
 """
 
 
@@ -68,28 +74,108 @@ def test_probe_writes_a_page_and_the_best_network(here: Path) -> None:
     weights = load_file(here / "out" / "best.safetensors")
     assert weights["fc.weight"].shape == (4, 12)  # the new head has the classes of the new task
     assert not (here / "out.part").exists()
+    for row in results["rows"]:  # no network that was paid for is thrown away
+        kept = load_file(here / "out" / f"tau-{row['tau']:04d}.safetensors")
+        same = all(torch.equal(kept[name], t) for name, t in weights.items())
+        assert kept.keys() == weights.keys()
+        assert same == (row["tau"] == results["best"])
+
+
+def test_probe_stops_by_energy_and_keeps_what_it_is_told_to(here: Path) -> None:
+    """The first epoch whose energy is a part of the first is the last tau; layers that forget; frozen statistics."""
+    common = ("--head", "fc", "--taus", "0,1,60", "--epochs", "1", "--batch", "32", "--probing-rate", "0.1")
+    code, text = run("probe", "backbones:net", "data.npz", *common, "--stop", "0.9", "--out", "out")
+    assert code == 0, text
+    results = json.loads((here / "out" / "results.json").read_text())
+    energies = results["energies"]
+    assert results["stopped"]
+    assert results["rows"][-1]["tau"] == len(energies) - 1 < 60
+    assert energies[-1] <= 0.9 * energies[0] < energies[-2]
+    assert "Probing ended after" in (here / "out" / "index.html").read_text()
+    tuned = {}
+    for name, more in {
+        "free": (), "frozen": ("--frozen-statistics",), "fresh": ("--frozen-statistics", "--reinitialise", "body.3"),
+    }.items():  # fmt: skip
+        code, text = run("probe", "backbones:normed", "data.npz", *common, "--stop", "0.99", *more, "--out", name)
+        assert code == 0, text
+        tuned[name] = load_file(here / name / "tau-0000.safetensors")
+        assert json.loads((here / name / "results.json").read_text())["rows"][-1]["tau"] != 60
+    assert not torch.equal(tuned["free"]["norm.running_mean"], torch.zeros(16))
+    assert torch.equal(tuned["frozen"]["norm.running_mean"], torch.zeros(16))
+    moved = (tuned["fresh"]["body.3.weight"] - tuned["frozen"]["body.3.weight"]).norm()
+    assert moved > 0.5 * tuned["frozen"]["body.3.weight"].norm()  # other weights, not the same ones tuned
+    assert (tuned["fresh"]["body.1.weight"] - tuned["frozen"]["body.1.weight"]).norm() < 0.1 * moved
+    assert "body.3 re-initialised below it" in (here / "fresh" / "index.html").read_text()
+
+
+def test_nothing_is_lost_when_the_page_cannot_be_written(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was computed stays in FOLDER.part, and the same command writes the page from it."""
+    from ntkit.report import finetuning
+
+    arguments = (
+        "probe", "backbones:net", "data.npz", "--head", "fc", "--taus", "0,2", "--epochs", "1", "--out", "out",
+    )  # fmt: skip
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    written = finetuning.write_folder
+    monkeypatch.setattr(finetuning, "write_folder", full)
+    assert run(*arguments)[0] != 0
+    assert not (here / "out").exists()
+    first = {tau: load_file(here / "out.part" / f"tau-000{tau}.safetensors") for tau in (0, 2)}
+
+    def last(folder: Path, contents: dict[str, str | Path], *, force: bool) -> None:
+        assert list(contents)[-1] == "index.html"
+        written(folder, contents, force=force)
+
+    monkeypatch.setattr(finetuning, "write_folder", last)
+    monkeypatch.setattr("ntkit.uses.finetune.probe._finetuned", full)  # nothing is computed again
+    code, text = run(*arguments)
+    assert code == 0, text
+    assert not (here / "out.part").exists()
+    for tau, weights in first.items():
+        assert all(torch.equal(weights[n], t) for n, t in load_file(here / "out" / f"tau-000{tau}.safetensors").items())
 
 
 def test_rank_backbones(here: Path) -> None:
-    """Weights that suit the task are read and put in order with others; a file that is none is refused."""
+    """A network whose weights see nothing of the input comes last, with the error of the frequencies: they are read."""
     sys.path.insert(0, str(here))
     torch.manual_seed(0)
-    import backbones
-
+    backbones = importlib.import_module("backbones")
+    blind = "backbones:net@blind.safetensors"
     state = backbones.net().state_dict()
-    state["body.1.weight"] = torch.zeros_like(state["body.1.weight"])  # sees nothing of its input
-    save_file(state, here / "blind.safetensors")
-    code, text = run(
-        "rank-backbones", "data.npz", "backbones:net", "backbones:wide", "backbones:net@blind.safetensors",
-        "--head", "fc", "--at", "400", "--out", "out",
-    )  # fmt: skip
+    save_file(state, here / "same.safetensors")
+    # neither the features nor any of their derivatives depends on the input
+    save_file({n: t * (n not in ("body.1.weight", "body.3.weight")) for n, t in state.items()}, here / blind[14:])
+    given = ("backbones:net", "backbones:wide", "backbones:net@same.safetensors", blind)
+    common = ("--head", "fc", "--at", "400", "--seed", "0")
+    code, text = run("rank-backbones", "data.npz", *given, *common, "--out", "out")
     assert code == 0, text
     results = json.loads((here / "out" / "results.json").read_text())
-    names = [row["name"] for row in results["rows"]]
-    assert set(names) == {"backbones:net", "backbones:wide", "backbones:net@blind.safetensors"}
+    rows = {row["name"]: row for row in results["rows"]}
+    assert set(rows) == set(given)
     assert results["at"] == 400
+    assert results["rows"][-1]["name"] == blind
+    assert rows[blind]["predicted"] == pytest.approx(results["trivial"], rel=0.05)
+    assert all(row["predicted"] < 0.8 * results["trivial"] for name, row in rows.items() if name != blind)
     assert [row["extrapolated"] for row in results["rows"]] == sorted(row["extrapolated"] for row in results["rows"])
-    assert (here / "out" / "index.html").read_text().count("<svg") == 1
+    page = (here / "out" / "index.html").read_text()
+    assert page.count("<svg") == 1
+    assert "has seen the labels" not in page
+    assert not any(row["seen"] for row in rows.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, text = run("rank-backbones", "data.npz", *given, *common, "--seen", "backbones:wide", "--out", "marked")
+    assert code == 0, text
+    assert "backbones:wide" in text
+    assert "may have seen the labels" in text
+    again = {row["name"]: row for row in json.loads((here / "marked" / "results.json").read_text())["rows"]}
+    assert [name for name, row in again.items() if row["seen"]] == ["backbones:wide"]
+    assert again["backbones:wide"]["predicted"] == rows["backbones:wide"]["predicted"]
+    page = (here / "marked" / "index.html").read_text()
+    assert "backbones:wide (has seen the labels)" in page
+    assert "trained on these very labels" in page
 
 
 @pytest.mark.parametrize(
@@ -99,6 +185,9 @@ def test_rank_backbones(here: Path) -> None:
         (("probe", "backbones:net", "data.npz", "--head", "fc", "--taus", "1,x"), "taus"),
         (("probe", "backbones:net", "data.npz", "--head", "fc", "--finetuning-rate", "1e30"), "diverge"),
         (("rank-backbones", "data.npz", "backbones:net", "backbones:net", "--head", "fc"), "once"),
+        (("probe", "backbones:net", "data.npz", "--head", "fc", "--stop", "2"), "stop"),
+        (("probe", "backbones:net", "data.npz", "--head", "fc", "--reinitialise", "layer4"), "layer4"),
+        (("rank-backbones", "data.npz", "backbones:net", "--head", "fc", "--seen", "backbones:wide"), "backbones:wide"),
         (("rank-backbones", "data.npz", "backbones:net@none.pt", "--head", "fc"), "no file"),
         (("rank-backbones", "none.npz", "backbones:net", "--head", "fc"), "no file"),
     ],

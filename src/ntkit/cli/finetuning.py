@@ -26,6 +26,15 @@ def probe(
         int | None,
         typer.Option(help="Width of a hidden layer in the new head. Default: none.", show_default=False, min=1),
     ] = None,
+    reinitialise: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A last module below the head that gets fresh weights and is probed with it, such as layer4. May be "
+            "given several times, in the order of the network.",
+            show_default=False,
+        ),
+    ] = None,
     taus: Annotated[
         str, typer.Option(metavar="EPOCHS", help="Lengths of probing to fine-tune from.")
     ] = "0,1,2,4,8,16,32",
@@ -33,6 +42,17 @@ def probe(
     probing_rate: Annotated[float, typer.Option(help="Learning rate of probing (SGD, momentum 0.9).")] = 1e-2,
     finetuning_rate: Annotated[float, typer.Option(help="Learning rate of fine-tuning.")] = 1e-3,
     smoothing: Annotated[float, typer.Option(help="Of the labels, while probing.")] = 0.0,
+    stop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PART",
+            help="End probing where this part of the first energy is left, such as 0.2; longer taus are left out.",
+            show_default=False,
+        ),
+    ] = None,
+    frozen_statistics: Annotated[
+        bool, typer.Option("--frozen-statistics", help="BatchNorm keeps its running statistics in fine-tuning.")
+    ] = False,
     batch: Annotated[int, typer.Option(help="Examples of a batch.", min=1)] = 128,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the page, results.json and weights.")] = Path(
         "probe"
@@ -56,12 +76,13 @@ def probe(
         own = Sweeping(
             factory=load_factory(factory), data=data, head=head, weights=weights, cut=Cut(train, test, None, seed),
             hidden=hidden, taus=parse_taus(taus), epochs=epochs, probing_rate=probing_rate,
-            finetuning_rate=finetuning_rate, smoothing=smoothing, batch_size=batch,
+            finetuning_rate=finetuning_rate, smoothing=smoothing, batch_size=batch, stop=stop,
+            reinitialised=tuple(reinitialise or ()), frozen_statistics=frozen_statistics,
         )  # fmt: skip
         with Terminal() as terminal:
             found = run_probe(out, own, force=force, listener=terminal)
         say(found.recommendation)
-        say(f"{out / 'index.html'}, results.json and best.safetensors written")
+        say(f"{out / 'index.html'}, results.json, best.safetensors and the networks of every tau written")
 
 
 def rank_backbones(
@@ -83,6 +104,15 @@ def rank_backbones(
         int | None,
         typer.Option(metavar="D", help="Sketched kernels with D features. Default: exact.", show_default=False, min=1),
     ] = None,
+    seen: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NETWORK",
+            help="One of the networks, as it is named, that was trained on these very labels: it is marked, because "
+            "its prediction is too good. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the page and results.json.")] = Path("backbones"),
     force: ForceOption = False,
     train: Annotated[int, typer.Option(help="Training examples at most, drawn at random.")] = 2_000,
@@ -96,7 +126,7 @@ def rank_backbones(
         from ntkit.report.finetuning import Backbones, run_ranking
         from ntkit.report.inputs import Cut
 
-        own = Backbones(networks, data, head, Cut(train, 2_000, None, seed), at, sketch)
+        own = Backbones(networks, data, head, Cut(train, 2_000, None, seed), at, sketch, tuple(seen or ()))
         with Terminal() as terminal:
             found = run_ranking(out, own, force=force, listener=terminal)
         for row in found.rows:

@@ -25,10 +25,12 @@ from ntkit.uses.finetune import (
     Candidate,
     ExactKernel,
     Finetuning,
+    Head,
     LinearHead,
     MLPHead,
     Probing,
     Ranking,
+    Reinitialised,
     SketchedKernel,
     Sweep,
     probe_then_finetune,
@@ -54,12 +56,15 @@ class Sweeping:
         weights: of the pre-training.
         cut: how many examples are used.
         hidden: width of the new head's hidden layer; None for a linear head.
+        reinitialised: names of modules below it that forget their weights and are probed with the head.
         taus: epochs of probing from which to fine-tune.
         epochs: of fine-tuning.
         probing_rate: learning rate of probing.
         finetuning_rate: learning rate of fine-tuning.
         smoothing: of the labels, while probing.
         batch_size: examples of one step.
+        stop: probing ends where this part of the energy is left; None for never.
+        frozen_statistics: BatchNorm keeps the running statistics that it has.
     """
 
     factory: Factory
@@ -68,12 +73,21 @@ class Sweeping:
     weights: Path | None = None
     cut: Cut = field(default_factory=Cut)
     hidden: int | None = None
+    reinitialised: Sequence[str] = ()
     taus: Sequence[int] = (0, 1, 2, 4, 8, 16, 32)
     epochs: int = 20
     probing_rate: float = 1e-2
     finetuning_rate: float = 1e-3
     smoothing: float = 0.0
     batch_size: int = 128
+    stop: float | None = None
+    frozen_statistics: bool = False
+
+    @property
+    def new_head(self) -> Head:
+        """The head that is probed."""
+        top = LinearHead(self.head) if self.hidden is None else MLPHead(self.head, self.hidden)
+        return Reinitialised(tuple(self.reinitialised), top) if self.reinitialised else top
 
 
 def parse_taus(text: str) -> tuple[int, ...]:
@@ -89,9 +103,10 @@ def parse_taus(text: str) -> tuple[int, ...]:
 
 
 def run_probe(folder: Path, own: Sweeping, *, force: bool = False, listener: Listener) -> Sweep:
-    """Sweep over lengths of probing, and write index.html, results.json and the best network's weights.
+    """Sweep over lengths of probing, and write index.html, results.json and the weights of every fine-tuned network.
 
-    What is finished lies beside the folder, as FOLDER.part, until the page is written: the same command goes on there.
+    best.safetensors is the whole best network; tau-*.safetensors are those from every tau. What is finished lies beside
+    the folder, as FOLDER.part, until all of it is in the folder: the same command goes on there.
 
     Args:
         folder: is made; it may exist only with `force`.
@@ -102,7 +117,7 @@ def run_probe(folder: Path, own: Sweeping, *, force: bool = False, listener: Lis
     Raises:
         InputError: if anything the user named cannot be used; nothing has been computed then.
         ModelError: if the network has no such head, or training diverges.
-        StoreError: if FOLDER.part is of another sweep.
+        StoreError: if FOLDER.part is of another sweep, or cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -110,17 +125,17 @@ def run_probe(folder: Path, own: Sweeping, *, force: bool = False, listener: Lis
     start = time.perf_counter()
     model = _network(own.factory, own.weights, own.cut.seed)
     data = load_data(own.data, own.cut, torch.float32)
-    head = LinearHead(own.head) if own.hidden is None else MLPHead(own.head, own.hidden)
     sgd = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
     listener.step("probing and fine-tuning")
     work = folder.with_name(folder.name + ".part")
     found = probe_then_finetune(
-        model, head, (data.x_train, data.y_train), (data.x_test, data.y_test),
+        model, own.new_head, (data.x_train, data.y_train), (data.x_test, data.y_test),
         probing=Probing(
-            own.taus, partial(sgd, lr=own.probing_rate), own.batch_size, own.smoothing, seed=own.cut.seed
+            own.taus, partial(sgd, lr=own.probing_rate), own.batch_size, own.smoothing, own.stop, own.cut.seed
         ),
         finetuning=Finetuning(
-            own.epochs, partial(sgd, lr=own.finetuning_rate), batch_size=own.batch_size, seed=own.cut.seed
+            own.epochs, partial(sgd, lr=own.finetuning_rate), batch_size=own.batch_size, seed=own.cut.seed,
+            frozen_statistics=own.frozen_statistics,
         ),
         folder=work, progress=listener.part,
     )  # fmt: skip
@@ -128,13 +143,16 @@ def run_probe(folder: Path, own: Sweeping, *, force: bool = False, listener: Lis
     seconds = time.perf_counter() - start
     results = {
         "factory": own.factory.spec, "data": data.said, "rows": found.rows, "energies": found.energies,
-        "best": found.best.tau, "recommendation": found.recommendation, "seconds": seconds, "made": provenance(),
+        "best": found.best.tau, "stopped": found.stopped, "recommendation": found.recommendation, "seconds": seconds,
+        "made": provenance(),
     }  # fmt: skip
-    text = render(_probe_page(own, found, data, seconds))
-    weights = {name: t.contiguous().clone() for name, t in found.network().state_dict().items()}
-    write_folder(folder, {"index.html": text, "results.json": as_json(results)}, force=force)
-    save_file(weights, folder / "best.safetensors")
-    shutil.rmtree(work, ignore_errors=True)
+    text, best = render(_probe_page(own, found, data, seconds)), work / "best.safetensors"
+    save_file({name: t.contiguous().clone() for name, t in found.network().state_dict().items()}, best)
+    tuned = {f"tau-{tau:04d}.safetensors": path for tau, path in found.weights.items() if isinstance(path, Path)}
+    # the page comes last: where it is, everything is
+    contents = {best.name: best, **tuned, "results.json": as_json(results), "index.html": text}
+    write_folder(folder, contents, force=force)
+    shutil.rmtree(work, ignore_errors=True)  # all networks are in the folder now
     return found
 
 
@@ -149,6 +167,7 @@ class Backbones:
         cut: how many examples are used.
         at: number of examples to predict for; None for as many as there are.
         sketch: features of a sketch; None for the exact kernel.
+        seen: those of the names whose networks were trained on these very labels.
     """
 
     names: Sequence[str]
@@ -157,6 +176,7 @@ class Backbones:
     cut: Cut = field(default_factory=Cut)
     at: int | None = None
     sketch: int | None = None
+    seen: Sequence[str] = ()
 
 
 def run_ranking(folder: Path, own: Backbones, *, force: bool = False, listener: Listener) -> Ranking:
@@ -175,12 +195,15 @@ def run_ranking(folder: Path, own: Backbones, *, force: bool = False, listener: 
     check_folder(folder, force=force)
     if len(set(own.names)) < len(own.names):
         raise InputError(f"every network is named once: got {', '.join(own.names)}")
+    unknown = [name for name in own.seen if name not in own.names]
+    if unknown:
+        raise InputError(f"no network is called {unknown[0]!r}: expected one of {', '.join(own.names)}, as it is named")
     start = time.perf_counter()
     candidates = {}
     for name in own.names:
         spec, _, weights = name.partition("@")
         model = _network(load_factory(spec), Path(weights) if weights else None, own.cut.seed)
-        candidates[name] = Candidate(model, own.head)
+        candidates[name] = Candidate(model, own.head, seen=name in own.seen)
     data = load_data(own.data, own.cut, torch.float32)
     listener.step("kernels of random heads")
     found = rank_backbones(
@@ -207,6 +230,12 @@ def _network(factory: Factory, weights: Path | None, seed: int) -> nn.Module:
 
 def _probe_page(own: Sweeping, found: Sweep, data: Data, seconds: float) -> Page:
     best = found.best
+    stopped = (
+        (f"Probing ended after {len(found.energies) - 1} epochs, by the energy: longer ones were left out.",)
+        if found.stopped
+        else ()
+    )
+    forgotten = f", with {', '.join(own.reinitialised)} re-initialised below it" if own.reinitialised else ""
     rows = tuple(
         (
             str(row.tau), number(row.energy), number(row.change.distance), f"{row.change.cosine:.3f}",
@@ -217,15 +246,15 @@ def _probe_page(own: Sweeping, found: Sweep, data: Data, seconds: float) -> Page
     )  # fmt: skip
     return Page(
         title=f"How long to probe the head of {own.factory.name}",
-        lead=f"A new head in the place of {own.head}, probed once; the whole network fine-tuned for {own.epochs} "
-        f"epochs from {len(found.rows)} of its states. Data: {data.said}.",
+        lead=f"A new head in the place of {own.head}{forgotten}, probed once; the whole network fine-tuned for "
+        f"{own.epochs} epochs from {len(found.rows)} of its states. Data: {data.said}.",
         cards=(
             Card(str(best.tau), "epochs of probing before fine-tuning (tau)"),
             Card(_share(best.accuracy) or number(best.loss), "on the examples held out, after fine-tuning"),
             Card(_share(best.probed_accuracy) or number(best.probed_loss), "with the probed head alone"),
             Card(number(best.energy), "energy at that point"),
         ),
-        findings=(found.recommendation,),
+        findings=(found.recommendation, *stopped),
         sections=(
             Section(
                 "Energy, and what it does",
@@ -235,8 +264,8 @@ def _probe_page(own: Sweeping, found: Sweep, data: Data, seconds: float) -> Page
                     "much of it they go wherever an untrained head sends them.",
                 ),
                 figures=(
-                    Figure(_energy_picture(found), "Energy while the head is probed, and how far features then go."),
-                    Figure(_accuracy_picture(found), "What came of it, on the examples held out."),
+                    Figure(plot_energy(found), "Energy while the head is probed, and how far features then go."),
+                    Figure(plot_accuracy(found), "What came of it, on the examples held out."),
                 ),
                 tables=(
                     Table(
@@ -250,12 +279,14 @@ def _probe_page(own: Sweeping, found: Sweep, data: Data, seconds: float) -> Page
                 ),
             ),
         ),
-        footer=f"Computed in {seconds:.0f} seconds. best.safetensors holds the weights of the best network. "
+        footer=f"Computed in {seconds:.0f} seconds. best.safetensors holds the weights of the best network, "
+        "tau-*.safetensors those of every one that was fine-tuned. "
         + ", ".join(f"{k} {v}" for k, v in provenance().items()),
     )  # fmt: skip
 
 
-def _energy_picture(found: Sweep) -> str:
+def plot_energy(found: Sweep) -> str:
+    """The energy while the head is probed, and how far features go by fine-tuning from each tau, as `<svg>`."""
     with drawn(SIZE, "Energy while the head is probed, and distance that features move afterwards") as drawing:
         axes = drawing.axes
         epochs = np.arange(len(found.energies))
@@ -271,7 +302,8 @@ def _energy_picture(found: Sweep) -> str:
     return drawing.svg
 
 
-def _accuracy_picture(found: Sweep) -> str:
+def plot_accuracy(found: Sweep) -> str:
+    """Accuracy of the probed head and after fine-tuning, by tau, as `<svg>`; losses where there are no classes."""
     with drawn(SIZE, "Accuracy before and after fine-tuning by length of probing") as drawing:
         axes = drawing.axes
         taus = [row.tau for row in found.rows]
@@ -307,6 +339,11 @@ def _ranking_page(found: Ranking, data: Data, seconds: float) -> Page:
     ]
     if others and others[0].extrapolated < 1.05 * best.extrapolated:
         findings.append(f"{others[0].name} is within 5% of it: the prediction does not tell the two apart.")
+    if any(row.seen for row in found.rows):
+        findings.append(
+            f"{', '.join(row.name for row in found.rows if row.seen)}: trained on these very labels, so that what is "
+            "predicted is too good. Do not compare it with the others; rank with labels that no network has seen."
+        )
     findings.append(
         "The prediction is that of kernel regression around a random head. It finds backbones that do not suit the "
         "task; among good ones, real fine-tuning may order them otherwise."
@@ -327,7 +364,7 @@ def _ranking_page(found: Ranking, data: Data, seconds: float) -> Page:
                     "Generalised cross-validation of ridge regression with the tangent kernel of one random logit on "
                     "each network. Leave-one-out is computed exactly, beside it.",
                 ),
-                figures=(Figure(_ranking_picture(found), "Predicted squared error; the line says nothing but how "
+                figures=(Figure(plot_ranking(found), "Predicted squared error; the line says nothing but how "
                                 "frequent the classes are."),),
                 tables=(
                     Table(
@@ -343,7 +380,8 @@ def _ranking_page(found: Ranking, data: Data, seconds: float) -> Page:
     )  # fmt: skip
 
 
-def _ranking_picture(found: Ranking) -> str:
+def plot_ranking(found: Ranking) -> str:
+    """The predicted squared error of each network, leave-one-out beside it, and that of the frequencies, as `<svg>`."""
     with drawn((4.6, 1.2 + 0.4 * len(found.rows)), "Predicted squared error of each network") as drawing:
         axes = drawing.axes
         names = [row.name for row in reversed(found.rows)]
