@@ -127,7 +127,7 @@ def test_a_sketch_comes_close() -> None:
 
 
 def test_labels_that_were_seen() -> None:
-    model, (x, y) = net(), data()
+    model, (x, _) = net(), data()
     with pytest.warns(finetune.SeenLabelsWarning, match="'a' was trained on these examples"):
         found = ranked({"a": finetune.Candidate(model, seen=True)})
     assert found.rows[0].seen
@@ -153,7 +153,6 @@ def test_labels_that_were_seen() -> None:
     trivial = ranked({"a": net()}, data=(x, noise)).trivial
     assert fresh.predicted > 0.9 * trivial  # nothing to be learned, and it says so
     assert learned.predicted < 0.7 * fresh.predicted
-    assert (y >= 0).all()
 
 
 def power_law_features(n: int, generator: np.random.Generator, size: int = 3000) -> np.ndarray:
@@ -169,10 +168,20 @@ def problem(generator: np.random.Generator, n: int, tests: int = 1000, size: int
     return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(x_test), torch.from_numpy(y_test)
 
 
-@pytest.mark.parametrize(("n", "penalties"), [(100, (1e-5, 1e-3, 1e-2)), (400, (1e-5, 1e-4, 1e-3, 1e-2))])
+@pytest.mark.parametrize(
+    ("n", "penalties"),
+    [
+        (100, (0.0, 1e-5, 1e-3, 1e-2)),
+        (400, (0.0, 1e-5, 1e-4, 1e-3, 1e-2)),
+        (1200, (0.0, 1e-5, 1e-4, 1e-3, 1e-2)),
+    ],
+)
 def test_the_anchors_of_the_theory(n: int, penalties: tuple[float, ...]) -> None:
-    """GCV over test error is within 0.85 to 1.1 (papers.md 9.3), leave-one-out beside it; the mean of three draws."""
-    ratios, left = [], []
+    """GCV over test error is within 0.85 to 1.1, leave-one-out beside it; the mean of three draws, without ridge too.
+
+    From 1,200 examples on the best penalty is 1e-4, and GCV finds it.
+    """
+    ratios, left, predicted = [], [], []
     for seed in range(3):
         x, y, x_test, y_test = problem(np.random.default_rng(seed), n)
         regression = KernelRegression.decompose(x @ x.T, y)
@@ -181,10 +190,15 @@ def test_the_anchors_of_the_theory(n: int, penalties: tuple[float, ...]) -> None
             error = float((found.predict(x_test @ x.T)[:, 0] - y_test).square().mean())
             ratios.append(found.gcv / error)
             left.append(found.leave_one_out / found.gcv)
+            predicted.append(found.gcv)
     by = np.array(ratios).reshape(3, -1).mean(0)
     assert (by > 0.85).all()
     assert (by < 1.1).all()
-    assert np.allclose(left, 1, atol=0.05)
+    assert np.allclose(left, 1, atol=0.05 if n < 1200 else 0.01)
+    if n == 1200:
+        best = np.array(predicted).reshape(3, -1).mean(0)
+        assert penalties[int(best.argmin())] == 1e-4
+        assert best.min() == pytest.approx(0.0145, rel=0.1)
 
 
 class Features(nn.Module):
