@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks import gpu, measure, peers, run, table, workloads
 from benchmarks.active import results as bought
 from benchmarks.cases import CASES, OURS, PARAMETERS, PEERS
+from benchmarks.distill import noise
 from benchmarks.distill import results as distilled
 from benchmarks.finetune import results as tuned
 from benchmarks.machine import environment, slug
@@ -355,7 +356,7 @@ def test_pages_have_what_the_large_runs_found() -> None:
         assert shown("docs/clusters.md", rows)
 
 
-@pytest.mark.parametrize("lost", ["solve-pntk-20000", "full-entk-4000", "sketched-fashion", "projections", "workers"])
+@pytest.mark.parametrize("lost", ["solve-pntk-20000", "full-entk-4000", "sketched-fashion", "sketch-forms", "workers"])
 def test_a_record_that_is_gone_is_noticed(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rows are still on the pages."""
     found = large.found
@@ -407,8 +408,8 @@ def test_table_for_people_marks_what_was_missed() -> None:
 
 def test_pages_on_distillation_and_fine_tuning_have_what_was_found() -> None:
     page = (run.ROOT / "docs/distill.md").read_text()
-    tables = [distilled.mixed_table(), distilled.named_table()]
-    tables += [distilled.noise_table(task) for task in ("digits, fast", "digits", "fashion")]
+    tables = [distilled.mixed_table(), distilled.named_table(), distilled.memory_table(), distilled.storage_table()]
+    tables += [distilled.noise_table(task) for task in noise.TASKS]
     other = (run.ROOT / "docs/finetune.md").read_text()
     tuned_tables = (tuned.trends_table(), tuned.foreseen_table(), tuned.backbones_table(), tuned.ranks_table())
     for text, found in ((page, tables), (other, tuned_tables)):

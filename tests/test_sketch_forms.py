@@ -98,6 +98,13 @@ def test_dense_maps_have_the_error_of_their_formula() -> None:
     assert forms.expected_dense(exact, SIZE) == pytest.approx(float(by_hand))
 
 
+def test_the_standard_error_is_that_of_the_root() -> None:
+    """Two maps that miss a kernel of one entry by 3 and by 1: d sqrt(m) = dm / (2 sqrt(m))."""
+    found = forms.errors([torch.tensor([[2.0]]), torch.tensor([[2.0**0.5]])], torch.tensor([[1.0]]))
+    assert found["error"] == pytest.approx(5**0.5)
+    assert found["standard_error"] == pytest.approx(4 / (2 * 5**0.5))
+
+
 def test_work_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         forms, "cut", lambda found: (found, Derivatives(found.outputs, dict(list(found.factors.items())[:1])))
