@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ntkit.cli import app
@@ -77,6 +81,53 @@ def test_goes_on_after_a_kill(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
     one, two = (json.loads((here / name / "results.json").read_text()) for name in ("whole", "out"))
     for name in ("area", "test", "learned_at"):
         assert one[name] == two[name]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_crash_among_the_files(here: Path, monkeypatch: pytest.MonkeyPatch, force: bool) -> None:
+    """Killed while files are being put into place, there is no page without its paths, and nothing is lost."""
+    command = ("pathnets:net", "data.npz", "--steps", "40", "--batch", "16", "--out", "out", *["--force"] * force)
+    if force:
+        (here / "out").mkdir()
+    with monkeypatch.context() as patch:
+        for module, name in ((os, "replace"), (Path, "rename")):
+            own = getattr(module, name)
+
+            def killed(source: Any, target: Any, own: Any = own, **options: Any) -> Any:
+                if str(target).endswith(("results.json", "out")):
+                    sys.exit(9)
+                return own(source, target, **options)
+
+            patch.setattr(module, name, killed)
+        assert run(*command)[0] == 9
+    assert (here / "out.part" / "records.bin").exists()
+    assert not (here / "out" / "index.html").exists()
+    assert run(*command)[0] == 0
+    assert {"index.html", "results.json", "paths.npz"} <= {path.name for path in (here / "out").iterdir()}
+    assert not (here / "out.part").exists()
+
+
+def test_what_was_set_aside_is_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed and another one in its place: the first one's paths are kept beside the page, every time."""
+
+    def killed(*arguments: str) -> None:
+        own, done = watching.__globals__["_update"], iter(range(10))
+        with monkeypatch.context() as patch:
+            patch.setitem(watching.__globals__, "APART", math.inf)
+            patch.setitem(watching.__globals__, "_update", lambda *a: own(*a) if next(done) < 9 else sys.exit(9))
+            assert run(*arguments, "--learning-rate", "0.5")[0] == 9
+
+    command = ("pathnets:net", "data.npz", "--steps", "30", "--out", "out")
+    killed(*command)
+    assert run(*command)[0] == 0
+    old, new = (Paths.load(here / "out" / name) for name in ("replaced-1.npz", "paths.npz"))
+    assert old.probes == new.probes
+    assert old.steps.tolist() == list(range(10))
+    assert not torch.equal(old.logits[9], new.logits[9])
+    killed(*command, "--force")
+    assert run(*command, "--force")[0] == 0
+    assert torch.equal(Paths.load(here / "out" / "replaced-1.npz").logits, old.logits)
+    assert torch.equal(Paths.load(here / "out" / "replaced-2.npz").logits, old.logits)
 
 
 def test_what_is_refused(here: Path) -> None:

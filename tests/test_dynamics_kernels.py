@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ntkit.errors import InputError, ModelError
+from ntkit.errors import InputError, ModelError, StoreError
 from ntkit.solve.course import GradientDescent
 from ntkit.solve.flow import KernelFlow
 from ntkit.solve.losses import CrossEntropy, Loss, SquareLoss
-from ntkit.uses.dynamics import Every, KernelRecorder, Linearized, constancy, influence, one_step
+from ntkit.tangent.readout import SumOfLogits
+from ntkit.uses.dynamics import Every, KernelPath, KernelRecorder, Linearized, constancy, influence, one_step
 from tests import oracles
 
 
@@ -84,6 +86,90 @@ def test_kernel_recorder_by_the_definitions() -> None:
     assert recorder.steps == [0, 1]
     with pytest.raises(InputError, match="nothing"):
         KernelRecorder(x).path()
+
+
+def test_the_trace_kernel_and_its_alignment() -> None:
+    """By their definitions: (1/C) sum_c K_cc, the centred cosine with Y Y^T, and 1 - cos(K_t, K_0)."""
+    model, (x, y, _) = network(), data()
+    classes, points = (KernelRecorder(x, labels=labels, schedule=Every()) for labels in (y, soft_points(y)))
+    kernels = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for step in range(3):
+        for recorder in (classes, points):
+            recorder.record(model, step)
+        full = kernel_of(model, x, x).reshape(len(x), 3, len(x), 3)
+        kernels.append(torch.einsum("ncmc->nm", full) / 3)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    centre = torch.eye(len(x)).double() - 1 / len(x)
+    for recorder, targets in ((classes, nn.functional.one_hot(y, 3).double()), (points, soft_points(y))):
+        path = recorder.path()
+        wanted = centre @ targets @ targets.T @ centre
+        for step, k in enumerate(kernels):
+            torch.testing.assert_close(recorder.matrices[step], k)
+            own = centre @ k @ centre
+            aligned = float((own * wanted).sum() / (own.norm() * wanted.norm()))
+            assert float(path.alignment[step]) == pytest.approx(aligned, rel=1e-9)
+            turned = 1 - float((k * kernels[0]).sum() / (k.norm() * kernels[0].norm()))
+            assert float(path.cosine[step]) == pytest.approx(turned, abs=1e-12)
+            assert float(path.trace[step]) == pytest.approx(float(k.trace()))
+        assert float(path.cosine[2]) > 1e-4
+    assert bool(unlabelled(model, x).alignment.isnan().all())
+
+
+def soft_points(y: Tensor) -> Tensor:
+    return 0.8 * nn.functional.one_hot(y, 3).double() + 0.1 * torch.arange(3).double()
+
+
+def unlabelled(model: nn.Module, x: Tensor) -> KernelPath:
+    recorder = KernelRecorder(x)
+    recorder.record(model, 0)
+    return recorder.path()
+
+
+def test_kernels_on_disk(tmp_path: Path) -> None:
+    """A new recorder has all matrices to the bit; what is gone back before is set aside, every time."""
+    model, (x, y, _) = network(), data()
+    whole = KernelRecorder(x, labels=y, schedule=Every(), trace=False)
+    first = KernelRecorder(x, labels=y, schedule=Every(), trace=False, folder=tmp_path / "kernels")
+    for step in range(3):
+        for recorder in (whole, first):
+            recorder.record(network(seed=step), step)
+    again = KernelRecorder(x, labels=y, schedule=Every(), trace=False, folder=tmp_path / "kernels")
+    assert again.steps == [0, 1, 2]
+    assert again.last == 2
+    assert all(torch.equal(a, b) for a, b in zip(again.matrices, whole.matrices, strict=True))
+    assert torch.equal(again.path().similarity, whole.path().similarity)  # so the number of outputs is known too
+    for seed in (7, 8):
+        again.rewind(1)
+        for step in (1, 2):
+            again.record(network(seed=seed + step), step)
+    assert len(list((tmp_path / "kernels").glob("replaced-*.npz"))) == 4
+    third = KernelRecorder(x, labels=y, schedule=Every(), trace=False, folder=tmp_path / "kernels")
+    assert torch.equal(third.matrices[2], again.matrices[2])
+    for wrong, words in (
+        (lambda: KernelRecorder(x + 1, folder=tmp_path / "kernels", trace=False), "other examples"),
+        (lambda: KernelRecorder(x, folder=tmp_path / "kernels"), "other trace"),
+        (lambda: KernelRecorder(x, folder=tmp_path / "kernels", trace=False, readout=SumOfLogits()), "other readout"),
+    ):
+        with pytest.raises(StoreError, match=words):
+            wrong()
+    with pytest.raises(ModelError, match="another network"):
+        third.record(nn.Sequential(nn.Linear(4, 3)).double(), 3)
+    broken = next((tmp_path / "kernels").glob("kernel-*2.npz"))
+    raw = bytearray(broken.read_bytes())
+    raw[400] ^= 1
+    broken.write_bytes(bytes(raw))
+    with pytest.raises(StoreError, match="is damaged"):
+        KernelRecorder(x, folder=tmp_path / "kernels", trace=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write"):
+        KernelRecorder(x, folder=tmp_path / "file" / "kernels").record(model, 0)
+    with pytest.raises(InputError, match="those of 6 examples"):
+        KernelRecorder(x, labels=y[:2])
+    with pytest.raises(InputError, match="whole number"):
+        KernelRecorder(x).record(model, "a")  # type: ignore[arg-type]
 
 
 def test_velocity_counts_steps() -> None:

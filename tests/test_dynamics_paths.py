@@ -290,6 +290,57 @@ def test_smoothing_by_its_sum(q: Tensor, weight: float) -> None:
     torch.testing.assert_close(found.sum(2), torch.ones(found.shape[:2]))
 
 
+knots = st.builds(
+    lambda seed, gaps: (
+        torch.randn(len(gaps) + 1, 3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).softmax(2),
+        torch.tensor([0, *gaps]).cumsum(0),
+    ),
+    st.integers(0, 2**16),
+    st.lists(st.sampled_from([1, 2, 3, 7, 160]), min_size=1, max_size=4),
+)
+
+
+@few
+@given(knots=knots, weight=st.sampled_from([0.02, 0.1, 0.5, 1.0]))
+def test_schedules_agree(knots: tuple[Tensor, Tensor], weight: float) -> None:
+    """Looked at after every step or at the bends alone: the same smoothed path, detour and way astray."""
+    q, steps = knots
+    every = torch.arange(int(steps[-1]) + 1)
+    place = torch.searchsorted(steps, every).clamp_min(1)
+    part = ((every - steps[place - 1]) / (steps[place] - steps[place - 1]))[:, None, None]
+    line = (1 - part) * q[place - 1] + part * q[place]
+    labels = torch.tensor([0, 1, 2])
+    dense, sparse = made(line, labels, every), made(q, labels, steps)
+    torch.testing.assert_close(sparse.smoothed(weight), dense.smoothed(weight)[steps], rtol=1e-9, atol=1e-7)
+    torch.testing.assert_close(sparse.detour(), dense.detour(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sparse.astray(), dense.astray(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_logarithmic_schedule_says_the_same() -> None:
+    """A real run with a detour, seen at every step and by two schedules of `ntkit paths`' kind."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(3, (60,), generator=generator)
+    x = 2 * nn.functional.one_hot(truth, 3).float() + 0.3 * torch.randn(60, 3, generator=generator)
+    labels = torch.where(torch.arange(60) < 6, (truth + 1) % 3, truth)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 3))
+    recorders = [PathRecorder(x, labels=labels, schedule=s) for s in (Every(), Logarithmic(60), Logarithmic(30))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    for step in range(601):
+        for recorder in recorders:
+            recorder.record(model, step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    whole, *others = [recorder.paths() for recorder in recorders]
+    assert float(whole.detour()[:6].median()) > 1.2
+    for found in others:
+        shared = torch.searchsorted(whole.steps, found.steps)
+        assert float((found.smoothed() - whole.smoothed()[shared]).abs().max()) < 2e-3  # 0.2 if records count
+        torch.testing.assert_close(found.detour(), whole.detour(), rtol=0.03, atol=0)
+        torch.testing.assert_close(found.astray(), whole.astray(), rtol=0, atol=0.01)
+
+
 @few
 @given(q=paths_of)
 def test_detours_are_at_least_straight(q: Tensor) -> None:
@@ -344,6 +395,34 @@ def test_a_triangle_for_any_number_of_classes() -> None:
     torch.testing.assert_close(triangle(torch.full((3,), 1 / 3)), corners.mean(0))
     with pytest.raises(InputError, match="three classes"):
         made(q[:, :, :2].softmax(2), torch.tensor([0])).reduced(0)
+
+
+def test_a_picture_of_a_path() -> None:
+    """Start, label, p* and true class stand where they should; what does not fit is refused."""
+    from ntkit.report.trajectories import GREEN, GREY, RED, corner_names, simplex
+
+    q = torch.tensor([[0.1, 0.5, 0.3, 0.1], [0.6, 0.2, 0.1, 0.1]])[:, None]
+    paths = made(q, torch.tensor([0]))
+    assert corner_names(paths, 0) == ("label 0", "class 1", "the rest")
+    plain = simplex(paths, 0)
+    for colour, times in ((GREEN, 1), (RED, 1), (GREY, 0)):
+        assert (colour in plain) == bool(times)
+    star = torch.tensor([0.2, 0.4, 0.3, 0.1])
+    torch.testing.assert_close(paths.reduce(0, star), torch.tensor([0.2, 0.4, 0.4]))
+    full = simplex(paths, 0, ("a", "b", "c"), truth=star, true_class=3)
+    assert GREY in full
+    assert full.count("<path") > plain.count("<path") or len(full) > len(plain)
+    moved = simplex(paths, 0, ("a", "b", "c"), truth=star.flip(0), true_class=1)
+    assert moved != full
+    assert simplex(made(q[:, :, :3].softmax(2)), 0)  # three classes, and no label
+    with pytest.raises(InputError, match="4 probabilities that sum to 1"):
+        simplex(paths, 0, truth=star[:3])
+    with pytest.raises(InputError, match="4 probabilities that sum to 1"):
+        simplex(paths, 0, truth=2 * star)
+    with pytest.raises(InputError, match="from 0 to 3"):
+        simplex(paths, 0, true_class=4)
+    with pytest.raises(InputError, match="of 4 classes"):
+        paths.reduce(0, star[:3])
 
 
 def test_wrong_labels_are_found() -> None:

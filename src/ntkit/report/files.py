@@ -58,25 +58,31 @@ def check_file(path: Path, suffix: str, *, force: bool) -> None:
     _check_writable(path)
 
 
-def write_folder(folder: Path, contents: Mapping[str, str], *, force: bool) -> None:
-    """Write text files into a folder. A new folder appears whole; in an old one each file is replaced whole.
+def write_folder(folder: Path, contents: Mapping[str, str | Path], *, force: bool) -> None:
+    """Write text, and copies of files, into a folder.
+
+    A new folder appears whole; in an old one each file is replaced whole, in the order in which they are given.
 
     Raises:
         InputError: if the folder cannot be used, see `check_folder`.
     """
     check_folder(folder, force=force)
     if folder.is_dir():
-        for name, text in contents.items():
+        for name, found in contents.items():
             with replacing(folder / name) as file:
-                file.write(text.encode())
+                file.write(_bytes(found))
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
         fresh = Path(work) / folder.name
         fresh.mkdir()
-        for name, text in contents.items():
-            (fresh / name).write_text(text, encoding="utf-8")
+        for name, found in contents.items():
+            (fresh / name).write_bytes(_bytes(found))
         fresh.rename(folder)
+
+
+def _bytes(found: str | Path) -> bytes:
+    return found.read_bytes() if isinstance(found, Path) else found.encode()
 
 
 @contextmanager

@@ -106,7 +106,8 @@ def run_paths(folder: Path, own: Learning, *, force: bool = False, listener: Lis
     """Train a user's network, watch it, and write index.html and results.json.
 
     What is recorded lies beside the folder, as FOLDER.part, until the page is written: the same command goes on where a
-    killed one has stopped.
+    killed one has stopped. The folder then has paths.npz too, and a replaced-*.npz for each recording that a resumed or
+    repeated run has set aside and not made again.
 
     Args:
         folder: is made; it may exist only with `force`.
@@ -150,10 +151,24 @@ def run_paths(folder: Path, own: Learning, *, force: bool = False, listener: Lis
         seconds=time.perf_counter() - start,
     )  # fmt: skip
     text = render(_page(own, result, seen, task))
-    write_folder(folder, {"index.html": text, "results.json": as_json(result)}, force=force)
-    paths.save(folder / "paths.npz")
-    shutil.rmtree(work, ignore_errors=True)
+    recorded = _recorded(work, folder, seen)
+    write_folder(folder, {**recorded, "results.json": as_json(result), "index.html": text}, force=force)
+    shutil.rmtree(work, ignore_errors=True)  # all that it held is in the folder now
     return result
+
+
+def _recorded(work: Path, folder: Path, seen: Watched) -> dict[str, Path]:
+    """Files with the paths, and with what was set aside on the way, under names that the folder does not have yet."""
+    found, number = {"paths.npz": work / "paths.npz"}, 0
+    seen.paths.save(found["paths.npz"])
+    for one in seen.replaced:
+        number += 1
+        while (folder / f"replaced-{number}.npz").exists():
+            number += 1
+        name = f"replaced-{number}.npz"
+        one.save(work / name)
+        found[name] = work / name
+    return found
 
 
 def _page(own: Learning, result: LearningResult, seen: Watched, task: Task) -> Page:
@@ -218,13 +233,7 @@ def _triangles(paths: Paths, order: Tensor) -> Section:
     chosen = {"An easy example": int(order[-1]), "A hard one": int(order[0]), "The one that went astray most": astray}
     figures = []
     for title, probe in chosen.items():
-        label = int(paths.labels[probe]) if paths.labels is not None else 0
-        if paths.logits.shape[2] == 3:
-            names = ("class 0", "class 1", "class 2")
-        else:
-            means = paths.probabilities[:, probe].mean(0).index_fill(0, torch.tensor([label]), -1.0)
-            names = (f"label {label}", f"class {int(means.argmax())}", "the rest")
-        figures.append(Figure(trajectories.simplex(paths, probe, names), f"{title}: number {probe} of the probes."))
+        figures.append(Figure(trajectories.simplex(paths, probe), f"{title}: number {probe} of the probes."))
     return Section(
         "Learning paths",
         (

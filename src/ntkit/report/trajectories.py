@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ntkit.errors import InputError
 from ntkit.report.pictures import INK, SIZE, drawn
-from ntkit.uses.dynamics import CORNERS, triangle
+from ntkit.solve.losses import TOLERANCE
+from ntkit.uses.dynamics import CORNERS, SMOOTHING, triangle
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,23 +19,54 @@ if TYPE_CHECKING:
 
     from ntkit.uses.dynamics import KernelPath, Paths, Watched
 
-BLUE, ORANGE, GREEN, RED, VIOLET = "#2f80ed", "#e07b00", "#0f9d8a", "#d6457f", "#8b5cf6"
+BLUE, ORANGE, GREEN, RED, VIOLET, GREY = "#2f80ed", "#e07b00", "#0f9d8a", "#d6457f", "#8b5cf6", "#8a8f98"
 
 
-def simplex(paths: Paths, probe: int, names: Sequence[str]) -> str:
-    """One path on the triangle of its label, the runner-up and the rest: raw points, smoothed line, start and label."""
+def simplex(
+    paths: Paths,
+    probe: int,
+    names: Sequence[str] | None = None,
+    *,
+    truth: Tensor | None = None,
+    true_class: int | None = None,
+) -> str:
+    """One path on the triangle of its classes, or of its label, the runner-up and the rest, as SVG.
+
+    Faint dots are what the network said, the line is the smoothed path, the diamond the start, the red cross the label.
+
+    Args:
+        paths: recorded.
+        probe: its number.
+        names: of the three corners.
+        truth: p*(x), the true probabilities (C,), where they are known: a grey cross.
+        true_class: where it is known: a ring.
+
+    Raises:
+        InputError: if there is no such probe, `truth` are not C probabilities, or the network has two classes.
+    """
+    classes = paths.logits.shape[2]
+    if truth is not None and not (truth.shape == (classes,) and abs(float(truth.sum()) - 1) < TOLERANCE):
+        raise InputError(f"truth: expected {classes} probabilities that sum to 1, got {truth.tolist()}")
+    if true_class is not None and not 0 <= true_class < classes:
+        raise InputError(f"true_class: expected a class from 0 to {classes - 1}, got {true_class}")
+    named = paths.corners(probe)
+    names = corner_names(paths, probe) if names is None else names
     with drawn((3.4, 3.1), f"Learning path of example {probe} on a triangle") as drawing:
         axes = drawing.axes
         corners = np.array([*CORNERS, CORNERS[0]])
         axes.plot(corners[:, 0], corners[:, 1], color=INK, linewidth=0.8, alpha=0.5)
-        points = paths.reduced(probe)
-        raw = triangle(points).numpy()
-        smooth = triangle(_smoothed(points)).numpy()
+        raw = triangle(paths.reduced(probe)).numpy()
+        smooth = triangle(paths.reduced(probe, SMOOTHING)).numpy()
         axes.scatter(raw[:, 0], raw[:, 1], s=5, color=BLUE, alpha=0.35, linewidths=0)
         axes.plot(smooth[:, 0], smooth[:, 1], color=ORANGE, linewidth=1.6)
         axes.scatter(*raw[0], marker="D", s=32, color=GREEN, zorder=3)
-        label = 0 if paths.logits.shape[2] > 3 or paths.labels is None else int(paths.labels[probe])
-        axes.scatter(*CORNERS[label], marker="X", s=60, color=RED, zorder=3)
+        if true_class is not None:
+            place = CORNERS[named.index(true_class) if true_class in named else 2]
+            axes.scatter(*place, marker="o", s=150, facecolors="none", edgecolors=INK, zorder=3)
+        if truth is not None:
+            axes.scatter(*triangle(paths.reduce(probe, truth)).numpy(), marker="X", s=50, color=GREY, zorder=3)
+        if paths.labels is not None:
+            axes.scatter(*CORNERS[named.index(int(paths.labels[probe]))], marker="X", s=60, color=RED, zorder=3)
         for (x, y), name, vertical in zip(CORNERS, names, ("top", "top", "bottom"), strict=True):
             shift = -0.04 if vertical == "top" else 0.04
             axes.text(x, y + shift, name, ha="center", va=vertical, fontsize=9)
@@ -42,6 +75,14 @@ def simplex(paths: Paths, probe: int, names: Sequence[str]) -> str:
         axes.set_ylim(-0.14, 1.0)
         axes.axis("off")
     return drawing.svg
+
+
+def corner_names(paths: Paths, probe: int) -> tuple[str, str, str]:
+    """What stands at the corners of a probe's triangle."""
+    named = paths.corners(probe)
+    if len(named) == 3:
+        return "class 0", "class 1", "class 2"
+    return f"label {named[0]}", f"class {named[1]}", "the rest"
 
 
 def easy_to_hard(paths: Paths) -> str:
@@ -96,10 +137,3 @@ def accuracies(watched: Watched) -> str:
         axes.grid()
         axes.legend()
     return drawing.svg
-
-
-def _smoothed(points: Tensor) -> Tensor:
-    found = [points[0]]
-    for point in points[1:]:
-        found.append(0.9 * found[-1] + 0.1 * point)
-    return torch.stack(found)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.errors import InputError
+from ntkit.errors import InputError, ModelError, StoreError
 from ntkit.kernel.base import DenseKernel
 from ntkit.kernel.empirical import TangentKernel
 from ntkit.solve.spectrum import alignment, cka, drift, spectrum
+from ntkit.tangent.examples import Examples
+from ntkit.tangent.identity import architecture, content, describe
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits, Readout
 from ntkit.tangent.untouched import evaluating
+from ntkit.uses.dynamics.looking import as_step
 from ntkit.uses.dynamics.schedules import Logarithmic, Schedule
+
+VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +58,8 @@ class KernelPath:
 class KernelRecorder:
     """Computes the kernel on some examples now and then, live or from checkpoints, and keeps the matrices.
 
-    Memory: 8 n^2 bytes for each record (n^2 C^2 for a full kernel).
+    With a folder every matrix is on disk when `record` returns, and a new recorder on the same folder goes on from
+    there. Memory and disk: 8 n^2 bytes for each record (n^2 C^2 for a full kernel).
     """
 
     def __init__(
@@ -59,8 +70,9 @@ class KernelRecorder:
         readout: Readout | None = None,
         trace: bool = True,
         schedule: Schedule | None = None,
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Take the examples.
+        """Take the examples, and look at what the folder holds.
 
         Args:
             x: n examples; a few hundred say what all would.
@@ -68,13 +80,24 @@ class KernelRecorder:
             readout: which kernel; with all logits and `trace` the trace kernel.
             trace: whether to take the mean over the outputs, or the full kernel.
             schedule: when to look; ever more rarely by default.
+            folder: to keep the matrices in; None for memory alone.
+
+        Raises:
+            InputError: if there are not as many labels as examples.
+            StoreError: if the folder holds other kernels, or cannot be read.
         """
-        self._x, self._labels = x, labels
+        self._x, self._labels = Examples(x), labels
+        if labels is not None and (labels.ndim not in (1, 2) or len(labels) != len(self._x)):
+            raise InputError(f"labels are those of {len(self._x)} examples: got shape {tuple(labels.shape)}")
         self._readout, self._trace = Logits() if readout is None else readout, trace
         self.schedule = Logarithmic(10) if schedule is None else schedule
         self.steps: list[int] = []
         self.matrices: list[Tensor] = []
         self.scalars = 1
+        self._architecture: str | None = None
+        self._folder = None if folder is None else Path(folder)
+        if self._folder is not None and (self._folder / "kernels.json").exists():
+            self._resume(self._folder)
 
     @property
     def last(self) -> int | None:
@@ -87,23 +110,48 @@ class KernelRecorder:
         The model may be in training mode: it is looked at in evaluation mode, and left as it is.
 
         Raises:
-            InputError: if the step is not after the last one.
-            ModelError: if the network has no finite kernel.
+            InputError: if the step is no number or not after the last one, or the network fails on the examples.
+            ModelError: if the network has no finite kernel, or is another one than before.
+            StoreError: if the matrix cannot be written; those before are kept.
         """
+        step = as_step(step)
         if not self.schedule.due(step):
             return False
         if self.last is not None and step <= self.last:
             raise InputError(f"step {step} is not after step {self.last}, the last of the records: call rewind({step})")
+        found = architecture(model)
+        if self._architecture is not None and found != self._architecture:
+            raise ModelError(
+                "this is another network than the one whose kernels are recorded here (its modules differ): take "
+                "another folder, or a new recorder"
+            )
         with evaluating(model):
-            kernel = TangentKernel(linearize(model, readout=self._readout), self._x, trace=self._trace)
-            self.matrices.append(kernel.dense().double().cpu())
-        self.scalars = kernel.scalars
+            kernel = TangentKernel(linearize(model, readout=self._readout), self._x.data, trace=self._trace)
+            matrix = kernel.dense().double().cpu()
+        self._architecture, self.scalars = found, kernel.scalars
+        if self._folder is not None:
+            self._write(self._folder, step, matrix)
+        self.matrices.append(matrix)
         self.steps.append(step)
         return True
 
     def rewind(self, step: int) -> None:
-        """Forget records of this step and later, for a run that goes on from an earlier checkpoint."""
+        """Go on from an earlier checkpoint: records of this step and later are left out; files become `replaced-*`.
+
+        Raises:
+            StoreError: if the files cannot be renamed.
+        """
+        step = as_step(step)
         keep = sum(done < step for done in self.steps)
+        if self._folder is not None:
+            for done in reversed(self.steps[keep:]):  # so that a crash leaves a beginning
+                path, number = _file(self._folder, done), 1
+                while (aside := self._folder / f"replaced-{number}-{path.name}").exists():
+                    number += 1
+                try:
+                    path.rename(aside)
+                except OSError as error:
+                    raise StoreError(f"{path}: cannot set the kernel aside ({error})") from error
         del self.steps[keep:], self.matrices[keep:]
 
     def path(self, eigenvalues: int = 10) -> KernelPath:
@@ -137,9 +185,55 @@ class KernelRecorder:
         facts = {name: torch.tensor(column, dtype=torch.float64) for name, column in rows.items()}
         return KernelPath(steps=torch.tensor(self.steps), largest=torch.stack(largest), **facts)
 
+    def _facts(self) -> dict[str, Any]:
+        return {"examples": content(self._x), "readout": describe(self._readout), "trace": self._trace}
+
+    def _write(self, folder: Path, step: int, matrix: Tensor) -> None:
+        path = _file(folder, step)
+        part = path.with_suffix(".part")
+        try:
+            if not (folder / "kernels.json").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                facts = {"version": VERSION, "architecture": self._architecture, "scalars": self.scalars}
+                first = folder / "kernels.json.part"
+                first.write_text(json.dumps({**facts, **self._facts()}))
+                first.replace(folder / "kernels.json")
+            with part.open("wb") as file:
+                np.savez(file, matrix=matrix.numpy())  # an archive, which has a checksum
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot write the kernel ({error}). Those before are kept") from error
+
+    def _resume(self, folder: Path) -> None:
+        try:
+            facts = json.loads((folder / "kernels.json").read_text())
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{folder}: cannot read the recorded kernels ({error})") from error
+        if facts.get("version") != VERSION:
+            raise StoreError(f"{folder}: kernels of format {facts.get('version')}, this is {VERSION}")
+        for name, mine in self._facts().items():
+            if facts[name] != mine:
+                raise StoreError(f"{folder} holds kernels with other {name}: take another folder, or the same {name}")
+        for path in sorted(folder.glob("kernel-*.npz")):
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    self.matrices.append(torch.from_numpy(file["matrix"]))
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                raise StoreError(
+                    f"{path} is damaged ({error}): restore it from a copy, or delete it and those after it"
+                ) from error
+            self.steps.append(int(path.stem.removeprefix("kernel-")))
+        self._architecture, self.scalars = facts["architecture"], facts["scalars"]
+
     def _aligned(self, kernel: DenseKernel) -> float:
         if self._labels is None:
             return float("nan")
         labels = self._labels
         points = labels if labels.is_floating_point() else torch.nn.functional.one_hot(labels.long()).double()
         return alignment(kernel, points).centred
+
+
+def _file(folder: Path, step: int) -> Path:
+    return folder / f"kernel-{step:012d}.npz"

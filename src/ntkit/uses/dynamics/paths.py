@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from ntkit.errors import InputError, StoreError
 CORNERS = ((0.0, 0.0), (1.0, 0.0), (0.5, math.sqrt(0.75)))
 # Weight of a new point in the smoothed path of Ren et al. 2022.
 SMOOTHING = 0.1
+# What is left of a smoothed path's past when it counts as forgotten.
+FORGOTTEN = 1e-7
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,19 +63,46 @@ class Paths:
         return self.logits.softmax(2)
 
     def smoothed(self, weight: float = SMOOTHING) -> Tensor:
-        """Exponential averages along the paths, s <- (1 - weight) s + weight q from the first point on: (T, n, C).
+        """Exponential averages along the paths: s <- (1 - weight) s + weight q at every step of training, (T, n, C).
 
-        Late in training they are what Filter-KD takes for better labels (Ren et al. 2022).
+        Every step counts, not every record: between two records q is taken to go in a straight line, so that a sparse
+        schedule says what a dense one does, but for what happened and was undone in between. Late in training the
+        averages are what Filter-KD takes for better labels (Ren et al. 2022).
+
+        Raises:
+            InputError: if the weight is not in (0, 1].
+        """
+        return torch.stack([self.probabilities[0], *(inner[-1] for inner in self._between(weight, ends=True))])
+
+    def _between(self, weight: float, *, ends: bool = False) -> Iterator[Tensor]:
+        """For every two records in a row the smoothed path at the steps after the first, up to the second: (k, n, C).
+
+        Where the past is forgotten the smoothed path is straight, so that of a long way the last step alone is left.
+
+        Args:
+            weight: of a new point.
+            ends: the last step alone.
 
         Raises:
             InputError: if the weight is not in (0, 1].
         """
         if not 0 < weight <= 1:
             raise InputError(f"weight of a new point: got {weight!r}, expected 0 < weight <= 1")
-        found = [self.probabilities[0]]
-        for q in self.probabilities[1:]:
-            found.append((1 - weight) * found[-1] + weight * q)
-        return torch.stack(found)
+        q, kept = self.probabilities, 1 - weight
+        bends = 1 if not kept else math.ceil(math.log(FORGOTTEN) / math.log(kept))
+        now = q[0]
+        for before, after, gap in zip(q[:-1], q[1:], self.steps.diff().tolist(), strict=True):
+            if gap == 1:
+                inner = (kept * now + weight * after)[None]
+            else:
+                steps = [gap] if ends else [*range(1, min(gap - 1, bends) + 1), gap]
+                count = torch.tensor(steps, dtype=torch.float64)
+                past = kept**count
+                way = (count - kept * (1 - past) / weight) / gap  # of the straight line, as far as it is averaged in
+                past, way = past.to(q)[:, None, None], way.to(q)[:, None, None]
+                inner = past * now + (1 - past) * before + way * (after - before)
+            yield inner
+            now = inner[-1]
 
     def area(self) -> Tensor:
         """Mean over the steps of the probability of the label, (n,): low for what is learned late or never.
@@ -115,9 +144,12 @@ class Paths:
 
         Our own measure of zig-zag, of the paths smoothed as `smoothed`; infinite for one that comes back to its start.
         """
-        path = self.smoothed().double()
-        length = path.diff(dim=0).norm(dim=2).sum(0)
-        chord = (path[-1] - path[0]).norm(dim=1)
+        start = now = self.probabilities[0].double()
+        length = torch.zeros(len(now), dtype=torch.float64)
+        for inner in self._between(SMOOTHING):
+            way = torch.cat([now[None], inner.double()])
+            length, now = length + way.diff(dim=0).norm(dim=2).sum(0), way[-1]
+        chord = (now - start).norm(dim=1)
         return torch.where(chord > 0, length / chord, torch.where(length > 0, math.inf, 1.0))
 
     def astray(self) -> Tensor:
@@ -129,32 +161,59 @@ class Paths:
         Raises:
             InputError: if there are no labels.
         """
-        path = self.smoothed().double()
-        label = torch.nn.functional.one_hot(self._labels(), path.shape[2]).bool()
-        others = path.masked_fill(label, 0.0)
-        ends = torch.maximum(others[0], others[-1])
-        return (others - ends).amax(0).amax(1).clamp_min(0)
+        first = last = most = self.probabilities[0]
+        label = torch.nn.functional.one_hot(self._labels(), first.shape[1]).bool()
+        for inner in self._between(SMOOTHING):
+            last, most = inner[-1], torch.maximum(most, inner.amax(0))
+        above = most.double() - torch.maximum(first, last).double()
+        return above.masked_fill(label, 0.0).amax(1).clamp_min(0)
 
-    def reduced(self, probe: int) -> Tensor:
+    def reduced(self, probe: int, weight: float = 1.0) -> Tensor:
         """One path for a triangle: the probabilities of its label, of the runner-up and of all the rest, (T, 3).
 
         With three classes they stand in their own order. The runner-up is the other class with the largest mean.
 
+        Args:
+            probe: its number.
+            weight: of a new point, to smooth the path; 1 leaves it as it is.
+
         Raises:
             InputError: if there is no such probe, fewer than three classes, or no label where it is needed.
+        """
+        self.corners(probe)
+        q = self.probabilities[:, probe] if weight == 1 else self.picked([probe]).smoothed(weight)[:, 0]
+        return self.reduce(probe, q)
+
+    def reduce(self, probe: int, points: Tensor) -> Tensor:
+        """Other probabilities (..., C) on the triangle of a probe, (..., 3): a target, the true p*.
+
+        Raises:
+            InputError: as `reduced`, or if they are not of C classes.
+        """
+        named = self.corners(probe)
+        if points.shape[-1] != self.logits.shape[2]:
+            raise InputError(f"probabilities of {self.logits.shape[2]} classes are expected: got {points.shape[-1]}")
+        if len(named) == 3:
+            return points
+        first, second = (points[..., c] for c in named)
+        return torch.stack([first, second, (1 - first - second).clamp_min(0)], -1)
+
+    def corners(self, probe: int) -> tuple[int, ...]:
+        """The classes at the corners of a probe's triangle: all three, or the label and the runner-up (and the rest).
+
+        Raises:
+            InputError: as `reduced`.
         """
         count, classes = self.logits.shape[1:]
         if not 0 <= probe < count:
             raise InputError(f"probes have numbers from 0 to {count - 1}: got {probe}")
         if classes < 3:
             raise InputError(f"a triangle needs three classes: the network has {classes} outputs")
-        q = self.probabilities[:, probe]
         if classes == 3:
-            return q
+            return 0, 1, 2
         label = int(self._labels()[probe])
-        runner = int(q.mean(0).index_fill(0, torch.tensor([label]), -1.0).argmax())
-        rest = 1 - q[:, label] - q[:, runner]
-        return torch.stack([q[:, label], q[:, runner], rest.clamp_min(0)], 1)
+        means = self.probabilities[:, probe].mean(0).index_fill(0, torch.tensor([label]), -1.0)
+        return label, int(means.argmax())
 
     def picked(self, numbers: Sequence[int]) -> Paths:
         """Some probes alone.

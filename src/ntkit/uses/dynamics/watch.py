@@ -96,6 +96,7 @@ class Watched:
         steps: at which accuracies were taken, (T,).
         train: accuracy on the training examples, (T,).
         test: on the test examples, (T,).
+        replaced: recordings that this folder's runs have set aside, where they were not recorded again to the bit.
     """
 
     paths: Paths
@@ -104,6 +105,7 @@ class Watched:
     steps: Tensor
     train: Tensor
     test: Tensor
+    replaced: tuple[Paths, ...] = ()
 
 
 def watch(
@@ -170,7 +172,16 @@ def watch(
             if progress is not None:
                 progress(step, run.steps)
     scores = torch.tensor(state.scores, dtype=torch.float64).reshape(-1, 3)
-    return Watched(recorder.paths(), watched, kernels.path(), scores[:, 0].long(), scores[:, 1], scores[:, 2])
+    paths = recorder.paths()
+    left = tuple(one for one in recorder.replaced() if not _again(one, paths))
+    return Watched(paths, watched, kernels.path(), scores[:, 0].long(), scores[:, 1], scores[:, 2], left)
+
+
+def _again(old: Paths, paths: Paths) -> bool:
+    """Whether all that was set aside has been recorded anew, to the bit."""
+    if old.logits.shape[1:] != paths.logits.shape[1:] or not bool(torch.isin(old.steps, paths.steps).all()):
+        return False
+    return torch.equal(paths.logits[torch.searchsorted(paths.steps, old.steps)], old.logits)
 
 
 def _look(
