@@ -332,10 +332,8 @@ def test_readme_has_the_newest_results() -> None:
 
 def test_the_page_on_active_learning_has_what_was_found() -> None:
     page = (run.ROOT / "docs/active.md").read_text()
-    tables = (
-        bought.tasks_table(), bought.strategies_table("digits"), bought.strategies_table("fashion"),
-        bought.trust_table(), bought.speed_table(),
-    )  # fmt: skip
+    tables = bought.tables()
+    assert len(tables) >= 5
     assert all(len(rows) > 2 for rows in tables)
     assert not [line for rows in tables for line in rows if line not in page]
 

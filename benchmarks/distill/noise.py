@@ -4,19 +4,29 @@
 
 Noise as published: for a share of the examples the label is drawn anew from all C classes, the true one among them, so
 that a share * (1 - 1/C) is wrong. The labels of the validation examples are as noisy; the test labels are clean. One
-teacher for each seed and share gives all targets; its students begin at the same weights as it did and train as long.
-Temperature 1, no hard labels. The best validation accuracy chooses the epoch of every network; the last epoch is in the
-lines as well.
+teacher for each seed and share gives all targets; its students begin at the same weights as it did, see the examples in
+an order of their own, and train as long. Temperature 1, no hard labels. The best validation accuracy chooses the epoch
+of every network; the last epoch is in the lines as well.
 
-What was chosen how: sizes, epochs and the rates of "fast" were written down before the first run. Its teachers were at
-their best validation accuracy after 5 to 10 epochs, long before the 20 of the filter's memory, which is not the
-situation that the filter was published in. So the others have lower rates, such that this epoch is near 50 with noise,
-by the number of steps times the rate and the validation accuracy of seed 99, which is not among those below.
+"digits" and "fashion" have the published optimiser: SGD with momentum 0.9, a rate of 0.1 that falls to 0 on a cosine
+over 100 epochs, and the loss of soft targets with its factor of 2. In the place of ResNet-18 on 45,000 images there are
+three convolutions with batch normalisation on 1,000 digits that are moved at random, and a perceptron on 2,000 images
+of clothes. So there are 9 to 18 times fewer steps, and the published decay of 5e-4 lets the noise be learnt before the
+filter has a memory. The decays, 2e-3 and 5e-3, were chosen by teachers of seeds 98 and 99, which are not among those
+below, with 40 % noise: the ones whose best epoch is above 40 and whose last epoch knows some of the noise by heart, of
+5e-4, 2e-3, 5e-3, 1e-2, 2e-2 (digits) and 2e-3, 3.5e-3, 5e-3 (clothes). The same seeds had students with 5e-4 on digits
+(Filter-KD 0.930, ESKD 0.911, KD 0.910 at the last epoch), and on clothes with convolutions, moved and flipped images:
+these teachers learn no noise in 100 epochs, and all targets are alike (0.767, 0.779, 0.779).
+
+The other perceptrons show when the filter does *not* help. "fast" ones are at their best validation accuracy after 5 to
+10 epochs, long before the 20 of the filter's memory, and learn the noise by heart. "slow" ones have this epoch near 50
+but hardly turn away from the truth. Their rates were chosen by seed 99 for the place of that epoch.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +40,9 @@ from benchmarks.scale.data import fashion_mnist
 from ntkit.uses import distill
 
 C = 10
-SHARES, SEEDS = (0.0, 0.2, 0.4), tuple(range(5))
-METHODS = ("one-hot", "LS", "KD", "ESKD", "Filter-KD", "Filter-KD, debiased")
+SHARES, SEEDS = (0.0, 0.2, 0.4, 0.5), tuple(range(5))
+METHODS = ("one-hot", "KD", "ESKD", "Filter-KD")
+MORE = ("LS", "Filter-KD, debiased")
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,11 @@ class Split:
     x: tuple[Tensor, Tensor, Tensor]
     y: tuple[Tensor, Tensor, Tensor]
 
+    def flat(self) -> Split:
+        """Images as vectors."""
+        a, b, c = self.x
+        return Split((a.flatten(1), b.flatten(1), c.flatten(1)), self.y)
+
 
 def digits(seed: int) -> Split:
     """scikit-learn's digits: 1,000 to train, 297 to validate, 500 to test."""
@@ -48,7 +64,7 @@ def digits(seed: int) -> Split:
 
     pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    x = torch.tensor(pixels / 16, dtype=torch.float32)[order]
+    x = torch.tensor(pixels / 16, dtype=torch.float32)[order].unflatten(1, (1, 8, 8))
     return _split(x - x[:1000].mean(0), torch.tensor(labels)[order].long(), (1000, 297, 500))
 
 
@@ -56,7 +72,7 @@ def fashion(seed: int) -> Split:
     """Fashion-MNIST: 2,000 of the training images to train, 500 to validate, 5,000 test images; 14 x 14 pixels."""
     images = fashion_mnist()
     order = torch.randperm(60_000, generator=torch.Generator().manual_seed(seed))[:2500]
-    x = nn.functional.avg_pool2d(torch.cat([images.x_train[order], images.x_test[:5000]]), 2).flatten(1)
+    x = nn.functional.avg_pool2d(torch.cat([images.x_train[order], images.x_test[:5000]]), 2)
     return _split(x, torch.cat([images.y_train[order], images.y_test[:5000]]), (2000, 500, 5000))
 
 
@@ -74,15 +90,50 @@ def _split(x: Tensor, y: Tensor, sizes: tuple[int, int, int]) -> Split:
     return Split((a, b, c), (d, e, f))
 
 
-def _perceptron(inputs: int, width: int) -> nn.Module:
+def perceptron(inputs: int, width: int) -> nn.Module:
+    """Three layers."""
     return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, C))
 
 
-_DIGITS = Recipe(partial(_perceptron, 64, 128), 0.01, 200, 64, decay=5e-4, cosine=True)
+def convolutions() -> nn.Module:
+    """Three layers of 16, 32 and 32 channels with batch normalisation, their mean over the image, and a linear one."""
+    layers: list[nn.Module] = []
+    for before, after, stride in ((1, 16, 2), (16, 32, 2), (32, 32, 1)):
+        convolution = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Conv2d(32, C, 1), nn.Flatten())
+
+
+def moved(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image shifted by -1, 0 or 1 pixel down and right; what comes in is 0."""
+    n, _, height, width = x.shape
+    rows = torch.arange(height) + torch.randint(3, (n, 1), generator=generator)
+    columns = torch.arange(width) + torch.randint(3, (n, 1), generator=generator)
+    padded = nn.functional.pad(x, (1, 1, 1, 1))
+    return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data, a recipe, and which targets are compared."""
+
+    data: Callable[[int], Split]
+    recipe: Recipe
+    methods: tuple[str, ...] = METHODS
+
+
+_NEAR = Recipe(convolutions, 0.1, 100, 50, decay=2e-3, cosine=True, factor=2.0, view=moved)
+_SLOW = Recipe(partial(perceptron, 64, 128), 0.01, 200, 64, decay=5e-4, cosine=True)
 TASKS = {
-    "digits": (digits, _DIGITS),
-    "fashion": (fashion, Recipe(partial(_perceptron, 196, 64), 0.005, 200, 64, decay=5e-4, cosine=True)),
-    "digits, fast": (digits, replace(_DIGITS, rate=0.1, epochs=100, batch_size=32)),
+    "digits": Task(digits, _NEAR),
+    "fashion": Task(
+        lambda seed: fashion(seed).flat(),
+        replace(_NEAR, network=partial(perceptron, 196, 128), decay=5e-3, view=None),
+    ),
+    "digits, fast perceptron": Task(
+        lambda seed: digits(seed).flat(), replace(_SLOW, rate=0.1, epochs=100, batch_size=32), (*METHODS, *MORE)
+    ),
+    "digits, slow perceptron": Task(lambda seed: digits(seed).flat(), _SLOW, (*METHODS, *MORE)),
 }
 
 
@@ -94,13 +145,13 @@ class Noisy:
     split: Split
     y: tuple[Tensor, Tensor, Tensor]
 
-    def job(self, targets: distill.Targets, tables: dict[str, distill.EMATargets] | None = None) -> Job:
-        validation = self.split.x[1], self.y[1]
-        return Job(self.split.x[0], targets, validation, self.seed, {} if tables is None else tables)
+    def job(self, method: str, targets: distill.Targets, tables: dict[str, distill.EMATargets] | None = None) -> Job:
+        validation, order = (self.split.x[1], self.y[1]), 1000 * (*METHODS, *MORE).index(method) + self.seed
+        return Job(self.split.x[0], targets, validation, self.seed, order, {} if tables is None else tables)
 
 
 def drawn(task: str, share: float, seed: int) -> Noisy:
-    split, generator = TASKS[task][0](seed), torch.Generator().manual_seed(1000 + seed)
+    split, generator = TASKS[task].data(seed), torch.Generator().manual_seed(1000 + seed)
     a, b, c = (noisy(y, share, generator) for y in split.y)
     return Noisy(seed, split, (a, b, c))
 
@@ -108,24 +159,31 @@ def drawn(task: str, share: float, seed: int) -> Noisy:
 def one(task: str, share: float, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
     """All methods for one share of noise."""
     torch.set_num_threads(1)
-    recipe, data = TASKS[task][1], [drawn(task, share, seed) for seed in seeds]
+    methods, recipe = TASKS[task].methods, TASKS[task].recipe
+    data = [drawn(task, share, seed) for seed in seeds]
     labels, tables = [distill.OneHot(d.y[0], C) for d in data], [_tables(len(d.y[0])) for d in data]
-    teachers = train(recipe, [d.job(y, t) for d, y, t in zip(data, labels, tables, strict=True)])
-    runs: list[tuple[str, Noisy, distill.Targets]] = []
-    for d, filtered, teacher in zip(data, tables, teachers, strict=True):
+    by_labels = [("one-hot", d, y) for d, y in zip(data, labels, strict=True)]
+    if "LS" in methods:
+        by_labels += [("LS", d, distill.Smoothed(d.y[0], C, 0.9)) for d in data]
+    # the factor is of soft targets alone, as published
+    found = train(
+        replace(recipe, factor=1.0),
+        [d.job(name, y, tables[k] if name == "one-hot" else None) for k, (name, d, y) in enumerate(by_labels)],
+    )
+    by_teacher: list[tuple[str, Noisy, distill.Targets]] = []
+    for d, filtered, teacher in zip(data, tables, found[: len(data)], strict=True):
         best = recipe.network()
         teacher.best.restore(model=best, **filtered)
-        runs += [
-            ("LS", d, distill.Smoothed(d.y[0], C, 0.9)),
-            ("KD", d, distill.TeacherTargets.of(teacher.model, d.split.x[0])),
-            ("ESKD", d, distill.TeacherTargets.of(best, d.split.x[0])),
-            *((name, d, table) for name, table in filtered.items()),
-        ]
-    students = train(recipe, [d.job(targets) for _, d, targets in runs])
-    all_runs = [*(("one-hot", d, y) for d, y in zip(data, labels, strict=True)), *runs]
+        given: dict[str, distill.Targets] = {
+            "KD": distill.TeacherTargets.of(teacher.model, d.split.x[0]),
+            "ESKD": distill.TeacherTargets.of(best, d.split.x[0]),
+            **filtered,
+        }
+        by_teacher += [(name, d, targets) for name, targets in given.items() if name in methods]
+    found += train(recipe, [d.job(name, targets) for name, d, targets in by_teacher])
     return [
-        {"task": task, "share": share, "seed": d.seed, **measured(name, recipe, d, targets, found)}
-        for (name, d, targets), found in zip(all_runs, [*teachers, *students], strict=True)
+        {"task": task, "share": share, "seed": d.seed, **measured(name, recipe, d, targets, network)}
+        for (name, d, targets), network in zip([*by_labels, *by_teacher], found, strict=True)
     ]
 
 
@@ -153,8 +211,9 @@ def measured(method: str, recipe: Recipe, data: Noisy, targets: distill.Targets,
         "accuracy": accuracy(best, y), "accuracy_last": accuracy(last, y),
         "ece": distill.reliability(best, y, bins).ece, "ece_last": distill.reliability(last, y, bins).ece,
         "ece_noisy": distill.reliability(best, data.y[2], bins).ece,
+        "ece_noisy_last": distill.reliability(last, data.y[2], bins).ece,
         "target_rms": near.root_mean_square, "target_right": near.agreement,
-        "train_accuracy_last": accuracy(said(found.model, data.split.x[0]), targets.table().argmax(1)),
+        "by_heart": accuracy(said(found.model, data.split.x[0]), data.y[0]),
         "best_epoch": found.best.epoch + 1,
     }  # fmt: skip
 

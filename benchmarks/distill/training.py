@@ -7,7 +7,6 @@ each has its own examples, targets, order and weights, and goes exactly where it
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import time
@@ -20,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
 
+from benchmarks.distill.stack import stacked
 from ntkit.uses import distill
 
 
@@ -36,6 +35,8 @@ class Recipe:
         batch_size: examples of a step; the last, smaller batch of an epoch is used too.
         decay: of the weights.
         cosine: whether the rate falls to 0.
+        factor: of the loss of soft targets; the public code of Filter-KD has 2, and 1 for labels.
+        view: what is done to the examples of a batch before each step, with a generator; evaluation has none.
     """
 
     network: Callable[[], nn.Module]
@@ -44,16 +45,24 @@ class Recipe:
     batch_size: int
     decay: float = 0.0
     cosine: bool = False
+    factor: float = 1.0
+    view: Callable[[Tensor, torch.Generator], Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """One network to train: on what, towards what, and the tables that take in every batch before the step."""
+    """One network to train: on what, towards what, and the tables that take in every batch before the step.
+
+    Attributes:
+        weights: seed of the weights it begins with.
+        order: seed of the order of the examples, and of what `view` draws.
+    """
 
     x: Tensor
     targets: distill.Targets
     validation: tuple[Tensor, Tensor]
-    seed: int
+    weights: int
+    order: int
     tables: dict[str, distill.EMATargets] = field(default_factory=dict)
 
 
@@ -67,31 +76,31 @@ class Trained:
 
 def train(recipe: Recipe, jobs: list[Job]) -> list[Trained]:
     """Train one network for each job."""
-    trained = [Trained(_made(recipe.network, job.seed), distill.BestSoFar()) for job in jobs]
+    trained = [Trained(_made(recipe.network, job.weights), distill.BestSoFar()) for job in jobs]
     models, taught = [found.model for found in trained], [job.targets.table() for job in jobs]
-    orders = [torch.Generator().manual_seed(job.seed) for job in jobs]
-    weights, _ = stack_module_state(models)
-    bare = copy.deepcopy(models[0])
-    forward = vmap(lambda parameters, x: functional_call(bare, parameters, (x,)))
-    optimizer = torch.optim.SGD(weights.values(), lr=recipe.rate, momentum=0.9, weight_decay=recipe.decay)
+    orders = [torch.Generator().manual_seed(job.order) for job in jobs]
+    stack, loss = stacked(models), distill.DistillationLoss(factor=recipe.factor)
+    optimizer = torch.optim.SGD(stack.weights, lr=recipe.rate, momentum=0.9, weight_decay=recipe.decay, fused=True)
     steps = recipe.epochs * -(-len(jobs[0].x) // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if recipe.cosine else None
     for _ in range(recipe.epochs):
         epoch = [torch.randperm(len(job.x), generator=order) for job, order in zip(jobs, orders, strict=True)]
         for some in zip(*(order.split(recipe.batch_size) for order in epoch), strict=True):
-            z = forward(weights, torch.stack([job.x[k] for job, k in zip(jobs, some, strict=True)]))
+            batches = [job.x[k] for job, k in zip(jobs, some, strict=True)]
+            if recipe.view is not None:
+                batches = [recipe.view(x, order) for x, order in zip(batches, orders, strict=True)]
+            z = stack.forward(torch.stack(batches))
             for job, numbers, own in zip(jobs, some, z.detach(), strict=True):
                 for table in job.tables.values():
                     table.update(numbers, own)
             wanted = torch.stack([p[k] for p, k in zip(taught, some, strict=True)])
             optimizer.zero_grad()
             # the sum over networks of each one's mean: none has a part in another's gradient
-            loss = len(jobs) * distill.DistillationLoss()(z.flatten(0, 1), wanted.flatten(0, 1))
-            loss.backward()
+            (len(jobs) * loss(z.flatten(0, 1), wanted.flatten(0, 1))).backward()
             optimizer.step()
             if schedule is not None:
                 schedule.step()
-        _unstack(weights, models)
+        stack.write(models)
         for job, found in zip(jobs, trained, strict=True):
             score = accuracy(said(found.model, job.validation[0]), job.validation[1])
             found.best.update(score, model=found.model, **job.tables)
@@ -104,17 +113,11 @@ def _made(network: Callable[[], nn.Module], seed: int) -> nn.Module:
         return network()
 
 
-def _unstack(weights: dict[str, Tensor], models: list[nn.Module]) -> None:
-    with torch.no_grad():
-        for k, model in enumerate(models):
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name][k])
-
-
 def said(model: nn.Module, x: Tensor) -> Tensor:
-    """Probabilities, (N, C)."""
+    """Probabilities in evaluation mode, (N, C)."""
+    model.eval()
     with torch.no_grad():
-        return torch.cat([model(part).softmax(1) for part in x.split(5000)])
+        return torch.cat([model(part).softmax(1) for part in x.split(1000)])
 
 
 def accuracy(p: Tensor, y: Tensor) -> float:

@@ -40,6 +40,10 @@ class EMATargets(Targets):
     0.006 after 100. A teacher that is at its best before 1 / alpha epochs needs a larger alpha, a lower learning rate
     or `debias`; otherwise its table, and a student of it, are much less sure than they should be.
 
+    What is averaged out is the scatter of predictions along the path. A teacher with a high learning rate, at its best
+    after 1 / alpha epochs or more, has that; one with a low rate has not, and its average is only older than its
+    present (docs/distill.md has the measurements).
+
     As published, the table of the epoch with the best validation accuracy is taken: `BestSoFar` keeps it beside the
     best network, `best.update(accuracy, teacher=teacher, table=table)`.
 
