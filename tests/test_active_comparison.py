@@ -73,7 +73,7 @@ def test_penalties_by_hand() -> None:
     found = penalties({"a": a, "b": b, "c": b - 1e-9})
     for first, second in (("a", "b"), ("b", "a")):
         gaps = {"a": a, "b": b}[first] - {"a": a, "b": b}[second]
-        beats = [gap.mean() > 0 and (np.ptp(gap) < 1e-12 or ttest_1samp(gap, 0).pvalue < 0.05) for gap in gaps.T]
+        beats = [gap.mean() > 0 and (np.ptp(gap) < 1e-12 or ttest_1samp(gap, 0)[1] < 0.05) for gap in gaps.T]
         assert found[first][second] == pytest.approx(np.mean(beats))
     assert found["a"]["b"] == pytest.approx(1 / 4)
     assert (found["b"]["a"], found["b"]["c"], found["c"]["b"]) == (0.0, 1.0, 0.0)

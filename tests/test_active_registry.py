@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chi2
 from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError
-from ntkit.uses.active import NAMES, CrossEntropy, SquareLoss, strategy
+from ntkit.uses.active import NAMES, CrossEntropy, PowerMargin, SquareLoss, strategy
 from ntkit.uses.active.learned import LearnedLoss, ranking_loss
 
 N, C = 70, 3
@@ -45,6 +46,44 @@ def test_all_choose_points_without_labels_and_the_same_again(name: str, loss: Cr
     assert np.array_equal(chooses.query(x, y, model, candidates[::-1], 5), found)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(module.training or module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), SquareLoss()])
+@pytest.mark.parametrize("name", NAMES)
+def test_one_class_alone_has_labels(name: str, loss: CrossEntropy | SquareLoss) -> None:
+    """As when the first labels come from one folder: every strategy goes on, with scores that are numbers."""
+    x, y = pool()
+    y[:] = np.where(y >= 0, 2, -1)
+    model = network()
+    chooses = strategy(name, loss=loss, missing_label=-1)
+    found, utilities = chooses.query(x, y, model, batch_size=3, return_utilities=True)
+    assert len(set(found.tolist())) == 3
+    assert (y[found] < 0).all()
+    assert np.isfinite(utilities[0][y < 0]).all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 3.0])
+def test_power_margin_draws_by_powers_of_the_margin(beta: float) -> None:
+    """The first by (1 - margin)^beta, the second the same among the others: without replacement."""
+    x, _ = pool()
+    x, y, candidates = x[:8], np.full(8, -1), [1, 2, 4, 5, 7]
+    p = network()(x).detach().double().softmax(1)
+    top = p.topk(2, 1).values
+    share = (1 - (top[:, 0] - top[:, 1]))[candidates] ** beta
+    share = (share / share.sum()).numpy()
+    pairs, draws = np.zeros((5, 5)), 2000
+    rule = PowerMargin(beta=beta, missing_label=-1, random_state=1)
+    now = rule.round(x, y, network(), candidates, 2)
+    for _ in range(draws):  # the generator goes on
+        first, second = rule.choose(now).numbers.tolist()
+        pairs[candidates.index(first), candidates.index(second)] += 1 / draws
+    now = rule.round(x, y, network(), candidates, 2)
+    assert rule.choose(now).numbers.tolist() == rule.query(x, y, network(), candidates, 2).tolist()
+    expected = share[:, None] * share / (1 - share[:, None])
+    np.fill_diagonal(expected, 0)
+    assert np.abs(pairs - expected).max() < 5 * np.sqrt(expected.max() / draws)
+    statistic = draws * ((pairs - expected) ** 2 / np.where(expected > 0, expected, 1)).sum()
+    assert statistic < chi2.ppf(1 - 1e-4, 19)
 
 
 def test_unknown_names_are_refused() -> None:

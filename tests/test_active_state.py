@@ -259,6 +259,13 @@ def test_other_objectives_need_the_same_weights() -> None:
             curved.scores(other)
     flat = make(active.CrossEntropy(), active.LastLayer(), y, objective=active.MostLikelyChange())
     assert np.isfinite(flat.scores(active.ExpectedChange())[y < 0]).all()
+    # a network that has learned nothing has no labels that could count for more; after a refresh it has
+    even = active.IntegratedVariance(curvature=False)
+    young = make(active.CrossEntropy(), active.LastLayer(), y, np.full(N, -1), objective=even)
+    assert np.isfinite(young.scores(active.MostLikelyChange())[y < 0]).all()
+    young.refresh(network(7))
+    with pytest.raises(InputError, match="weighs targets or labels in another way"):
+        young.scores(active.MostLikelyChange())
 
 
 def test_refusals_leave_the_state_as_it_was() -> None:

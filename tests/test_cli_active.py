@@ -5,6 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +50,8 @@ def place(tmp_path: Path) -> Path:
     y = x[:, :C].argmax(1)
     labels = np.full(N, -1)
     labels[:6] = y[:6]
-    np.savez(tmp_path / "data.npz", x=x[:N], truth=y[:N], first=labels, x_test=x[N:], y_test=y[N:])
+    text = np.array([f'point "{i}", ä' for i in range(N)])
+    np.savez(tmp_path / "data.npz", x=x[:N], truth=y[:N], first=labels, x_test=x[N:], y_test=y[N:], text=text)
     (tmp_path / "net.py").write_text(NET)
     return tmp_path
 
@@ -151,6 +157,225 @@ def test_other_tools(place: Path) -> None:
     (place / "export.json").write_text(json.dumps(tasks))
     run("tell", session, place / "export.json", "--format", "labelstudio")
     assert events(session)[2]["labels"] == [1, 1]
+
+
+def test_people_see_the_points_in_every_form(place: Path) -> None:
+    """The forms are those of the tools' own pages: labelstud.io/guide/predictions, docs.argilla.io (rg.Record)."""
+    session = begin(place, "--labels", "first", "--items", "text")
+    table, tasks, records = place / "q.csv", place / "tasks.json", place / "records.json"
+    run("ask", session, "--out", table, "--count", 3)
+    run("ask", session, "--out", tasks, "--format", "labelstudio")
+    run("ask", session, "--out", records, "--format", "argilla")
+    asked = events(session)[1]["numbers"]
+    guessed = [NAMES[guess] for guess in events(session)[1]["guesses"]]
+    seen = [f'point "{i}", ä' for i in asked]
+    rows = list(csv.DictReader(io.StringIO(table.read_text())))
+    assert list(rows[0]) == ["ntkit_id", "score", "guess", "text", "label"]
+    assert [(int(row["ntkit_id"]), row["text"], row["guess"]) for row in rows] == list(
+        zip(asked, seen, guessed, strict=True)
+    )
+    for task, number, text, guess in zip(json.loads(tasks.read_text()), asked, seen, guessed, strict=True):
+        assert set(task) == {"data", "predictions"}
+        assert task["data"] == {"text": text, "ntkit_id": number}
+        (prediction,) = task["predictions"]
+        assert set(prediction) == {"model_version", "score", "result"}
+        assert 0 <= prediction["score"] <= 1
+        assert prediction["result"] == [
+            {"from_name": "label", "to_name": "item", "type": "choices", "value": {"choices": [guess]}}
+        ]
+    for record, number, text, guess in zip(json.loads(records.read_text()), asked, seen, guessed, strict=True):
+        assert set(record) == {"id", "fields", "metadata", "suggestions", "responses", "vectors"}
+        assert (record["id"], record["fields"]) == (str(number), {"text": text})
+        assert record["metadata"]["ntkit_id"] == number
+        assert record["suggestions"] == {"label": {"value": guess, "score": None, "agent": "ntkit"}}
+    done = json.loads(records.read_text())
+    done[0]["responses"] = {"label": [{"value": "owl", "user_id": "1"}]}
+    records.write_text(json.dumps(done))
+    run("tell", session, records, "--format", "argilla")
+    done = json.loads(tasks.read_text())
+    done[1]["annotations"] = [{"was_cancelled": True, "result": []}]
+    tasks.write_text(json.dumps(done))
+    run("tell", session, tasks, "--format", "labelstudio")
+    given = answer(place, table, skip=2)
+    assert [event["labels"] for event in events(session)[2:4]] == [[2], []]
+    assert events(session)[3]["skipped"] == [asked[1]]
+    assert list(given) == [asked[2]]
+    # a table with two columns, of addresses of images and texts, for one question
+    pictures = place / "seen.csv"
+    lines = [["image", "remark"], *([f"https://example.org/{i}.png", f"no. {i}"] for i in range(N))]
+    with pictures.open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    run("ask", session, "--out", tasks, "--format", "labelstudio", "--items", pictures)
+    (task,) = json.loads(tasks.read_text())
+    assert task["data"] == {
+        "image": f"https://example.org/{asked[2]}.png", "remark": f"no. {asked[2]}", "ntkit_id": asked[2],
+    }  # fmt: skip
+
+
+def test_items_that_do_not_fit(place: Path) -> None:
+    net, data, new = f"{place}/net.py:make", place / "data.npz", place / "n.jsonl"
+    table = place / "items.csv"
+    assert "no array 'txt', it holds" in refused("start", new, net, data, "--items", "txt")
+    assert "expected strings" in refused("start", new, net, data, "--items", "x")
+    table.write_text("text\none\ntwo\n")
+    assert "2, expected one for each of the 60 points" in refused("start", new, net, data, "--items", table)
+    table.write_text("text,more\n" + "one\n" * N)
+    assert "line of point 0 has not one entry" in refused("start", new, net, data, "--items", table)
+    table.write_text("score\n" + "1\n" * N)
+    assert "'score', which is one of our own" in refused("start", new, net, data, "--items", table)
+    assert not new.exists()
+    session = begin(place, "--labels", "first")
+    before = session.read_bytes()
+    out = place / "records.json"
+    assert "say --items" in refused("ask", session, "--out", out, "--format", "argilla")
+    assert session.read_bytes() == before  # before anything was trained
+    kept = json.loads(before.splitlines()[0])["settings"]
+    assert kept["items"] is None
+
+
+def test_sessions_of_before_items_go_on(place: Path) -> None:
+    """Their first line does not say what people see."""
+    from ntkit.uses.active.journal import Journal
+
+    begun = Journal(begin(place, "--labels", "first")).events[0]
+    del begun["settings"]["items"]
+    old = Journal(place / "old.jsonl")
+    old.add(begun.pop("event"), **begun)
+    assert "points 60" in " ".join(run("status", place / "old.jsonl").split())
+
+
+def test_what_a_killed_start_leaves_behind_is_no_session(place: Path) -> None:
+    session = begin(place, "--labels", "first")
+    whole = session.read_bytes()
+    for size in (0, 1, 80, len(whole) // 2, len(whole) - 1):
+        session.write_bytes(whole[:size])
+        for words in (("ask",), ("tell", "--label", "30=cat"), ("status",)):
+            assert "only the beginning of its first line" in refused(words[0], session, *words[1:])
+        assert session.read_bytes() == whole[:size]
+        begin(place, "--labels", "first")
+        assert session.read_bytes() == whole
+
+
+KILLED = """
+import os, signal, sys
+from ntkit.uses.active import journal
+write, sync = os.write, os.fsync
+moment, words = sys.argv[1], sys.argv[2:]
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def writes(handle, data):
+    if not data.startswith(b'{"sha256"'):
+        return write(handle, data)
+    if moment == "half":
+        write(handle, data[: len(data) // 2])
+    if moment != "after":
+        die()
+    return write(handle, data)
+
+os.write, os.fsync = writes, die
+from ntkit.cli import app
+app(["active", *words])
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "command"),
+    [("before", "start"), ("half", "start"), ("half", "ask"), ("half", "tell"), ("after", "tell")],
+)
+def test_a_command_killed_at_any_moment_has_happened_or_not(place: Path, moment: str, command: str) -> None:
+    session, net = place / "session.jsonl", f"{place}/net.py:make"
+    more = ("--names", ",".join(NAMES), "--steps", 60, "--labels", "first")
+    steps = {
+        "start": ("start", session, net, place / "data.npz", *more),
+        "ask": ("ask", session, "--count", 3),
+        "tell": ("tell", session, "--label", "30=cat", "--skip", "31"),
+    }
+    order = list(steps)
+    for words in order[: order.index(command)]:
+        run(*steps[words])
+    before = session.read_bytes() if session.exists() else b""
+    words = [sys.executable, "-c", KILLED, moment, *map(str, steps[command])]
+    assert (
+        subprocess.run(words, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}).returncode == -signal.SIGKILL
+    )
+    left = session.read_bytes()
+    assert left.startswith(before)
+    assert (b"\n" in left[len(before) :]) == (moment == "after")
+    if moment != "after":
+        for words in order[order.index(command) :]:
+            run(*steps[words])
+    found = [{k: v for k, v in event.items() if k != "sha256" and "seconds" not in k} for event in events(session)]
+    session.unlink()
+    for words in order[: len(found)]:
+        run(*steps[words])
+    whole = [{k: v for k, v in event.items() if k != "sha256" and "seconds" not in k} for event in events(session)]
+    assert found == whole
+
+
+def in_a_read_only_folder(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
+    inside = f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder} && exec {sys.executable} -"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        ["unshare", "-rm", "sh", "-c", inside], input=script, text=True, capture_output=True, env=environment
+    )
+
+
+def read_only_folders_can_be_made() -> bool:
+    import tempfile
+
+    if shutil.which("unshare") is None:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        return in_a_read_only_folder(Path(folder), "print(1)").returncode == 0
+
+
+@pytest.mark.skipif(not read_only_folders_can_be_made(), reason="needs a file system that cannot be written")
+def test_a_folder_that_cannot_be_written(place: Path) -> None:
+    """What can be read is read, a torn line or not; what must be written is refused before training."""
+    session = begin(place, "--labels", "first")
+    run("ask", session, "--count", 3)
+    run("tell", session, "--label", "30=cat")
+    lines = session.read_bytes().splitlines(keepends=True)
+    torn = place / "torn.jsonl"
+    torn.write_bytes(b"".join(lines[:2]) + lines[2][:50])
+    before = session.read_bytes(), torn.read_bytes()
+    found = in_a_read_only_folder(
+        place,
+        f"""
+import pathlib, unittest.mock
+from typer.testing import CliRunner
+from ntkit.cli import app
+from ntkit.errors import StoreError
+from ntkit.report.session import Session
+
+def run(*words):
+    return CliRunner().invoke(app, ["active", *words])
+
+for session, labels in (({str(session)!r}, 7), ({str(torn)!r}, 6)):
+    status = run("status", session)
+    assert status.exit_code == 0, status.output
+    assert f"with a label {{labels}}" in " ".join(status.output.split()), status.output
+    again = run("ask", session)  # the questions that wait
+    assert again.exit_code == 0, again.output
+    with unittest.mock.patch.object(Session, "_train", side_effect=AssertionError("trained for nothing")):
+        for words in (("tell", session, "--label", "40=cat"), ("ask", session, "--out", "{place}/q.csv")):
+            found = run(*words)
+            assert found.exit_code == 2, found.output
+            assert "Read-only file system" in found.output, found.output
+        loop = Session.resume(pathlib.Path(session)).loop
+        loop._pending = []
+        try:
+            loop.query(2)
+        except StoreError as error:
+            assert "Read-only file system" in str(error), error
+        else:
+            raise AssertionError("nothing was said")
+""",
+    )
+    assert found.returncode == 0, found.stderr
+    assert (session.read_bytes(), torn.read_bytes()) == before
 
 
 def test_what_is_wrong_is_said_and_nothing_is_written(place: Path) -> None:
