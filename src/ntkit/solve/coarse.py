@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Of k's eigenvectors, on how many the full kernel is looked at; how many features each of their rows needs (with
 # fewer, noise costs more iterations than the look saves); and how much larger a ridge serves the rest best: what is
 # left of k (x) B claims more than there is. Measured, see `benchmarks/scale/iterations.py`.
-SHARE, FEATURES, DAMPED = 0.2, 2.5, 3.0
+SHARE, FEATURES, DAMPED = 0.3, 2.5, 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +110,11 @@ def recommended(
     *,
     kernel: Kernel | Tensor | np.ndarray | None = None,
 ) -> CoarsePreconditioner:
-    """The preconditioner to begin with: k (x) B, and `coarse` on up to a fifth of k's directions.
+    """The preconditioner to begin with: k (x) B, and `coarse` on up to three tenths of k's directions.
 
     Args:
-        features: sketched features of the full kernel, C rows for each of N examples. D = N*C / 2 serves all of the
-            fifth; fewer features serve fewer directions, at least 2.5 C for each.
+        features: sketched features of the full kernel, C rows for each of N examples. D = N*C serves all of those
+            directions; fewer features serve fewer of them, 2.5 C for each.
         ridge: the absolute ridge of the solve, positive.
         kernel: k, the trace kernel, or a sketch of it; None for what these features say of it, (N, N).
 
