@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,25 @@ def test_features_of_something_else_are_refused(saved: tuple[Path, ntkit.Feature
     made, x = other()
     with pytest.raises(StoreError, match=f"is of something else.*{name}"):
         made.save(x, saved[0])
+
+
+class Unseen(nn.Sequential):
+    """Depends on what no description of it shows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * float(os.environ["NTKIT_TEST_GAIN"])
+
+
+def test_features_that_have_changed_are_refused_whatever_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("zarr", minversion="3", reason="zarr 3 needs Python 3.11")
+    monkeypatch.setenv("NTKIT_TEST_GAIN", "1.0")
+    made = ntkit.FeatureMap(ntkit.linearize(Unseen(network())), Sketch(50, 3))
+    made.save(images(), tmp_path / "f.zarr")
+    monkeypatch.setenv("NTKIT_TEST_GAIN", "1.001")
+    with pytest.raises(StoreError, match=r"first examples differ by 1.0e-03 of the largest"):
+        made.save(images(), tmp_path / "f.zarr")
 
 
 def test_other_processes_make_the_same_features(saved: tuple[Path, ntkit.FeatureMap], tmp_path: Path) -> None:

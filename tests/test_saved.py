@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,8 @@ from torch.utils.data import TensorDataset
 
 import ntkit
 from ntkit.errors import InputError, StoreError, StoreWarning
-from ntkit.kernel.saved import layout_of, pieces
+from ntkit.kernel import store as on_disk
+from ntkit.kernel.saved import SAMPLED, layout_of, pieces
 from ntkit.kernel.store import Layout, Store
 from tests.cases import normal
 
@@ -157,7 +159,8 @@ def test_the_rows_of_a_tile_are_captured_once_for_all_its_columns(
 
     monkeypatch.setattr(ntkit.Tangent, "derivatives", counting)
     in_tiles().save(tmp_path / "k.zarr")
-    assert sum(captured) == N + (18 + 13 + 8 + 3)  # each row once, and the columns right of it
+    # the sample's examples, then each row once, and the columns right of it
+    assert sum(captured) == SAMPLED + N + (18 + 13 + 8 + 3)
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 12), st.booleans(), st.integers(2**16, 2**32))
@@ -255,7 +258,7 @@ def test_a_killed_run_goes_on_and_ends_the_same_to_the_last_bit(
 def test_half_written_files_are_swept_away(tmp_path: Path) -> None:
     path = tmp_path / "k.zarr"
     in_tiles().save(path)
-    left = [path / "c" / "0" / "1.123.partial", path / "records" / "0-1.9.partial"]
+    left = [path / "c" / "0" / "1.123.partial", path / "records" / "0-1.9.partial", path / "zarr.5.partial"]
     for file in left:
         file.write_text("half")
     in_tiles().save(path)
@@ -292,13 +295,15 @@ def test_damage_is_named_and_mended(damage: str, tmp_path: Path, undisturbed: Te
     path = tmp_path / "k.zarr"
     in_tiles().save(path)
     do(path)
-    with pytest.raises(StoreError, match=f"{message}|is not finished: 1 of 15"):
-        ntkit.open_kernel(path).dense()
-    if "checksum" in message:
+    if "checksum" in message:  # which is found when the tile is read
         opened = ntkit.open_kernel(path)
         opened.tile(slice(0, 15), slice(0, 15))  # another tile is not concerned
-        with pytest.raises(StoreError, match=message):
-            opened.verify()
+        for read in (opened.dense, opened.verify):
+            with pytest.raises(StoreError, match=message):
+                read()
+    else:
+        with pytest.raises(StoreError, match=rf"is not finished: 1 of 15 tiles are damaged: .*{message}"):
+            ntkit.open_kernel(path)
     kept = (path / "c" / "2" / "2").stat().st_mtime_ns
     with pytest.warns(StoreWarning, match=message):
         mended = in_tiles().save(path)
@@ -334,6 +339,29 @@ def moved(position: int) -> Tensor:
     return x
 
 
+class Gain(nn.Sequential):
+    """A plain number, and a buffer that is not saved."""
+
+    def __init__(self, gain: float, buffer: float) -> None:
+        super().__init__(*network())
+        self.gain = gain
+        self.register_buffer("by", torch.tensor(buffer), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain * self.by
+
+
+def test_models_that_differ_in_plain_values_are_told_apart(tmp_path: Path) -> None:
+    kernels = {case: InTiles(ntkit.linearize(Gain(*case)), examples()) for case in [(1.0, 1.0), (2.0, 1.0), (1.0, 2.0)]}
+    first, number, buffer = kernels.values()
+    first.save(tmp_path / "k")
+    with pytest.raises(StoreError, match=r"something else .*(settings|architecture): "):
+        number.save(tmp_path / "k")
+    with pytest.raises(StoreError, match=r"something else .*parameters: "):
+        buffer.save(tmp_path / "k")
+    torch.testing.assert_close(number.save(tmp_path / "l").dense(), 4 * truth("full"), rtol=1e-12, atol=1e-12)
+
+
 OTHERS: dict[str, tuple[str, Callable[[], ntkit.Kernel]]] = {
     "weights": ("parameters", lambda: changed(lambda m: nn.init.constant_(m[2].bias, 0.1) is None)),
     "function": ("architecture", lambda: changed(lambda m: m.__setitem__(1, nn.ReLU()))),
@@ -364,6 +392,38 @@ def test_a_matrix_of_something_else_is_refused_and_left_alone(other: str, tmp_pa
     with pytest.raises(StoreError, match=f"is of something else.*[(; ]{name}: .* on disk"):
         make().save(path)
     assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+class Unseen(nn.Module):
+    """Depends on what no description of it shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * float(os.environ["NTKIT_TEST_GAIN"])
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_entries_that_have_changed_are_refused_whatever_the_cause(
+    finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "k.zarr"
+    monkeypatch.setenv("NTKIT_TEST_GAIN", "1.0")
+    first = InTiles(ntkit.linearize(Unseen()), examples())
+    first.save(path)
+    if not finished:
+        (path / "records" / "0-2.json").unlink()
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    monkeypatch.setenv("NTKIT_TEST_GAIN", "1.001")
+    second = InTiles(ntkit.linearize(Unseen()), examples())
+    assert second.identity() == first.identity()
+    with pytest.raises(StoreError, match=r"is of something else .*first examples differ by 2.0e-03 of the largest"):
+        second.save(path)
+    assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    monkeypatch.setenv("NTKIT_TEST_GAIN", "1.0000000001")  # as another machine may round
+    torch.testing.assert_close(second.save(path).dense(), first.dense(), rtol=1e-8, atol=1e-8)
 
 
 def edited() -> nn.Module:
@@ -415,6 +475,138 @@ def test_a_tile_of_another_matrix_is_not_taken_for_one(tmp_path: Path) -> None:
     with pytest.warns(StoreWarning, match=r"1-3.json belongs to another matrix"):
         saved = in_tiles().save(here)
     torch.testing.assert_close(saved.dense(), truth("full"), rtol=1e-12, atol=1e-12)
+
+
+# A process is killed at each step that it takes in the file system, before it takes it; the same call goes on from
+# there. All in copies of one process that has imported everything.
+KILLS = """
+import contextlib, os, pathlib, signal, sys
+sys.path.insert(0, {root!r})
+import ntkit, torch
+from tests.test_saved import flip
+
+class Tiles(ntkit.DenseKernel):
+    def tile_rows(self, memory):
+        return 4
+
+place, state = pathlib.Path(sys.argv[1]), sys.argv[2]
+matrix = torch.arange(32, dtype=torch.float64).reshape(8, 4) + 1.0
+kernel = Tiles(matrix, symmetric=False)
+
+def kill_at(step):
+    count = 0
+    def hook(event, args):
+        nonlocal count
+        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.truncate") or (
+            event == "open" and args[1] not in ("r", "rb"))
+        if changes and any(str(place) in str(arg) for arg in args[:2]):
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+def apart(do):
+    pid = os.fork()
+    if not pid:
+        try:
+            do()
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+def prepare(path):
+    if state != "new":
+        kernel.save(path)
+    if state == "damaged":
+        flip(path / "c" / "1" / "0", 5)
+    if state == "half":
+        (path / "records" / "1-0.json").unlink()
+
+def interrupted(path, step):
+    kill_at(step)
+    kernel.save(path)
+
+def resumed(path):
+    import warnings
+    warnings.simplefilter("ignore")
+    assert torch.equal(kernel.save(path).dense(), matrix)
+    ntkit.open_kernel(path).verify()
+    assert not list(path.rglob("*.partial"))
+
+step = 0
+while True:
+    step += 1
+    path = place / str(step)
+    assert apart(lambda: prepare(path)) == 0
+    status = apart(lambda: interrupted(path, step))
+    if status == 0:
+        break
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+    assert apart(lambda: resumed(path)) == 0, step
+print(step - 1)
+"""
+
+
+@pytest.mark.parametrize(("state", "least"), [("new", 25), ("half", 12), ("damaged", 12)])
+def test_a_run_that_is_killed_at_any_step_goes_on(state: str, least: int, tmp_path: Path) -> None:
+    script = KILLS.format(root=str(Path(__file__).parents[1]))
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path), state], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) >= least
+
+
+def test_what_an_earlier_run_still_writes_changes_nothing(tmp_path: Path) -> None:
+    path, ones = tmp_path / "k.zarr", np.ones((15, 15))
+    in_tiles().save(path)
+    orphan = Store.open(path)
+    with orphan.locked():
+        copied = pickle.loads(pickle.dumps(orphan))  # as a worker is given it
+        copied.write((0, 0), ones)
+    assert Store.open(path).read((0, 0)).max() == 1.0
+    (path / "records" / "0-0.json").unlink()
+    in_tiles().save(path)
+    with pytest.raises(StoreError, match="another run has begun to write"):
+        copied.write((0, 0), ones)
+    shutil.rmtree(path)
+    with pytest.raises(StoreError, match="was removed while"):
+        copied.write((0, 0), ones)
+    assert not path.exists()
+    torch.testing.assert_close(in_tiles().save(path).dense(), truth("full"), rtol=1e-12, atol=1e-12)
+    with pytest.raises(StoreError, match="another run has begun to write"):
+        copied.write((0, 0), ones)
+    ntkit.open_kernel(path).verify()
+
+
+def test_a_run_begins_while_an_earlier_one_is_in_the_middle_of_a_tile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "k.zarr"
+    in_tiles().save(path)
+    (path / "records" / "0-0.json").unlink()
+    orphan = Store.open(path)
+    with orphan.locked():
+        copied = pickle.loads(pickle.dumps(orphan))
+    write, seen = on_disk._write, []
+
+    def interrupting(file: Path, content: Any) -> None:
+        write(file, content)
+        if not seen:  # half of the orphan's files are there; a whole run comes in between
+            seen.append(file)
+            in_tiles().save(path)
+            assert not file.exists()  # swept away
+
+    monkeypatch.setattr(on_disk, "_write", interrupting)
+    with pytest.raises(StoreError, match="another run has begun to write"):
+        copied.write((0, 0), np.ones((15, 15)))
+    assert seen
+    ntkit.open_kernel(path).verify()
+    torch.testing.assert_close(ntkit.open_kernel(path).dense(), truth("full"), rtol=1e-12, atol=1e-12)
+    assert not list(path.rglob("*.partial"))
 
 
 def test_two_runs_do_not_write_at_once(tmp_path: Path) -> None:
@@ -518,13 +710,17 @@ REFUSALS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
+OCCUPIED = [do for name, do, *_ in REFUSALS if name in ("a folder of something else", "nothing of ours there")]
+
+
 @pytest.mark.parametrize("case", REFUSALS, ids=lambda case: case[0])
 def test_refusals(case: tuple[str, Callable[[Path], Any], type[Exception], str], tmp_path: Path) -> None:
     _, do, kind, message = case
     with pytest.raises(kind, match=message):
         do(tmp_path / "k")
-    thesis = tmp_path / "k" / "thesis.tex"
-    assert not thesis.parent.is_dir() or not (thesis.exists()) or thesis.read_text() == "all of it"
+    if do in OCCUPIED:
+        assert (tmp_path / "k" / "thesis.tex").read_text() == "all of it"
+        assert os.listdir(tmp_path / "k") == ["thesis.tex"]
 
 
 def test_a_kernel_that_does_not_say_what_it_is_of(tmp_path: Path) -> None:
@@ -546,7 +742,19 @@ def test_a_store_of_a_newer_version(tmp_path: Path) -> None:
         ntkit.open_kernel(tmp_path / "k")
 
 
+def test_a_store_of_an_older_version_is_read_and_not_gone_on_with(tmp_path: Path) -> None:
+    in_tiles().save(tmp_path / "k")
+    file = tmp_path / "k" / "zarr.json"
+    described = json.loads(file.read_text())
+    described["attributes"]["ntkit"]["format"] = 1
+    del described["attributes"]["ntkit"]["facts"]["sample"]
+    file.write_text(json.dumps(described))
+    torch.testing.assert_close(ntkit.open_kernel(tmp_path / "k").dense(), truth("full"), rtol=1e-12, atol=1e-12)
+    with pytest.raises(StoreError, match=r"begun by an older version .* can be read, and not gone on with"):
+        in_tiles().save(tmp_path / "k")
+
+
 def test_a_matrix_that_is_finished_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_tiles().save(tmp_path / "k")
-    monkeypatch.setattr(InTiles, "stripe", None)
+    monkeypatch.setattr(Store, "write", None)
     torch.testing.assert_close(in_tiles().save(tmp_path / "k").dense(), truth("full"), rtol=1e-12, atol=1e-12)

@@ -22,7 +22,7 @@ from ntkit.kernel.base import Kernel, bounds, strips
 from ntkit.kernel.fidelity import relative_error
 from ntkit.kernel.memory import default_memory
 from ntkit.kernel.plan import FEWEST, human_bytes, sizes
-from ntkit.kernel.saved import begin, fill
+from ntkit.kernel.saved import SAMPLED, begin, fill
 from ntkit.kernel.store import Layout, Store, Tile
 from ntkit.kernel.tasks import Workers, as_workers
 from ntkit.tangent.identity import content
@@ -73,6 +73,15 @@ class FeatureMap:
             if progress is not None:
                 progress(stop, len(examples))
         return torch.cat(found)
+
+    @property
+    def device(self) -> torch.device:
+        """That of the network."""
+        return self.tangent.device
+
+    def to(self, device: torch.device | str) -> FeatureMap:
+        """The same map of a copy of the network on another device."""
+        return FeatureMap(self.tangent.to(device), self.sketch)
 
     def rows_per_example(self, x: Any) -> int:
         """K, or 1 with `trace`."""
@@ -138,8 +147,9 @@ class FeatureMap:
         edge = max(1, EDGE // k) * k
         layout = Layout((len(examples) * k, self.sketch.size), (edge, self.sketch.size), name, False)
         facts = {"scalars": k, "seed": self.sketch.seed, "trace": self.sketch.trace}
-        store = begin(Path(path), layout, self.identity(x), facts)
-        fill(store, crew, _compute, (self, x), lambda tiles: tiles, progress)
+        few = min(SAMPLED, len(examples))
+        with begin(Path(path), layout, self.identity(x), facts, lambda: self.block(examples, 0, few)) as store:
+            fill(store, crew, _compute, (self, x), lambda tiles: tiles, progress)
         return FeatureKernel(store, self)
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ from torch import Tensor
 from ntkit.errors import InputError, StoreError, StoreWarning
 from ntkit.kernel.base import Kernel, bounds
 from ntkit.kernel.memory import checked_memory
-from ntkit.kernel.store import CHUNK, DTYPES, Layout, Store, Tile
+from ntkit.kernel.store import CHUNK, DTYPES, Layout, Store, Tile, check_place, check_room, lock
 from ntkit.kernel.tasks import Workers, as_workers
 
 # Pieces of work per worker at least, so that they finish at about the same time.
 PIECES = 4
+# Examples whose entries are kept with a matrix, and by how much of the largest they may differ when it goes on: between
+# machines, devices and numbers of threads they are rounded differently.
+SAMPLED = 3
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
 class SavedKernel(Kernel):
@@ -34,13 +39,17 @@ class SavedKernel(Kernel):
         """Read a finished store.
 
         Raises:
-            StoreError: if tiles are missing.
+            StoreError: if tiles are missing, or files of theirs are missing or cut short, which are named.
         """
-        missing = len(store.layout.tiles()) - len(store.finished())
-        if missing:
+        troubles = store.troubles()
+        if troubles:
+            damaged, count = [words for words in troubles.values() if words], len(store.layout.tiles())
+            missing = len(troubles) - len(damaged)
+            said = [f"{missing} of {count} tiles are missing"] if missing else []
+            said += [f"{len(damaged)} of {count} tiles are damaged: {'; '.join(damaged[:10])}"] if damaged else []
             raise StoreError(
-                f"{store.path} is not finished: {missing} of {len(store.layout.tiles())} tiles are missing. Run the "
-                "command that wrote it again, and it goes on from there"
+                f"{store.path} is not finished: {', '.join(said)}. Run the command that wrote it again, and it goes on "
+                "from there"
             )
         self.store = store
         self.scalars = int(store.facts["scalars"])
@@ -146,23 +155,84 @@ def save_kernel(
     budget = checked_memory(memory) // crew.count
     layout = layout_of(kernel, str(dtype or kernel.dtype).removeprefix("torch."), budget)
     # the same budget again when it goes on: the size of chunks decides how sums are rounded
-    store = begin(Path(path), layout, kernel.identity(), {"scalars": kernel.scalars, "memory": budget})
-    fill(store, crew, compute, kernel, lambda tiles: pieces(tiles, crew.count), progress)
+    facts = {"scalars": kernel.scalars, "memory": budget}
+    with begin(Path(path), layout, kernel.identity(), facts, lambda: corner(kernel)) as store:
+        fill(store, crew, compute, kernel, lambda tiles: pieces(tiles, crew.count), progress)
     return SavedKernel(store)
 
 
-def begin(place: Path, layout: Layout, identity: dict[str, str], facts: dict[str, Any]) -> Store:
-    """The store at a place: the one that is there if it is of the same, or a new one.
+@contextmanager
+def begin(
+    place: Path, layout: Layout, identity: dict[str, str], facts: dict[str, Any], sample: Callable[[], Tensor]
+) -> Iterator[Store]:
+    """The store at a place, under its lock: the one that is there if it is of the same, or a new one.
+
+    Args:
+        place: its folder.
+        layout: how it is cut, if it is new.
+        identity: what the matrix is of.
+        facts: what a reader wants to know besides.
+        sample: computes a few entries, which are kept, and compared with those that were kept before.
 
     Raises:
         InputError: if the place cannot be used.
-        StoreError: if what is there is of something else, or the disk has no room.
+        StoreError: if what is there is of something else, another run is writing, or the disk has no room.
     """
-    if not Store.exists(place):
-        return Store.create(place, layout, identity, facts)
-    store = Store.open(place)
-    store.require(layout, identity)
-    return store
+    check_place(place)
+    if Store.exists(place):  # refused before anything is touched
+        Store.open(place).require(layout, identity)
+    else:
+        check_room(place, layout)
+    values = sample()
+    if Store.exists(place):
+        compare(Store.open(place), values)
+    with lock(place) as run:
+        if not Store.exists(place):
+            Store.create(place, layout, identity, {**facts, "sample": sampled(values)})
+        store = Store.open(place)
+        store.require(layout, identity)  # another run may have begun it meanwhile
+        compare(store, values)
+        (place / "records").mkdir(exist_ok=True)
+        store.sweep()
+        store.run = run
+        try:
+            yield store
+        finally:
+            store.run = None
+
+
+def corner(kernel: Kernel) -> Tensor:
+    """The entries between the first few examples. Cost: up to 3 examples are captured."""
+    k = kernel.scalars
+    most = k * max(1, min(SAMPLED, 64 // k))
+    rows, cols = (slice(0, min(size, most)) for size in kernel.shape)
+    return next(iter(kernel.stripe(rows, [cols])))
+
+
+def sampled(values: Tensor) -> list[list[float]]:
+    """Up to 16 x 16 of some entries, evenly spaced."""
+    rows, cols = (-(-size // 16) for size in values.shape)
+    return values[::rows, ::cols].double().tolist()
+
+
+def compare(store: Store, values: Tensor) -> None:
+    """Refuse a store whose first entries are not those of the kernel that is to go on with it.
+
+    The identity sees what code names. This sees whatever else there may be: files that a model reads, environment
+    variables, compiled code.
+
+    Raises:
+        StoreError: if they differ by more than another machine's rounding would.
+    """
+    kept, found = (np.array(entries) for entries in (store.facts["sample"], sampled(values)))
+    largest, difference = max(np.abs(kept).max(), np.abs(found).max()), np.abs(kept - found).max()
+    if difference > TOLERANCE.get(values.dtype, 0.1) * largest:
+        raise StoreError(
+            f"{store.path} is of something else and is left as it is: entries between the first examples differ by "
+            f"{difference / largest:.1e} of the largest, though model, data and read-out look the same. Whatever the "
+            "model depends on besides (files, the environment, compiled code) has changed. Choose another place, or "
+            "remove it"
+        )
 
 
 def fill(
@@ -184,18 +254,16 @@ def fill(
         progress: called with (tiles done, tiles in all).
 
     Raises:
-        StoreError: if another run is writing, or the disk is full.
+        StoreError: if the disk is full.
     """
-    with store.locked():
-        store.sweep()
-        todo, total = remaining(store), len(store.layout.tiles())
+    todo, total = remaining(store), store.layout.count
 
-        def tick() -> None:
-            if progress is not None:
-                progress(store.count_records(), total)
+    def tick() -> None:
+        if progress is not None:
+            progress(store.count_records(), total)
 
-        tick()
-        crew.run(function, shared, [(store, task) for task in cut(todo)], tick)
+    tick()
+    crew.run(function, shared, [(store, task) for task in cut(todo)], tick)
 
 
 def begun(kernel: Kernel, place: Path, dtype: str) -> bool:
@@ -203,6 +271,7 @@ def begun(kernel: Kernel, place: Path, dtype: str) -> bool:
     store = Store.open(place)
     try:
         store.require(replace(store.layout, shape=kernel.shape, dtype=dtype), kernel.identity())
+        compare(store, corner(kernel))
     except StoreError:
         return False
     return True

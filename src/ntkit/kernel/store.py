@@ -8,6 +8,10 @@ each finished tile, written after its shard is safely on disk. A tile without a 
     K.zarr/c/3/5                the shard of tile (3, 5); of a symmetric matrix only tiles (i, j) with i <= j
     K.zarr/records/3-5.json     its size and SHA-256
     K.zarr/lock                 held by the run that writes
+    K.zarr/run                  which run that is; held while one of its processes puts a tile in its place
+
+A process can outlive the run that started it, for a second or until its task ends. What it still writes has a name of
+its own, and it finds out that another run has come before anything gets into place.
 """
 
 from __future__ import annotations
@@ -18,12 +22,13 @@ import json
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -34,7 +39,8 @@ if TYPE_CHECKING:
 
 Tile = tuple[int, int]
 
-FORMAT = 1
+# Format 1 is read, and not gone on with: its identity of a model leaves out attributes, helpers and globals.
+FORMAT, READABLE = 2, (1, 2)
 # Rows of an inner chunk of a shard: what another program reads at least when it reads anything.
 CHUNK = 256
 DTYPES = ("float16", "float32", "float64")
@@ -117,7 +123,9 @@ class Record:
 class Store:
     """A matrix on disk; made by `Store.create` or `Store.open`, which read no tile."""
 
-    def __init__(self, path: Path, layout: Layout, identity: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, layout: Layout, identity: Mapping[str, str], facts: Mapping[str, Any], format: int = FORMAT
+    ) -> None:
         """Describe a store that is there.
 
         Args:
@@ -125,16 +133,19 @@ class Store:
             layout: how it is cut.
             identity: what the matrix is of, in named parts, each a digest or a few words.
             facts: whatever a reader wants to know besides.
+            format: of its files.
         """
         self.path = path
         self.layout = layout
         self.identity = dict(identity)
         self.facts = dict(facts)
+        self.format = format
+        self.run: str | None = None  # that of the lock which is held
         self._verified: set[Tile] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process opens the array for itself."""
-        return {name: value for name, value in self.__dict__.items() if name != "_array"} | {"_verified": set()}
+        """Another process makes its own encoder."""
+        return {name: value for name, value in self.__dict__.items() if name != "_encoder"} | {"_verified": set()}
 
     # ------------------------------------------------------------ making and finding
 
@@ -142,27 +153,24 @@ class Store:
     def create(
         cls, path: Path, layout: Layout, identity: Mapping[str, str], facts: Mapping[str, Any] | None = None
     ) -> Store:
-        """A new store without tiles.
+        """A new store without tiles, or the rest of one whose making was broken off. Under the lock.
 
         Raises:
-            InputError: if something is there already, or the parent folder is not.
+            InputError: if something else is there already, or the parent folder is not.
             StoreError: if the disk has no room for it all.
         """
         check_place(path)
-        free = shutil.disk_usage(path.absolute().parent).free
-        if layout.nbytes > free:
-            raise StoreError(
-                f"{path} needs {layout.nbytes:,} bytes of disk and {free:,} are free: make room, choose another disk, "
-                "or store a smaller type (float16 or float32)"
-            )
+        check_room(path, layout)
         found = cls(path, layout, identity, facts or {})
         described = {"format": FORMAT, "symmetric": layout.symmetric, "identity": found.identity, "facts": found.facts}
         with full_disk(path):
+            (path / "records").mkdir(parents=True, exist_ok=True)
+            found.sweep()
+            # the description comes last: where it is, everything is
             _zarr().create_array(
                 path, shape=layout.shape, shards=layout.edge, chunks=layout.chunk, dtype=layout.dtype,
                 compressors=None, fill_value=float("nan"), config=_WHOLE, attributes={"ntkit": described},
             )  # fmt: skip
-            (path / "records").mkdir(exist_ok=True)
         return found
 
     @classmethod
@@ -182,16 +190,16 @@ class Store:
             raise InputError(f"{path} is not a matrix written by ntkit ({type(error).__name__}: {error})") from error
         if not isinstance(described, dict):
             raise InputError(f"{path} is a Zarr array, but not one written by ntkit")
-        if described["format"] != FORMAT:
+        if described["format"] not in READABLE:
             raise StoreError(
-                f"{path} has format {described['format']}, and this version of ntkit reads format {FORMAT}"
+                f"{path} has format {described['format']}, and this version of ntkit reads formats up to {FORMAT}"
             )
         shape, shards = array.shape, array.shards
         assert shards is not None
         layout = Layout(
             (shape[0], shape[1]), (shards[0], shards[1]), np.dtype(array.dtype).name, described["symmetric"]
         )
-        return cls(path, layout, described["identity"], described["facts"])
+        return cls(path, layout, described["identity"], described["facts"], described["format"])
 
     @staticmethod
     def exists(path: Path) -> bool:
@@ -202,8 +210,14 @@ class Store:
         """Refuse to go on with a store of another matrix.
 
         Raises:
-            StoreError: naming what differs.
+            StoreError: naming what differs, or if an older version has written it.
         """
+        if self.format != FORMAT:
+            raise StoreError(
+                f"{self.path} was begun by an older version of ntkit (format {self.format}, now {FORMAT}), which knew "
+                "less of a model to tell it from another. It can be read, and not gone on with: choose another place, "
+                "or remove it"
+            )
         other = [name for name in {**self.identity, **identity} if self.identity.get(name) != identity.get(name)]
         if other:
             differing = "; ".join(
@@ -229,16 +243,20 @@ class Store:
         Raises:
             StoreError: if another run has it.
         """
-        with full_disk(self.path), (self.path / "lock").open("a+") as file:
-            if not _lock(file):
-                raise StoreError(f"another run is writing to {self.path}: wait for it, or stop it")
-            yield
+        with lock(self.path) as self.run:
+            try:
+                yield
+            finally:
+                self.run = None
 
     def write(self, tile: Tile, values: np.ndarray) -> None:
         """Put a tile on disk, then its record. Values are converted to the type of the store.
 
+        Both are written under other names first, and put in place together.
+
         Raises:
-            StoreError: if they do not fit into that type, are not finite, or the disk is full; nothing is damaged then.
+            StoreError: if they do not fit into that type, are not finite, the disk is full, or another run has come
+                since this process was given its task; nothing is damaged then.
         """
         rows, cols = self.layout.slices(tile)
         assert values.shape == (rows.stop - rows.start, cols.stop - cols.start)
@@ -252,24 +270,61 @@ class Store:
                 )
             raise StoreError(f"tile {tile} has entries that are not finite")
         record, shard = self._record_path(tile), self._shard(tile)
-        with full_disk(self.path):
-            self.discard(tile)
-            self._array[rows, cols] = converted
-            with shard.open("rb") as file:
-                os.fsync(file.fileno())
-            content = Record(tile, self.digest, shard.stat().st_size, _sha256(shard))
-            _write_whole(record, json.dumps(asdict(content)))
+        with full_disk(self.path), self._partial(shard) as whole, self._partial(record) as note:
+            content = self._encoded(tile, converted)
+            _write(whole, content)
+            described = Record(tile, self.digest, len(content), hashlib.sha256(content).hexdigest())
+            _write(note, json.dumps(asdict(described)).encode())
+            with _turn(self.path) as file:
+                self._check_run(file)
+                record.unlink(missing_ok=True)  # never the record of one tile beside another one
+                whole.replace(shard)
+                note.replace(record)
         self._verified.add(tile)
+
+    @contextmanager
+    def _partial(self, path: Path) -> Iterator[Path]:
+        """A name for a file until it is whole; what has not been put in its place is removed."""
+        assert self.run is not None, "a store is written under its lock"
+        with _turn(self.path) as file:  # a folder that another run has removed is not made again
+            self._check_run(file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{self.run}.{uuid.uuid4().hex}.partial")
+        try:
+            yield partial
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _check_run(self, file: TextIO) -> None:
+        if file.read() != self.run:
+            raise StoreError(
+                f"another run has begun to write to {self.path}: this process is of an earlier one, and stops"
+            )
+
+    def _encoded(self, tile: Tile, values: np.ndarray) -> memoryview:
+        """The shard of a tile, as Zarr writes it."""
+        array, kept = self._encoder
+        rows, cols = self.layout.slices(tile)
+        array[rows, cols] = values
+        return memoryview(kept.pop(f"c/{tile[0]}/{tile[1]}").as_numpy_array()).cast("B")
+
+    @cached_property
+    def _encoder(self) -> tuple[zarr.Array, dict[str, Any]]:
+        """The array without its shards, in memory, and what that holds."""
+        zarr = _zarr()
+        described = (self.path / "zarr.json").read_bytes()
+        kept = {"zarr.json": zarr.core.buffer.default_buffer_prototype().buffer.from_bytes(described)}
+        return zarr.open_array(zarr.storage.MemoryStore(kept), mode="r+", config=_WHOLE), kept
 
     def discard(self, tile: Tile) -> None:
         """Remove a tile, its record first."""
         self._record_path(tile).unlink(missing_ok=True)
-        self._shard(tile).unlink(missing_ok=True)  # Zarr would read it to keep what is not overwritten
+        self._shard(tile).unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove what a killed run has left half-written. Only for the run that holds the lock."""
-        for folder in (self.path / "c", self.path / "records"):
-            for left in folder.rglob("*.partial"):
+        for pattern in ("*.partial", "c/**/*.partial", "records/*.partial"):
+            for left in self.path.glob(pattern):
                 left.unlink(missing_ok=True)
 
     # ------------------------------------------------------------ reading
@@ -283,6 +338,15 @@ class Store:
     def finished(self) -> list[Tile]:
         """Tiles with a record and a shard of the recorded size; contents are not read."""
         return [tile for tile in self.layout.tiles() if self._trouble(tile) is None]
+
+    def troubles(self) -> dict[Tile, str | None]:
+        """Tiles that are not finished, and what is wrong with them; None for those without a record."""
+        found = {tile: self._trouble(tile) for tile in self.layout.tiles()}
+        return {
+            tile: trouble if self._record_path(tile).exists() else None
+            for tile, trouble in found.items()
+            if trouble is not None
+        }
 
     def count_records(self) -> int:
         """How many tiles have a record, valid or not: cheap, for a progress bar."""
@@ -361,9 +425,38 @@ class Store:
     def _shard(self, tile: Tile) -> Path:
         return self.path / "c" / str(tile[0]) / str(tile[1])
 
-    @cached_property
-    def _array(self) -> zarr.Array:
-        return _zarr().open_array(self.path, mode="r+", config=_WHOLE)
+
+@contextmanager
+def lock(path: Path) -> Iterator[str]:
+    """The right to write at a place, for the one run that has it; its name.
+
+    Raises:
+        StoreError: if another run has it.
+    """
+    with full_disk(path):
+        path.mkdir(exist_ok=True)
+        with (path / "lock").open("a+") as file:
+            if not _lock(file) or not _is_there(file, path / "lock"):
+                raise StoreError(f"another run is writing to {path}: wait for it, or stop it")
+            name = uuid.uuid4().hex
+            (path / "run").touch()
+            with _turn(path) as run:  # from here on, what is left of earlier runs puts nothing in place
+                run.truncate()
+                run.write(name)
+                run.flush()  # before others may read it
+            yield name
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[TextIO]:
+    """The file with the name of the run that may write, held."""
+    try:
+        file = (path / "run").open("r+")
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} was removed while a process was writing to it") from error
+    with file:
+        _lock(file, wait=True)
+        yield file
 
 
 def check_place(path: Path) -> None:
@@ -377,8 +470,30 @@ def check_place(path: Path) -> None:
         raise InputError(f"the folder {parent} does not exist: make it, or choose another place")
     if not os.access(path if path.is_dir() else parent, os.W_OK):
         raise InputError(f"cannot write to {path if path.is_dir() else parent}: choose another place")
-    if path.exists() and not Store.exists(path) and not (path.is_dir() and set(os.listdir(path)) <= {"lock"}):
+    if path.exists() and not Store.exists(path) and not _is_left_over(path):
         raise InputError(f"{path} exists and is not a matrix written by ntkit: choose another place, or remove it")
+
+
+def check_room(path: Path, layout: Layout) -> None:
+    """Refuse a disk that is too small.
+
+    Raises:
+        StoreError: with the bytes that are needed.
+    """
+    free = shutil.disk_usage(path.absolute().parent).free
+    if layout.nbytes > free:
+        raise StoreError(
+            f"{path} needs {layout.nbytes:,} bytes of disk and {free:,} are free: make room, choose another disk, "
+            "or store a smaller type (float16 or float32)"
+        )
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a folder holds what a run leaves that is killed while it makes a store, and nothing else."""
+    if not path.is_dir():
+        return False
+    names = {n for n in os.listdir(path) if not (n.startswith("zarr.") and n.endswith(".partial"))}
+    return names <= {"lock", "run", "records"} and not ("records" in names and os.listdir(path / "records"))
 
 
 # A strip that happens to equal the fill value is written too: the length of a file must not depend on its content.
@@ -403,27 +518,33 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """A small file that is either whole and on disk, or not there."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("w") as file:
-        file.write(text)
+def _write(path: Path, content: bytes | memoryview) -> None:
+    """A file that is on disk afterwards."""
+    with path.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
 
 
-def _lock(file: Any) -> bool:
-    """Take a file's lock without waiting; False if another process has it."""
+def _lock(file: Any, *, wait: bool = False) -> bool:
+    """Take a file's lock; False if another process has it and is not waited for."""
     try:
         import fcntl
     except ImportError:  # Windows: files that are open cannot be replaced there, which keeps two runs apart
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     return True
+
+
+def _is_there(file: Any, path: Path) -> bool:
+    """Whether an open file still has its name: its folder may have been removed and made again since."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
