@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import multiprocessing
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +23,13 @@ import torch
 from torch import Tensor, nn
 
 import ntkit
-from ntkit.errors import InputError, ModelError, WorkerError
+from ntkit.errors import InputError, ModelError, StoreError, WorkerError
+from ntkit.kernel import store as on_disk
+from ntkit.kernel import tasks
+from ntkit.kernel.saved import compute
 from ntkit.kernel.store import Store
-from ntkit.kernel.tasks import OnDask, Parcel, Processes, Through, as_workers
+from ntkit.kernel.tasks import OnDask, Parcel, Processes, Through, _work, as_workers, moved, on_gpu
+from ntkit.tangent.sketch import Sketch
 from tests.test_saved import InTiles, N, examples, in_tiles, network, truth
 
 pytest.importorskip("zarr", minversion="3", reason="zarr 3 needs Python 3.11")
@@ -136,9 +145,6 @@ def test_two_workers_of_a_cluster_are_killed(cluster: Any, tmp_path: Path) -> No
 
 
 def test_a_pool_ends_with_its_parent(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     root, path = Path(__file__).parents[1], tmp_path / "k"
     script = f"""
 import sys
@@ -156,6 +162,67 @@ if __name__ == "__main__":
     assert children
     assert not alive
     check(in_tiles().save(path))
+
+
+class Lingering(InTiles):
+    """Its processes are in the middle of a tile most of the time: its files are there and not in their places."""
+
+    def stripe(self, rows: slice, columns: Sequence[slice], *, memory: int | None = None) -> Iterator[Tensor]:
+        if multiprocessing.parent_process() is not None:
+            write = on_disk._write
+
+            def slowly(file: Path, content: Any) -> None:
+                write(file, content)
+                time.sleep(0.5)
+
+            on_disk._write = slowly
+            try:
+                yield from super().stripe(rows, columns, memory=memory)
+            finally:
+                on_disk._write = write
+        else:
+            yield from super().stripe(rows, columns, memory=memory)
+
+
+def test_a_run_goes_on_beside_what_the_killed_one_has_left_running(tmp_path: Path) -> None:
+    root, path = Path(__file__).parents[1], tmp_path / "k"
+    script = f"""
+import sys
+sys.path.insert(0, {str(root)!r})
+from tests.test_tasks import Lingering
+from tests.test_saved import examples, network
+import ntkit
+if __name__ == "__main__":
+    Lingering(ntkit.linearize(network()), examples()).save({str(path)!r}, workers=2)
+"""
+    (tmp_path / "script.py").write_text(script)
+    with subprocess.Popen([sys.executable, str(tmp_path / "script.py")]) as process:
+        wait_for(lambda: begun(path, 1)() and list(path.glob("*/**/*.partial")))
+        children = psutil.Process(process.pid).children()
+        process.kill()
+    check(in_tiles().save(path))  # at once, beside the children
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert children
+    assert not alive
+    again = ntkit.open_kernel(path)
+    again.verify()
+    check(again)
+
+
+def test_a_worker_of_a_cluster_that_an_earlier_run_has_left_stops(cluster: Any, tmp_path: Path) -> None:
+    path = tmp_path / "k"
+    in_tiles().save(path)
+    (path / "records" / "0-1.json").unlink()
+    left = Store.open(path)
+    with left.locked():
+        copied = pickle.loads(pickle.dumps(left))
+    check(in_tiles().save(path))
+    (path / "records" / "0-1.json").unlink()
+    executor = cluster.get_executor(pure=False)
+    future = executor.submit(_work, Parcel.of(in_tiles()), compute, (copied, [(0, 1)]))
+    with pytest.raises(StoreError, match="another run has begun to write"):
+        future.result()
+    check(in_tiles().save(path, workers=cluster))
 
 
 class Dying(Executor):
@@ -212,8 +279,6 @@ def test_models_of_scripts_and_lambdas_are_sent() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.act(self.inner(x))
 
-    import pickle
-
     kernel = ntkit.TangentKernel(
         ntkit.linearize(Local(), readout=ntkit.Logits(select=lambda out: out[:, :1]), parameters="inner.weight"),
         examples(4).float(), examples(3, 2).float(), trace=True, memory=10**8,
@@ -256,3 +321,127 @@ def test_a_copy_on_a_device_has_the_same_kernel() -> None:
     assert moved.tangent.model is not kernel.tangent.model
     assert torch.equal(moved.dense(), kernel.dense())
     assert len(moved.dense()) == 3 * N
+
+
+# ---------------------------------------------------------------- on GPUs
+
+
+class Pretending(InTiles):
+    """On a GPU, as it says; where it goes, it notes."""
+
+    where = "cuda:0"
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.where)
+
+    def to(self, device: torch.device | str) -> Any:
+        there = copy.copy(self)
+        there.where = str(device)
+        return there
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _pretending_again, (*super().__reduce__(), self.where)
+
+
+def _pretending_again(make: Callable[..., Pretending], parts: tuple[Any, ...], where: str) -> Pretending:
+    made = make(*parts)
+    made.where = where
+    return made
+
+
+def pretending() -> Pretending:
+    return Pretending(ntkit.linearize(network()), examples())
+
+
+def test_only_what_is_on_a_gpu_is_moved_to_another() -> None:
+    cpu, gpu, x = in_tiles(), pretending(), examples()
+    shared = (cpu, gpu, (x, "text", gpu))
+    which = on_gpu(shared)
+    assert which == (False, True, (False, False, True))
+    there = moved(shared, which, "cuda:3")
+    assert there[0] is cpu
+    assert there[2][0] is x
+    assert there[1].where == there[2][2].where == "cuda:3"
+    assert gpu.where == "cuda:0"
+    assert moved(cpu, on_gpu(cpu), "cuda:3") is cpu
+
+
+@pytest.mark.parametrize(("make", "expected"), [
+    (in_tiles, "cpu"), (pretending, "cuda:1"), (lambda: (pretending(), examples()), "cuda:1"),
+])  # fmt: skip
+def test_processes_take_one_gpu_after_the_other(
+    make: Callable[[], Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(tasks, "_die_with", lambda _: None)
+    monkeypatch.setattr(tasks._Unpacked, "value", None)
+    monkeypatch.setattr(tasks._Unpacked, "name", "")
+    parcel = Processes(8)._pack(make())
+    sent = pickle.loads(parcel.content)
+    assert str((sent[0] if isinstance(sent, tuple) else sent).device) == "cpu"  # not by way of the parent's GPU
+    numbers = multiprocessing.get_context("spawn").SimpleQueue()
+    numbers.put(5)
+    tasks._settle(parcel, torch.get_num_threads(), os.getppid(), numbers)
+    value = tasks._Unpacked.value
+    if isinstance(value, tuple):
+        assert value[1].device.type == "cpu"
+        value = value[0]
+    assert str(value.device) == expected
+
+
+def test_features_and_kernels_made_of_kernels_can_be_moved() -> None:
+    made = ntkit.FeatureMap(ntkit.linearize(network()), Sketch(16, 0))
+    there = made.to("cpu")
+    assert there.device == made.device == torch.device("cpu")
+    assert there.tangent.model is not made.tangent.model
+    assert torch.equal(there(examples()), made(examples()))
+    for kernel in (0.5 * in_tiles(), in_tiles() + in_tiles(), in_tiles(readout=ntkit.SumOfLogits()).centred()):
+        assert torch.equal(kernel.to("cpu").dense(), kernel.dense())  # type: ignore[attr-defined]
+    left, right = pretending(), pretending()
+    total = (2.0 * (left + right)).to("cuda:1")  # type: ignore[attr-defined]
+    assert total.device == torch.device("cuda:1")
+    assert left.where == "cuda:0"
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def note_device(shared: Any, task: tuple[Path, str]) -> Iterator[None]:
+    folder, name = task
+    first = shared[0] if isinstance(shared, tuple) else shared
+    (folder / name).write_text(str(first.device))
+    time.sleep(1)  # so that both processes take one
+    yield
+
+
+@cuda
+@pytest.mark.parametrize("kind", ["kernel", "scaled", "features"])
+def test_two_processes_on_gpus(kind: str, tmp_path: Path) -> None:
+    tangent = ntkit.linearize(network().to("cuda"))
+    kernel = InTiles(tangent, examples())
+    shared: Any = {
+        "kernel": kernel, "scaled": 1.0 * kernel, "features": (ntkit.FeatureMap(tangent, Sketch(16, 0)), examples()),
+    }[kind]  # fmt: skip
+    Processes(2).run(note_device, shared, [(tmp_path, str(i)) for i in range(4)], lambda: None)
+    found = {file.read_text() for file in tmp_path.iterdir()}
+    assert found == {f"cuda:{i}" for i in range(min(2, torch.cuda.device_count()))}
+
+
+@cuda
+def test_matrices_of_processes_on_gpus(tmp_path: Path) -> None:
+    on_gpu = InTiles(ntkit.linearize(network().to("cuda")), examples())
+    check(on_gpu.save(tmp_path / "g", workers=2))
+    check(in_tiles().save(tmp_path / "g"))  # a device is no part of what a matrix is of
+    check(in_tiles().save(tmp_path / "c", workers=2))
+    made = ntkit.FeatureMap(ntkit.linearize(network().to("cuda")), Sketch(16, 0))
+    saved = made.save(examples(), tmp_path / "f", workers=2)
+    torch.testing.assert_close(saved.features(), made(examples()).cpu(), rtol=1e-10, atol=1e-10)
+
+
+@cuda
+def test_a_kernel_on_the_cpu_stays_there(tmp_path: Path) -> None:
+    Processes(1).run(note_device, in_tiles(), [(tmp_path, "0")], lambda: None)
+    assert (tmp_path / "0").read_text() == "cpu"

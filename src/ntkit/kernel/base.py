@@ -6,6 +6,7 @@ derived from them here, and may be overridden where a kernel knows a faster way.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from abc import ABC, abstractmethod
@@ -270,6 +271,14 @@ class _Wrapped(Kernel):
     @property
     def symmetric(self) -> bool:
         return self._inner.symmetric
+
+    def to(self, device: torch.device | str) -> Kernel:
+        """The same of its kernels on another device; those that cannot be moved stay where they are."""
+        there = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) or (isinstance(value, Kernel) and hasattr(value, "to")):
+                setattr(there, name, value.to(device))  # pyright: ignore[reportAttributeAccessIssue]
+        return there
 
     def identity(self) -> dict[str, str]:
         """What the inner kernel depends on, and what is done to it."""

@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, 
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 import torch
 
@@ -32,6 +32,8 @@ T = TypeVar("T")
 # A function of what is shared and of one task, that stops for breath after each piece of it.
 Function = Callable[[Any, T], Iterator[None]]
 Tick = Callable[[], None]
+# Whether something is meant, or of a tuple which of its members.
+Which = Union[bool, "tuple[Which, ...]"]
 
 # Seconds between two looks at what the workers have done.
 POLL = 0.5
@@ -80,6 +82,10 @@ class _Elsewhere(Workers):
         """Of torch in a task; None for what the worker was started with."""
         return None
 
+    def _pack(self, shared: Any) -> Parcel:
+        """What is shared, ready to be sent."""
+        return Parcel.of(shared)
+
     @abstractmethod
     def _start(self, parcel: Parcel) -> tuple[Executor, Any]:
         """An executor, and what tasks are given in place of the parcel."""
@@ -90,7 +96,7 @@ class _Elsewhere(Workers):
 
     def run(self, function: Function[T], shared: Any, tasks: Sequence[T], tick: Tick) -> None:
         """Do all tasks, those of dead workers again."""
-        parcel, left, idle = Parcel.of(shared), list(tasks), 0
+        parcel, left, idle = self._pack(shared), list(tasks), 0
         while left:
             lost, cause = self._round(function, parcel, left, tick)
             idle = idle + 1 if len(lost) == len(left) else 0
@@ -129,7 +135,10 @@ class _Elsewhere(Workers):
 
 
 class Processes(_Elsewhere):
-    """A pool of processes on this machine, each with its share of the cores, or one on each GPU."""
+    """A pool of processes on this machine, each with its share of the cores.
+
+    What is on a GPU is given to them one GPU after the other; what is not stays off them.
+    """
 
     def __init__(self, count: int) -> None:
         """Start nothing yet.
@@ -140,6 +149,11 @@ class Processes(_Elsewhere):
         if isinstance(count, bool) or count < 1:
             raise InputError(f"the number of workers is a positive one: got {count!r}")
         self.count = count
+
+    def _pack(self, shared: Any) -> Parcel:
+        # packed off the GPU, or every process would first unpack it on the parent's
+        which = on_gpu(shared)
+        return Parcel.of(moved(shared, which, "cpu"), which)
 
     def _start(self, parcel: Parcel) -> tuple[Executor, Any]:
         context = get_context("spawn")  # a forked child would inherit torch's threads in the middle of what they do
@@ -226,13 +240,20 @@ def as_workers(workers: int | Executor | Workers | Client | None) -> Workers:
 
 @dataclass(frozen=True)
 class Parcel:
-    """Something large, packed once."""
+    """Something large, packed once.
+
+    Attributes:
+        content: the bytes.
+        name: their SHA-256.
+        which: of its members belong on a GPU, each process on its own.
+    """
 
     content: bytes
     name: str
+    which: Which = False
 
     @classmethod
-    def of(cls, shared: Any) -> Parcel:
+    def of(cls, shared: Any, which: Which = False) -> Parcel:
         """Pack.
 
         Raises:
@@ -249,7 +270,22 @@ class Parcel:
                 f"the model or the data cannot be sent to other processes ({type(error).__name__}: {error}): compute "
                 "in this one, or define their classes at the top of a module"
             ) from error
-        return cls(content, hashlib.sha256(content).hexdigest())
+        return cls(content, hashlib.sha256(content).hexdigest(), which)
+
+
+def on_gpu(shared: Any) -> Which:
+    """Whether something computes on a GPU and can be moved to another one; of a tuple, which of its members."""
+    if isinstance(shared, tuple):
+        return tuple(map(on_gpu, shared))
+    device = getattr(shared, "device", None)
+    return isinstance(device, torch.device) and device.type == "cuda" and hasattr(shared, "to")
+
+
+def moved(shared: Any, which: Which, device: str) -> Any:
+    """What `on_gpu` has found, on another device; all else is left where it is."""
+    if isinstance(which, tuple):
+        return tuple(moved(item, here, device) for item, here in zip(shared, which, strict=True))
+    return shared.to(device) if which else shared
 
 
 class _Unpacked:
@@ -257,7 +293,6 @@ class _Unpacked:
 
     name: str = ""
     value: Any = None
-    device: str | None = None
     # A model is put into another state while it is captured, so that a process does one task at a time.
     lock = threading.Lock()
 
@@ -295,8 +330,8 @@ def _settle(parcel: Parcel, threads: int, parent: int, numbers: Any) -> None:
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
     value, number = pickle.loads(parcel.content), numbers.get()
-    if torch.cuda.is_available() and hasattr(value, "to"):
-        value = value.to(f"cuda:{number % torch.cuda.device_count()}")
+    if torch.cuda.is_available():
+        value = moved(value, parcel.which, f"cuda:{number % torch.cuda.device_count()}")
     _Unpacked.name, _Unpacked.value = parcel.name, value
 
 
