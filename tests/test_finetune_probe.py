@@ -101,6 +101,29 @@ def test_every_row_is_what_plain_loops_give() -> None:
         probing.step()
 
 
+class Counted(Net):
+    """Counts the examples that go through the backbone, of all copies."""
+
+    seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counted.seen += len(x)
+        return super().forward(x)
+
+
+def test_longer_probing_costs_no_more_passes_of_the_backbone() -> None:
+    """Features are read once, for the energy of every epoch too; and it is the energy of the whole network."""
+    seen = []
+    for last in (1, 30):
+        torch.manual_seed(0)
+        model = Counted().double().eval()
+        before = Counted.seen
+        found = sweep(model=model, probing=replace(PROBING, taus=(last,)))
+        seen.append(Counted.seen - before)
+        assert found.energies[-1] == pytest.approx(found.rows[0].energy)
+    assert seen[0] == seen[1]
+
+
 def test_energy_falls_while_probing_and_the_model_is_untouched() -> None:
     model = net()
     model.first.requires_grad_(False)

