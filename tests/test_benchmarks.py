@@ -20,6 +20,7 @@ from benchmarks.active import results as bought
 from benchmarks.cases import CASES, OURS, PARAMETERS, PEERS
 from benchmarks.distill import noise
 from benchmarks.distill import results as distilled
+from benchmarks.dynamics import overhead
 from benchmarks.finetune import results as tuned
 from benchmarks.machine import environment, slug
 from benchmarks.record import Checksum, Job, Record, Sample
@@ -402,6 +403,19 @@ def test_table_for_people_marks_what_was_missed() -> None:
     assert lines[3] == "| times faster than the tutorial | 400 (240) |"
     assert lines[4] == "| times faster than the hand-written way | 100 (150) \N{BALLOT X} |"
     assert lines[5].endswith("| 302 (400) |")
+
+
+def test_the_page_on_dynamics_has_what_recording_costs() -> None:
+    page = (run.ROOT / "docs/dynamics.md").read_text()
+    found = json.loads((overhead.RESULTS / "overhead.json").read_text())
+    rows = overhead.table()
+    assert len(rows) == 2 + len(overhead.BATCHES)
+    assert not [line for line in rows if line not in page]
+    disk = found["disk"]
+    assert f"Writing takes {disk['write_ms']:.1f} ms, forcing it to the disk {disk['fsync_ms']:.0f} ms" in page
+    for line in found["lines"]:  # what the page says in words
+        assert (line["overhead"] < 0.1) == (line["batch"] >= 512)
+        assert line["overhead"] < 0.7 * line["model_as_it_is"]
 
 
 def test_pages_on_distillation_and_fine_tuning_have_what_was_found() -> None:

@@ -13,6 +13,8 @@ from ntkit.tangent.readout import logits
 from ntkit.tangent.untouched import evaluating
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ntkit.tangent.examples import Batch, Examples
     from ntkit.tangent.readout import Select
 
@@ -24,15 +26,32 @@ def said(model: nn.Module, examples: Examples, select: Select | None, batch: int
         InputError: if the network fails on the examples, or its output is no (n, C) tensor.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    run = channels_last(model) if device.type == "cpu" else model
     with evaluating(model), torch.no_grad():  # inference mode would spoil what a model caches
         parts = [
-            logits(call(model, examples.batch(slice(start, start + batch), device)), select)
+            logits(call(run, examples.batch(slice(start, start + batch), device)), select)
             for start in range(0, len(examples), batch)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def call(model: nn.Module, batch: Batch) -> Any:
+def channels_last(model: nn.Module) -> Callable[..., Any]:
+    """The model with copies of its filters in the order of axes in which a processor convolves and pools fastest.
+
+    The same numbers but for rounding; a forward pass of a small network of convolutions costs less than half. The
+    model's own filters are not touched.
+    """
+    filters = {
+        f"{name}.weight" if name else "weight": module.weight.detach().to(memory_format=torch.channels_last)
+        for name, module in model.named_modules()
+        if type(module) is nn.Conv2d and "weight" in module._parameters
+    }
+    if not filters or isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):  # compiled: as it is
+        return model
+    return lambda *arguments, **keywords: torch.func.functional_call(model, filters, arguments, keywords)
+
+
+def call(model: Callable[..., Any], batch: Batch) -> Any:
     """The model's output, with torch's complaint about a shape or type in words.
 
     Raises:
