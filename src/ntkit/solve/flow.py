@@ -52,6 +52,25 @@ class Stop:
 
 
 @dataclass(frozen=True, eq=False)
+class Ensemble:
+    """A Gaussian process: what networks say that differ by their first weights alone.
+
+    Attributes:
+        mean: of the predictions on M examples, (M, C).
+        covariance: (M, M), the same for every output; or (M*C, M*C), example-major, for a full kernel.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    @property
+    def deviation(self) -> Tensor:
+        """Standard deviation of each prediction, (M, C)."""
+        own = self.covariance.diagonal().clamp_min(0).sqrt()  # rounding leaves it slightly negative where all agree
+        return own.reshape(len(self.mean), -1).expand_as(self.mean)
+
+
+@dataclass(frozen=True, eq=False)
 class KernelFlow:
     """Training with a kernel that stays as it is; every time and every number of steps from one eigendecomposition.
 
@@ -246,6 +265,28 @@ class KernelFlow:
         weights = ((k @ vectors) * moved.cpu()) @ vectors.T
         shared = weights @ k01.T
         return k1 - shared - shared.T + weights @ k0 @ weights.T
+
+    def ensemble(
+        self,
+        course: Course,
+        cross: Kernel | Tensor | np.ndarray,
+        first: Kernel | Tensor | np.ndarray,
+        first_cross: Kernel | Tensor | np.ndarray,
+        first_test: Kernel | Tensor | np.ndarray,
+    ) -> Ensemble:
+        """What an ensemble of wide networks says on M examples: the NTK-GP (Lee et al. 2019, equations 15 and 16).
+
+        Each network starts at its own f0, of mean zero and covariance `first`, and is trained with the same kernel. The
+        flow itself is that of the mean, so it is decomposed without a `prior`. Arguments are those of `covariance`.
+
+        Raises:
+            InputError: if shapes do not fit, or the flow was given one network's f0.
+        """
+        if self.regression.around:
+            raise InputError("an ensemble has no one f0: decompose the flow without `prior`")
+        mean = self.predict(cross, course)
+        spread = self.covariance(course, cross, first, first_cross, first_test)
+        return Ensemble(mean, spread)
 
     def _by_example(self, columns: Tensor) -> Tensor:
         return columns.reshape(-1, self.regression.outputs)
