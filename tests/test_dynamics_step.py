@@ -220,6 +220,53 @@ def test_sequences() -> None:
     torch.testing.assert_close(down.G[1], -one.G[1])
 
 
+def test_where_a_rejected_answer_sends_the_probability() -> None:
+    """A step away from answers of three words, by a trained network, at six prompts.
+
+    Every rejected word falls. The likeliest one takes most of what is set free, at each prompt, and rises at most
+    places, where most of the others fall as well; not at all of them, since the words of one answer move each other.
+    """
+    model = language_model().train()
+    generator = torch.Generator().manual_seed(0)
+    successors = (2 * torch.randn(11, 11, generator=generator)).softmax(1)
+
+    def sentences(count: int) -> Tensor:
+        found = [torch.randint(11, (count,), generator=generator)]
+        for _ in range(5):
+            found.append(torch.multinomial(successors[found[-1]], 1, generator=generator)[:, 0])
+        return torch.stack(found, 1)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        tokens = sentences(32)
+        optimizer.zero_grad()
+        z = model(input_ids=tokens).logits
+        nn.functional.cross_entropy(z[:, :-1].reshape(-1, 11), tokens[:, 1:].reshape(-1)).backward()
+        optimizer.step()
+    model.eval()
+    rows, risen, fallen = torch.arange(3), [], []
+    for _ in range(6):
+        tokens = sentences(1)
+        for place in (3, 4, 5):  # the answer that would have been second at every place
+            tokens[0, place] = model(input_ids=tokens).logits[0, place - 1].argsort(descending=True)[1]
+        y = torch.full((1, 6), -100)
+        rejected = y[0, 2:5] = tokens[0, 3:]
+        step = one_step(
+            model, ({"input_ids": tokens}, y), {"input_ids": tokens}, 0.03,
+            weights=torch.tensor([-1.0]), select=lambda output: output.logits,
+        )  # fmt: skip
+        before, change = step.probabilities[0, 2:5], step.in_probability.actual[0, 2:5]
+        likeliest = before.argmax(1)
+        assert bool((change[rows, rejected] < 0).all())
+        assert float(change[rows, likeliest].sum()) > -0.5 * float(change[rows, rejected].sum())
+        risen += (change[rows, likeliest] > 0).tolist()
+        others = torch.ones_like(change).index_put((rows, rejected), torch.zeros(3).double())
+        others[rows, likeliest] = 0
+        fallen += (((change < 0) * others).sum(1) > others.sum(1) / 2).tolist()
+    assert sum(risen) >= 13
+    assert sum(fallen) >= 12
+
+
 def test_bad_input() -> None:
     model, (x, y, seen) = network(), data()
     with pytest.raises(InputError, match="sum to 1"):
