@@ -1,87 +1,67 @@
 """What a kernel is of, as digests and words that are the same in another process and on another day.
 
-A model is its tensors (`parameters.fingerprint`), how it is built (`architecture`: modules, and the code of their
-methods and of the helpers that these name) and its other values (`settings`: attributes, globals and hooks that a
-forward pass reads). What its own code writes while it runs is none of these.
+A model is its tensors (`parameters.fingerprint`) and how it is built (`architecture`): its modules with their plain
+attributes and hooks, the code of their methods, and what of helpers, classes and plain globals that code names. This is
+read off, nothing is run, and it does not try to see everything: mutable containers, objects of other kinds, files and
+the environment are told by what the model computes, where entries are compared with those that were kept
+(`ntkit.kernel.saved`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import dis
 import enum
 import functools
 import hashlib
 import re
-from collections.abc import Mapping, Set
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkit.tangent.bytecode import code_digest
-from ntkit.tangent.reach import DEEPEST, VOICELESS, Reach, closure, hooks, is_known, members, methods
-
 if TYPE_CHECKING:
     from ntkit.tangent.examples import Batch, Examples
 
 # Examples read at once; the digest depends on it.
 BATCH = 1024
-_IN_THEIR_OWN_WORDS = (
-    type(None), bool, int, float, complex, str, bytes, type(...), range, slice,
-    torch.dtype, torch.Size, torch.layout, torch.memory_format,
-)  # fmt: skip
+# Packages whose functions and classes are known by their names: they may differ between versions that compute the same.
+_KNOWN = {"torch", "numpy", "scipy", "ntkit", "builtins", "transformers", "lightning"} | set(sys.stdlib_module_names)
+# Every module has these, about itself and not about what it computes.
+_INTERNAL = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, Tensor, np.ndarray, FunctionType)
 
 
 def describe(value: Any) -> str:
-    """An object in words without addresses; functions by their code, that of their helpers, and what they read."""
-    reach, words = Reach(value), _Words()
-    functions, values = _functions(reach), _values(reach, words)
-    alone = len(functions) == 1 and not values  # its own code is in its words
-    more = "" if alone or not functions + values else f" with <{_joined(functions + values)[:16]}>"
-    return words.of(value) + more
+    """An object in words without addresses; functions by their code and what it names."""
+    return _words(value, ())
 
 
 def architecture(model: nn.Module) -> str:
-    """SHA-256 of a model's modules, the code of all their methods, and that of the helpers which these name.
-
-    Modules and functions of torch, NumPy and Python itself count by name.
-    """
-    reach, found, numbers = Reach(model), [], {}
+    """SHA-256 of a model's modules, their plain attributes and hooks, their methods' code and what that names."""
+    lines, numbers = [], {}
     for name, module in model.named_modules(remove_duplicate=False):
         number = numbers.setdefault(id(module), len(numbers))  # a module in two places is not two modules
-        known = is_known(type(module).extra_repr)  # those of others may print what changes
-        found.append(f"{name} {number} {type(module).__qualname__}({module.extra_repr() if known else ''})")
-    code = {
-        f"{base.__qualname__}.{n} {_code(f)}" for kind in reach.kinds for base in _own(kind) for n, f in methods(base)
-    }
-    return _joined(found + sorted(code) + _functions(reach))
+        lines.append(f"{name} {number} {type(module).__qualname__}{_attributes(module)}")
+        lines += [_hook(hook) for hooks in _HOOKS for hook in getattr(module, hooks, {}).values()]
+    kinds = dict.fromkeys(type(module) for module in model.modules())
+    lines += [line for kind in kinds for line in _class_attributes(kind)]
+    return _joined([*lines, *_code([function for kind in kinds for function in _methods(kind)])])
 
 
-def settings(model: nn.Module) -> str:
-    """SHA-256 of the values besides parameters and buffers that a forward pass can read and does not write.
-
-    These are attributes of modules and classes, globals, defaults and variables of enclosing functions that are named
-    by the code which a forward pass can run, and hooks. Left out is what the same code assigns or changes in place: a
-    model that has been called is still the same.
-    """
-    reach, words, found = Reach(model), _Words(), []
-    words.reach = reach
-    names = {id(module): name for name, module in model.named_modules()}
-    words.names = names
+def passing_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are not kept with the model, but for those that its methods make or change."""
+    found = {}
     for name, module in model.named_modules():
-        found += [f"{name}.{key} = {words.of(item)}" for key, item in reach.attributes(module).items()]
-        found += [f"{name} hook {words.of(hook)}" for hook in hooks(module)]
-    return _joined(found + _values(reach, words))
-
-
-def written_buffers(model: nn.Module) -> set[str]:
-    """Names of buffers that are not kept with the model and that calling it can change."""
-    reach, found = Reach(model), set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        passing = module._non_persistent_buffers_set & reach.written(type(module))
-        found |= {f"{name}.{key}" if name else key for key in passing}
+        for own in module._non_persistent_buffers_set - _written(type(module)):
+            buffer = module._buffers.get(own)
+            if buffer is not None:
+                found[f"{name}.{own}" if name else own] = buffer
     return found
 
 
@@ -110,135 +90,182 @@ def digest(values: list[Any]) -> str:
     return found.hexdigest()
 
 
-class _Words:
-    """Values in words. With a `reach`, attributes of objects are those that it says can be read."""
+# --- words ------------------------------------------------------------------------------------------------------------
 
-    def __init__(self) -> None:
-        self.reach: Reach | None = None
-        self.names: dict[int, str] = {}
-        self._inside: list[int] = []
 
-    def of(self, value: Any) -> str:
-        """One value; what contains itself, and what is inside of too much else, by its type alone."""
-        if id(value) in self._inside or len(self._inside) > DEEPEST:
-            return type(value).__qualname__
-        self._inside.append(id(value))
+def _words(value: Any, inside: tuple[Any, ...]) -> str:
+    """A value in words; one that contains itself by its type alone."""
+    kind = type(value).__qualname__
+    if any(value is outer for outer in inside):
+        return kind
+    say = functools.partial(_words, inside=(*inside, value))
+    if isinstance(value, enum.Enum):
+        return f"{kind}.{value.name}"
+    if isinstance(value, Tensor):
+        return f"tensor<{digest([value])[:16]}>"
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
+        found = hashlib.sha256(f"{value.shape} {value.dtype}".encode() + value.tobytes())
+        return f"array<{found.hexdigest()[:16]}>"
+    if isinstance(value, nn.Module):
+        tensors = [item for pair in sorted(value.state_dict().items()) for item in pair]
+        return f"{kind}<{_joined([architecture(value), digest(tensors)])[:16]}>"
+    found = _callable(value, say) or _container(value, say)
+    if found is not None:
+        return found
+    fields = vars(value) if hasattr(value, "__dict__") and not isinstance(value, type) else {}
+    if fields and type(value).__repr__ is object.__repr__:
+        return f"{kind}({', '.join(f'{name}={say(item)}' for name, item in sorted(fields.items()))})"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _callable(value: Any, say: Callable[[Any], str]) -> str | None:
+    if isinstance(value, MethodType):
+        return f"{say(value.__self__)}.{say(value.__func__)}"
+    if isinstance(value, functools.partial):
+        return f"partial({', '.join(map(say, [value.func, *value.args, *value.keywords.items()]))})"
+    if isinstance(value, FunctionType):
+        bound = "".join(f", {say(item)}" for item in _bound(value))
+        return f"{value.__qualname__}<{_joined(_code([value]))[:16]}{bound}>"
+    if isinstance(value, type):
+        code = "" if _is_known(value) else f"<{_joined(_code(_methods(value)))[:16]}>"
+        return value.__qualname__ + code
+    return None
+
+
+def _container(value: Any, say: Callable[[Any], str]) -> str | None:
+    kind = type(value).__qualname__
+    if dataclasses.is_dataclass(value):
+        fields = (f"{f.name}={say(getattr(value, f.name))}" for f in dataclasses.fields(value))
+        return f"{kind}({', '.join(fields)})"
+    if isinstance(value, Mapping):
+        return f"{kind}{{{', '.join(sorted(f'{say(key)}: {say(item)}' for key, item in value.items()))}}}"
+    if isinstance(value, Set):
+        return f"{kind}{{{', '.join(sorted(map(say, value)))}}}"
+    if isinstance(value, (tuple, list)):
+        return f"{kind if type(value) is not list else ''}({', '.join(map(say, value))})"
+    return None
+
+
+def _attributes(module: nn.Module) -> str:
+    """Public attributes that nothing but `__init__` sets and that cannot change without being another value."""
+    left_out = _INTERNAL | _written(type(module))
+    kept = [name for name in sorted(vars(module)) if not name.startswith("_") and name not in left_out]
+    return f"({', '.join(f'{n}={describe(vars(module)[n])}' for n in kept if _is_plain(vars(module)[n]))})"
+
+
+def _class_attributes(kind: type) -> list[str]:
+    own = ((name, item) for base in kind.__mro__ if not _is_known(base) for name, item in sorted(vars(base).items()))
+    kept = ((name, item) for name, item in own if not name.startswith("__") and name not in _written(kind))
+    return [f"{kind.__qualname__}.{name}={describe(item)}" for name, item in kept if _is_plain(item)]
+
+
+def _hook(hook: Any) -> str:
+    """A hook by its code and the plain values that it carries; what it keeps is not what it does."""
+    bound = [describe(item) for item in _bound(hook) if _is_plain(item)] if isinstance(hook, FunctionType) else []
+    code = _code([hook]) if isinstance(hook, FunctionType) else []
+    return f"hook {type(hook).__qualname__} {_joined([*code, *bound])}"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, functools.partial):
+        return all(map(_is_plain, (value.args, *value.keywords.values())))
+    return isinstance(value, _PLAIN)
+
+
+# --- code -------------------------------------------------------------------------------------------------------------
+
+
+def _code(functions: Iterable[FunctionType]) -> list[str]:
+    """The code of functions, of the helpers and classes that they name, and the plain globals they read, in words."""
+    found: dict[int, str] = {}
+    waiting = list(functions)
+    while waiting:
+        function = waiting.pop()
+        if id(function) in found or _is_known(function):
+            continue
+        code, space = function.__code__, function.__globals__
+        lines = [f"{function.__qualname__} {_code_digest(code)}"]
+        names, stored = _named(code), set(_stored(code, "STORE_GLOBAL"))
+        places = [space, *(vars(space[n]) for n in names if isinstance(space.get(n), ModuleType))]
+        for name, item in ((n, place[n]) for place in places for n in sorted((names - stored) & place.keys())):
+            if isinstance(item, FunctionType):
+                waiting.append(item)
+            elif isinstance(item, type):
+                waiting += _methods(item)
+            elif _is_plain(item):
+                lines.append(f"{name}={describe(item)}")
+        waiting += [item for item in _bound(function) if isinstance(item, FunctionType)]
+        found[id(function)] = " ".join(lines)
+    return sorted(found.values())
+
+
+def _methods(kind: type) -> list[FunctionType]:
+    """All functions in the bodies of a class and its bases."""
+    found = []
+    for base in kind.__mro__:
+        for _, member in () if _is_known(base) else sorted(vars(base).items(), key=lambda item: item[0]):
+            for wrapped in (member, *(getattr(member, part, None) for part in ("__func__", "fget", "func"))):
+                found += [wrapped] if isinstance(wrapped, FunctionType) else []
+    return found
+
+
+def _written(kind: type) -> set[str]:
+    """Names of attributes that methods set besides `__init__`: caches, counters, the last activations."""
+    found = {
+        n for base in kind.__mro__ for n, item in vars(base).items() if isinstance(item, functools.cached_property)
+    }
+    for method in _methods(kind):
+        if method.__name__ != "__init__":
+            found.update(_stored(method.__code__, "STORE_ATTR"))
+            if _named(method.__code__) & {"setattr", "register_buffer"}:
+                found |= {constant for constant in method.__code__.co_consts if isinstance(constant, str)}
+    return found
+
+
+def _inner(code: CodeType) -> Iterator[CodeType]:
+    """Code and the functions inside of it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _inner(constant)
+
+
+def _named(code: CodeType) -> set[str]:
+    return {name for part in _inner(code) for name in part.co_names}
+
+
+def _stored(code: CodeType, operation: str) -> Iterator[str]:
+    """What is assigned to by an operation of Python's own machine."""
+    return (step.argval for part in _inner(code) for step in dis.get_instructions(part) if step.opname == operation)
+
+
+def _code_digest(code: CodeType) -> str:
+    """SHA-256 of what code does, wherever it is written. Another minor version of Python has another one."""
+    found = hashlib.sha256(code.co_code)
+    for constant in code.co_consts:
+        if isinstance(constant, frozenset):
+            constant = sorted(map(repr, constant))  # their order changes from process to process
+        found.update((_code_digest(constant) if isinstance(constant, CodeType) else repr(constant)).encode())
+    found.update(" ".join(code.co_names).encode())
+    return found.hexdigest()
+
+
+def _bound(function: FunctionType) -> list[Any]:
+    """What a function carries with it and does not write: variables of enclosing functions, and defaults."""
+    cells, stored = [], set(_stored(function.__code__, "STORE_DEREF"))
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
-            return self._of(value)
-        finally:
-            self._inside.pop()
-
-    def _of(self, value: Any) -> str:
-        for words in (self._plain, self._callable, self._container):
-            found = words(value)
-            if found is not None:
-                return found
-        if isinstance(value, VOICELESS):
-            return type(value).__qualname__
-        if isinstance(value, nn.Module):
-            return self._module(value)
-        return self.of(value.__wrapped__) if hasattr(value, "__wrapped__") else self._object(value)
-
-    def _plain(self, value: Any) -> str | None:
-        """Numbers, text, tensors and arrays."""
-        if isinstance(value, enum.Enum):
-            return f"{type(value).__qualname__}.{value.name}"
-        if isinstance(value, Tensor):
-            return f"tensor<{digest([value])[:16]}>"
-        if isinstance(value, torch.device):
-            return "device"  # which changes how sums are rounded, and no more
-        if isinstance(value, (np.ndarray, np.generic)):
-            whole = np.asarray(value)
-            if whole.dtype == object:
-                return f"array{self.of(whole.tolist())}"
-            found = hashlib.sha256(f"{whole.shape} {whole.dtype}".encode() + whole.tobytes())
-            return f"array<{found.hexdigest()[:16]}>"
-        return repr(value) if isinstance(value, _IN_THEIR_OWN_WORDS) else None
-
-    def _container(self, value: Any) -> str | None:
-        if isinstance(value, Mapping):
-            items = sorted(f"{self.of(key)}: {self.of(item)}" for key, item in value.items())
-            return f"{_kind(value, dict)}{{{', '.join(items)}}}"
-        if isinstance(value, Set):
-            return f"{_kind(value, set)}{{{', '.join(sorted(map(self.of, value)))}}}"
-        if isinstance(value, (tuple, list)):
-            return f"{_kind(value, tuple, list)}({', '.join(map(self.of, value))})"
-        return None
-
-    def _callable(self, value: Any) -> str | None:
-        if isinstance(value, MethodType):
-            return f"{self.of(value.__self__)}.{self.of(value.__func__)}"
-        if isinstance(value, functools.partial):
-            items = [value.func, *value.args, *value.keywords.items()]
-            return f"partial({', '.join(map(self.of, items))})"
-        if isinstance(value, FunctionType):
-            bound = "".join(f", {self.of(item)}" for item in self.bound(value).values())
-            return f"{value.__qualname__}<{_code(value)[:16]}{bound}>"
-        if isinstance(value, type) and not is_known(value):
-            return f"{value.__qualname__}<{_joined([_code(f) for base in _own(value) for _, f in methods(base)])[:16]}>"
-        if isinstance(value, (type, BuiltinFunctionType)):
-            return value.__qualname__
-        return value.__name__ if isinstance(value, ModuleType) else None
-
-    def bound(self, function: FunctionType) -> dict[str, Any]:
-        """What a function carries with it: variables of enclosing functions, and defaults."""
-        cells = closure(function)
-        if self.reach is not None:
-            cells = {name: item for name, item in cells.items() if not self.reach.is_written(function, name)}
-        defaults = {str(i): item for i, item in enumerate(function.__defaults__ or ())}
-        return {**cells, **defaults, **(function.__kwdefaults__ or {})}
-
-    def _module(self, value: nn.Module) -> str:
-        if id(value) in self.names:
-            return f"module {self.names[id(value)]!r}"
-        tensors = {**dict(value.named_parameters()), **dict(value.named_buffers())}
-        parts = [f"{name}={self.of(t)}" for name, t in tensors.items()]
-        for name, module in value.named_modules():
-            reach = self.reach or Reach(value)
-            parts += [f"{name} {type(module).__qualname__}", *map(self.of, hooks(module))]
-            parts += [f"{name}.{key}={self.of(item)}" for key, item in reach.attributes(module).items()]
-        return f"{type(value).__qualname__}({', '.join(parts)})"
-
-    def _object(self, value: Any) -> str:
-        if dataclasses.is_dataclass(value):
-            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
-        else:
-            fields = dict(sorted(members(value)))
-        if self.reach is not None and not is_known(type(value)):
-            kept = self.reach.attributes(value)
-            fields = {name: item for name, item in fields.items() if name in kept}
-        if fields or members(value) or type(value).__repr__ is object.__repr__:
-            inner = (f"{name}={self.of(item)}" for name, item in fields.items())
-            return f"{type(value).__qualname__}({', '.join(inner)})"
-        return _without_addresses(repr(value))
+            if name not in stored | {"__class__"}:  # the class that `super()` asks for
+                cells.append(cell.cell_contents)
+        except ValueError:
+            continue
+    return [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
 
 
-def _functions(reach: Reach) -> list[str]:
-    """The code of all functions that can be run, whatever the modules are called that they are in."""
-    return sorted({f"{f.__qualname__} {_code(f)}" for f in reach.functions.values()})
-
-
-def _values(reach: Reach, words: _Words) -> list[str]:
-    """Globals, class attributes, and what functions carry with them."""
-    found = [f"{name} = {words.of(value)}" for name, value in reach.read_globals()]
-    for kind in reach.kinds:
-        found += [f"{kind.__qualname__}.{n} = {words.of(item)}" for n, item in reach.class_attributes(kind).items()]
-    for function in reach.functions.values():
-        bound = ", ".join(f"{name}={words.of(item)}" for name, item in words.bound(function).items())
-        found += [f"{function.__qualname__}({bound})"] if bound else []
-    return sorted(set(found))
-
-
-def _kind(value: Any, *plain: type) -> str:
-    return "" if type(value) in plain else type(value).__qualname__
-
-
-def _own(kind: type) -> list[type]:
-    return [base for base in kind.__mro__ if not is_known(base)]
-
-
-def _code(function: FunctionType) -> str:
-    return code_digest(function.__code__)
+def _is_known(value: Any) -> bool:
+    return (getattr(value, "__module__", None) or "").partition(".")[0] in _KNOWN
 
 
 def _joined(lines: list[str]) -> str:
@@ -248,7 +275,3 @@ def _joined(lines: list[str]) -> str:
 def _members(batch: Batch) -> list[Any]:
     named = [item for pair in sorted(batch.keywords.items(), key=lambda pair: pair[0]) for item in pair]
     return [*batch.arguments, *named, batch.targets]
-
-
-def _without_addresses(text: str) -> str:
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)

@@ -26,7 +26,7 @@ from ntkit.tangent.directional import (
 )
 from ntkit.tangent.examples import Batch, Examples
 from ntkit.tangent.generic import generic_rows
-from ntkit.tangent.identity import architecture, describe, settings
+from ntkit.tangent.identity import architecture, describe
 from ntkit.tangent.images import OVERWRITTEN
 from ntkit.tangent.readout import Logits, Readout
 from ntkit.tangent.trial import Anatomy, check_scalars, disagreements, examine, run_model, true_products
@@ -117,7 +117,6 @@ class Tangent:
         """
         return {
             "architecture": architecture(self.model),
-            "settings": settings(self.model),
             "parameters": selecting.fingerprint(self.model, self.selection),
             "readout": describe(self.readout),
             "precision": str(self.dtype).removeprefix("torch."),

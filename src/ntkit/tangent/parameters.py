@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError
-from ntkit.tangent.identity import digest, written_buffers
+from ntkit.tangent.identity import digest, passing_buffers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,10 +108,7 @@ def fingerprint(model: nn.Module, selection: Selection) -> str:
 
     Buffers that are not saved with the model count as well, but for those that calling it makes or changes.
     """
-    kept = model.state_dict()
-    passing = dict(model.named_buffers(remove_duplicate=False)).keys() - kept.keys()
-    passing -= written_buffers(model) if passing else set()
-    content = {**kept, **{name: model.get_buffer(name) for name in passing}}
+    content = {**model.state_dict(), **passing_buffers(model)}
     found = hashlib.sha256()
     for name, value in sorted(content.items(), key=lambda item: item[0]):
         found.update(f"{name} {digest([value])};".encode())
