@@ -90,7 +90,7 @@ def scaling() -> list[str]:
 
 
 def clusters() -> list[str]:
-    """What data sets past one machine would take: by measured times where there are any, and by counted FLOPs."""
+    """What data sets past one machine would take: by measured times, and by counted FLOPs."""
     run = found("clusters")
     if run is None:
         return []
@@ -104,7 +104,18 @@ def clusters() -> list[str]:
         if "hours_on_machines_like_this" in one:
             rows.append(f"{start} machines like this (measured tasks) | {_times(one['hours_on_machines_like_this'])} |")
         rows.append(f"{start} GPUs (counted FLOPs) | {_times(one['hours_on_gpus'])} |")
+        if (speeds := _measured_on_a_gpu(one["network"])) is not None:
+            seconds = one["captures"] * speeds["seconds_a_capture"] + one["pairs"] * speeds["seconds_a_pair"]
+            rows.append(f"{start} H200s (measured on one) | {_times({g: seconds / int(g) / 3600 for g in counts})} |")
     return rows
+
+
+def _measured_on_a_gpu(network: str) -> dict[str, float] | None:
+    """Seconds that an H200 takes to capture an example of a network, and to contract a pair (`benchmarks.gpu`)."""
+    path = RESULTS.parents[1] / "results/2026-11-27-nvidia-h200.json"
+    if not path.exists():
+        return None
+    return json.loads(path.read_text())["speeds"]["resnet18" if "ResNet" in network else "cnn"]
 
 
 def _times(hours: dict[str, float]) -> str:
