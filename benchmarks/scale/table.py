@@ -69,8 +69,8 @@ def accuracies() -> list[str]:
     """Test accuracy of the sketched regressions beside the network's own."""
     rows = ["| data | state | network | pNTK regression | trace-kernel regression |", "|---|---|---|---|---|"]
     for name in ("cifar10", "fashion"):
-        run = found(f"sketched-{name}")
-        for state, facts in run["states"].items() if run else ():
+        run = found(f"sketched-{name}") or {"states": {}}
+        for state, facts in run["states"].items():
             cells = [f"{100 * value:.1f} %" for value in (facts["network"], *_both(facts))]
             rows.append(f"| {run['data']} | {state} | {' | '.join(cells)} |")
     return rows
