@@ -1,13 +1,17 @@
 """From runs to records, one JSON file for each task, and from records to the tables of the page.
 
-python -m benchmarks.active.results --folder work    writes the records
-python -m benchmarks.active.results                  prints the tables
+python -m benchmarks.active.results --folder work [--kind fresh]    writes the records
+python -m benchmarks.active.results                                 prints the tables, and draws the curves
+
+Of three kinds of seeds: `evidence`, 100 to 109, which had a part in the choice of the default kernel; `fresh`, from 110
+on, which were looked at after everything was chosen; `trials`, 0 to 4, on which it was chosen.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
@@ -20,10 +24,12 @@ from benchmarks.scale.record import record
 from ntkit.uses.active import Comparison, compare
 
 RESULTS = Path(__file__).parent / "records"
+PICTURE = Path(__file__).parent / "curves.svg"
+KINDS = ("evidence", "fresh", "trials")
 DEFAULT, AGAINST = "curvature-ivr", ("margin", "badge", "random")
 
 
-def write(runs: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+def write(runs: list[dict[str, Any]], machine: dict[str, Any], kind: str = KINDS[0]) -> None:
     """One record for each task, of the seeds that every strategy has, with the machine that ran them."""
     by: dict[str, dict[str, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
@@ -45,17 +51,17 @@ def write(runs: list[dict[str, Any]], machine: dict[str, Any]) -> None:
         }
         beside = sorted({run["side_by_side"] for found in strategies.values() for run in found.values()})
         described = {"environment": machine, "side_by_side": beside, "task": task, "seeds": seeds}
-        record(file_name(task), {**described, "labels": first["labels"], "strategies": facts}, RESULTS)
+        record(file_name(task, kind), {**described, "labels": first["labels"], "strategies": facts}, RESULTS)
 
 
-def file_name(task: str) -> str:
+def file_name(task: str, kind: str = KINDS[0]) -> str:
     """Without commas and spaces."""
-    return "evidence-" + task.replace(",", "").replace(" ", "-")
+    return f"{kind}-" + task.replace(",", "").replace(" ", "-")
 
 
-def read(task: str) -> dict[str, Any] | None:
+def read(task: str, kind: str = KINDS[0]) -> dict[str, Any] | None:
     """The record of a task, if it is there."""
-    path = RESULTS / f"{file_name(task)}.json"
+    path = RESULTS / f"{file_name(task, kind)}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -65,9 +71,9 @@ def compared(found: dict[str, Any]) -> Comparison:
     return compare(curves, found["labels"], against=AGAINST)
 
 
-def strategies_table(task: str) -> list[str]:
+def strategies_table(task: str, kind: str = KINDS[0]) -> list[str]:
     """All strategies on one task."""
-    found = read(task)
+    found = read(task, kind)
     if found is None:
         return []
     table = compared(found)
@@ -87,8 +93,8 @@ def strategies_table(task: str) -> list[str]:
 def tasks_table() -> list[str]:
     """The default strategy on all tasks."""
     rows = [
-        "| task | seeds | area | saved | less margin | less BADGE | less random | best of all |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | seeds | area | saved | less margin | less BADGE | less random | best | query / fit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for task in TASKS:
         found = read(task)
@@ -99,8 +105,10 @@ def tasks_table() -> list[str]:
         saved = f"{row.saved:.0%}" if np.isfinite(row.saved) else "never"
         beside = " | ".join(_beside(row.against.get(name)) for name in AGAINST)
         named = f"{task} (UCI)" if task in UCI else task
-        best = table.rows[0]
-        rows.append(f"| {named} | {table.seeds} | {row.area:.4f} | {saved} | {beside} | {best.name} {best.area:.4f} |")
+        best = f"{table.rows[0].name} {table.rows[0].area:.4f}, of {len(table.rows)}"
+        facts = found["strategies"][DEFAULT]
+        share = facts["seconds_query"] / facts["seconds_fit"]
+        rows.append(f"| {named} | {table.seeds} | {row.area:.4f} | {saved} | {beside} | {best} | {share:.0%} |")
     return rows
 
 
@@ -127,6 +135,20 @@ def trust_table() -> list[str]:
     return rows
 
 
+def time_table() -> list[str]:
+    """A query of the default beside a fit."""
+    path = RESULTS / "query-time.json"
+    if not path.exists():
+        return []
+    rows = ["| task | points | labels | picks | query | fit | query / fit |", "|---|---|---|---|---|---|---|"]
+    for line in json.loads(path.read_text())["lines"]:
+        rows.append(
+            f"| {line['task']} | {line['points']:,} | {line['labels']} | {line['batch']} | "
+            f"{1000 * line['query_seconds']:.0f} ms | {1000 * line['fit_seconds']:.0f} ms | {line['ratio']:.0%} |"
+        )
+    return rows
+
+
 def speed_table() -> list[str]:
     """Queries of large pools."""
     rows = ["| points | features | labels | picks | time | memory |", "|---|---|---|---|---|---|"]
@@ -139,6 +161,47 @@ def speed_table() -> list[str]:
     return rows
 
 
+def tables() -> list[list[str]]:
+    """All tables of the page."""
+    named = [strategies_table(task, kind) for kind in KINDS for task in ("digits", "fashion")]
+    return [table for table in (tasks_table(), *named, time_table(), trust_table(), speed_table()) if table]
+
+
+def draw() -> None:
+    """Learning curves of every task with their standard errors, in one picture."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    # the same file for the same records, with letters as letters
+    mpl.rcParams.update({"svg.hashsalt": "ntkit", "svg.fonttype": "none"})
+    from matplotlib import pyplot as plt
+
+    found = [(task, kind, read(task, kind)) for kind in KINDS[:2] for task in TASKS]
+    shown = [(task, kind, runs) for task, kind, runs in found if runs is not None]
+    rows = -(-len(shown) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(13, 2.6 * rows), layout="constrained", squeeze=False)
+    for place, (task, kind, runs) in zip(axes.flat, shown, strict=False):
+        for k, name in enumerate((DEFAULT, "mlmoc", *AGAINST)):
+            if name not in runs["strategies"]:
+                continue
+            curves = np.array(runs["strategies"][name]["accuracy"])
+            mean, error = curves.mean(0), curves.std(0, ddof=1) / len(curves) ** 0.5
+            color = "0.5" if name == "random" else f"C{k}"
+            place.plot(runs["labels"], mean, color=color, lw=1.2, label=name)
+            place.fill_between(runs["labels"], mean - error, mean + error, color=color, alpha=0.25, lw=0)
+        seeds = f"seeds {runs['seeds'][0]}-{runs['seeds'][-1]}" if kind != KINDS[0] else ""
+        place.set_title(f"{task} {seeds}", fontsize=9)
+        place.tick_params(labelsize=7)
+    for place in axes.flat[len(shown) :]:
+        place.set_axis_off()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=9)
+    figure.supxlabel("labels", fontsize=9)
+    figure.supylabel("test accuracy, mean of the seeds and its standard error", fontsize=9)
+    figure.savefig(PICTURE, metadata={"Date": None})
+    plt.close(figure)
+    PICTURE.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", PICTURE.read_text()))  # a hundredth of a point is enough
+
+
 def _beside(found: Any) -> str:
     if found is None:
         return ""
@@ -149,14 +212,15 @@ def _beside(found: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--kind", choices=KINDS, default=KINDS[0])
     options = parser.parse_args()
     if options.folder is not None:
         from benchmarks.active.evidence import read as read_runs
 
         machine = json.loads((options.folder / "environment.json").read_text())
-        write(read_runs(options.folder / "runs.jsonl"), machine)
-    tables = (tasks_table(), strategies_table("digits"), strategies_table("fashion"), trust_table(), speed_table())
-    print("\n\n".join("\n".join(table) for table in tables))
+        write(read_runs(options.folder / "runs.jsonl"), machine, options.kind)
+    print("\n\n".join("\n".join(table) for table in tables()))
+    draw()
 
 
 if __name__ == "__main__":
