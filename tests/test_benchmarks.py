@@ -20,7 +20,7 @@ from benchmarks.active import results as bought
 from benchmarks.cases import CASES, OURS, PARAMETERS, PEERS
 from benchmarks.distill import noise
 from benchmarks.distill import results as distilled
-from benchmarks.dynamics import overhead
+from benchmarks.dynamics import constancy, overhead
 from benchmarks.finetune import results as tuned
 from benchmarks.machine import environment, slug
 from benchmarks.record import Checksum, Job, Record, Sample
@@ -418,12 +418,30 @@ def test_the_page_on_dynamics_has_what_recording_costs() -> None:
         assert line["overhead"] < 0.7 * line["model_as_it_is"]
 
 
+def test_the_page_on_dynamics_has_how_kernels_settle_with_width() -> None:
+    """Slopes of the recorded networks, on both sides: 1/2 or more by theory, 1 for the leading term of one layer."""
+    assert constancy.sentence() in (run.ROOT / "docs/dynamics.md").read_text()
+    found = json.loads((constancy.RESULTS / "constancy.json").read_text())
+    for name, least, most in (("scaled", -1.1, -0.45), ("usual", -2.1, -1.4)):
+        lines = found[name]["lines"]
+        assert sorted({line["width"] for line in lines}) == list(constancy.WIDTHS)
+        assert len(lines) == len(constancy.WIDTHS) * constancy.SEEDS
+        for key in ("drift", "gap"):
+            x, y = (torch.tensor([line[k] for line in lines]).double().log() for k in ("width", key))
+            slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+            assert slope == pytest.approx(found[name][f"{key}_slope"], abs=2e-3)
+            assert least < slope < most
+
+
 def test_pages_on_distillation_and_fine_tuning_have_what_was_found() -> None:
     page = (run.ROOT / "docs/distill.md").read_text()
     tables = [distilled.mixed_table(), distilled.named_table(), distilled.memory_table(), distilled.storage_table()]
     tables += [distilled.noise_table(task) for task in noise.TASKS]
     other = (run.ROOT / "docs/finetune.md").read_text()
-    tuned_tables = (tuned.trends_table(), tuned.foreseen_table(), tuned.backbones_table(), tuned.ranks_table())
+    tuned_tables = [tuned.trends_table(), tuned.foreseen_table(), tuned.backbones_table(), tuned.ranks_table()]
+    tuned_tables += [tuned.probing_table("linear"), tuned.trends_table("minilm")]
+    tuned_tables += [tuned.probing_table(variant, "minilm") for variant in ("full", "LoRA")]
+    assert tuned.ratios() in other
     for text, found in ((page, tables), (other, tuned_tables)):
         assert all(len(rows) > 2 for rows in found)
         assert not [line for rows in found for line in rows if line not in text]

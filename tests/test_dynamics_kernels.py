@@ -228,8 +228,8 @@ def test_wide_networks_follow_the_flow() -> None:
         lambda width: network(width, int(torch.initial_seed()) % 2**31), (32, 128, 512), (x, target), new,
         generator=torch.Generator().manual_seed(0), steps=60, seeds=2, progress=lambda *tick: ticks.append(tick),
     )  # fmt: skip
-    assert found.drift_slope < -0.35
-    assert found.gap_slope < -0.35
+    assert -2.3 < found.drift_slope < -0.35  # torch's usual weights: steeper than 1/width
+    assert -2.3 < found.gap_slope < -0.35
     assert ticks[-1] == (6, 6)
     assert max(one.gap for one in found.networks if one.width == 512) < 0.1
     with pytest.raises(InputError, match="two widths"):
