@@ -45,38 +45,44 @@ def read(name: str) -> list[Line]:
     return json.loads(path.read_text())["lines"] if path.exists() else []
 
 
-def probing_table(head: str) -> list[str]:
-    """One head: every length of probing, means over the seeds."""
+def probing_table(head: str, name: str = "fashion") -> list[str]:
+    """One head, or one variant: every length of probing, means over the seeds."""
     rows = [
         "| tau | energy | speed | distance | cosine | dot product | norm | CKA | probed | fine-tuned | loss |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     by: dict[int, list[Line]] = defaultdict(list)
-    for line in read("fashion"):
-        if line["head"] == head:
+    for line in read(name):
+        if kind(line) == head:
             for row in line["rows"]:
                 by[row["tau"]].append(row)
     for tau, found in sorted(by.items()):
         change = {key: fmean(row["change"][key] for row in found) for key in found[0]["change"]}
         mean = {key: fmean(row[key] for row in found) for key in ("energy", "speed", "loss")}
+        speed = f"{mean['speed']:{'.0f' if mean['speed'] >= 10 else '.2g'}}"
         rows.append(
-            f"| {tau} | {mean['energy']:.3f} | {mean['speed']:.0f} | {change['distance']:.1f} | {change['cosine']:.3f} "
+            f"| {tau} | {mean['energy']:.3f} | {speed} | {change['distance']:.1f} | {change['cosine']:.3f} "
             f"| {change['dot']:.0f} | {change['norm_after']:.1f} | {change['cka']:.3f} | "
             f"{_share(found, 'probed_accuracy')} | {_share(found, 'accuracy')} | {mean['loss']:.3f} |"
         )
     return rows
 
 
-def trends_table() -> list[str]:
-    """All heads: how what is known before fine-tuning goes with what comes of it."""
+def kind(line: Line) -> str:
+    """The head, or the variant, of a sweep."""
+    return line["head"] if "head" in line else line["name"]
+
+
+def trends_table(name: str = "fashion") -> list[str]:
+    """All heads, or variants: how what is known before fine-tuning goes with what comes of it."""
     rows = [
         "| head | seeds | energy and distance | energy and cosine | speed and distance | best tau (each seed) | "
         "accuracy without probing | best | longest |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     by: dict[str, list[Line]] = defaultdict(list)
-    for line in read("fashion"):
-        by[line["head"]].append(line)
+    for line in read(name):
+        by[kind(line)].append(line)
     for head, lines in by.items():
         pairs: list[Callable[[Line], tuple[float, float]]] = [
             lambda row: (row["energy"], row["change"]["distance"]),
@@ -155,7 +161,7 @@ def ranks_table() -> list[str]:
             tuned = [line for line in lines if "alone" not in line["candidate"] and "last" not in line["candidate"]]
             every.append(_rank([(line["predicted"], sign * line[key]) for line in lines]))
             whole.append(_rank([(line["predicted"], sign * line[key]) for line in tuned]))
-        rows.append(f"| {name} | {_each(every)} | {_each(whole)} |")
+        rows.append(f"| {name} | {_spread(every)} | {_spread(whole)} |")
     return rows
 
 
@@ -180,6 +186,12 @@ def _each(values: list[float]) -> str:
     return ", ".join(f"{value:+.2f}" for value in values)
 
 
+def _spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return _each(values)
+    return f"{_each(values)}; mean {fmean(values):+.2f} ± {stdev(values):.2f}"
+
+
 def _share(rows: list[Line], key: str) -> str:
     values = [row[key] for row in rows]
     error = f" ± {stdev(values) / len(values) ** 0.5:.1%}" if len(values) > 1 else ""
@@ -195,6 +207,11 @@ def main() -> None:
     heads = list(dict.fromkeys(line["head"] for line in read("fashion")))
     for head in heads:
         print(f"{head}\n\n" + "\n".join(probing_table(head)) + "\n")
+    for name in ("cifar", "minilm"):
+        for head in dict.fromkeys(map(kind, read(name))):
+            print(f"{name}: {head}\n\n" + "\n".join(probing_table(head, name)) + "\n")
+        if read(name):
+            print("\n".join(trends_table(name)) + "\n")
     tables = (trends_table(), foreseen_table(), backbones_table(), ranks_table(), [ratios()])
     print("\n\n".join("\n".join(table) for table in tables))
 
