@@ -254,5 +254,5 @@ def test_coupled_kernels_have_no_distances_between_points() -> None:
 
 
 def test_a_margin_needs_two_classes() -> None:
-    with pytest.raises(InputError, match="between two classes"):
+    with pytest.raises(InputError, match="one for each class: with a single logit z"):
         Margin().query(torch.randn(5, 2), np.full(5, np.nan), nn.Linear(2, 1))

@@ -9,7 +9,7 @@ import pytest
 
 import ntkit
 from ntkit.kernel.forecast import Speeds, forecast, human_time, measure
-from ntkit.kernel.saved import layout_of
+from ntkit.kernel.saved import SAMPLED, layout_of
 from tests.cases import normal
 from tests.test_saved import C, in_tiles
 
@@ -31,7 +31,9 @@ def test_captures_are_those_that_are_made(symmetric: bool, tmp_path: Path, monke
     said = forecast(layout, C, Speeds(2.0, 3.0, "cpu"), tiles=layout.tiles(), memory=10**9)
     monkeypatch.setattr(ntkit.Tangent, "derivatives", counting)
     kernel.save(tmp_path / "k.zarr", memory=10**9)
-    assert said.captures == sum(captured)
+    # before the tiles a few entries are computed, that a run which goes on compares: they are not foretold
+    compared = SAMPLED if symmetric else 2 * SAMPLED
+    assert said.captures + compared == sum(captured)
     assert said == forecast(layout, C, Speeds(2.0, 3.0, "cpu"), memory=10**9)  # counted row by row
     assert layout.count == len(layout.tiles()) == said.tiles
     assert said.seconds == 2.0 * said.captures + 3.0 * said.pairs
