@@ -19,6 +19,10 @@ from ntkit.tangent.grain import CPU
 from tests import oracles
 
 K = 4
+onednn = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    reason="this build of torch has no oneDNN",
+)
 
 
 @pytest.fixture
@@ -131,6 +135,35 @@ def test_what_does_not_batch_goes_one_by_one(function: Callable[[Tensor], Tensor
     assert oracles.relative_error(kernel, truth(model, x)) <= 1e-10
 
 
+def test_a_use_that_nothing_comes_of(passes: list[bool]) -> None:
+    """The first layer's output is thrown away: the others' cotangents are theirs all the same."""
+
+    class Wasteful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wasted, self.first, self.last = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, K)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.wasted(x)
+            return self.last(self.first(x).tanh())
+
+    torch.manual_seed(0)
+    model, x = Wasteful().double(), torch.randn(3, 5, dtype=torch.float64)
+    kernel = ntkit.empirical_ntk(model, x)
+    assert any(passes)
+    assert oracles.relative_error(kernel, truth(model, x)) <= 1e-10
+
+
+@onednn
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_rows_of_onednn_along_any_axis(axis: int) -> None:
+    rows, weight = torch.randn(64, 16, 300), torch.randn(300, 400)
+    moved = rows.movedim(0, axis)
+    found = torch.vmap(products._Times.apply, (axis, None))(moved, weight)
+    assert oracles.relative_error(found.double(), rows.double() @ weight.double()) <= 1e-5
+
+
+@onednn
 def test_large_products_go_together_through_onednn(monkeypatch: pytest.MonkeyPatch, passes: list[bool]) -> None:
     monkeypatch.setattr(products, "outdoes_mkl", lambda: True)
     torch.manual_seed(0)
