@@ -441,6 +441,7 @@ def test_pages_on_distillation_and_fine_tuning_have_what_was_found() -> None:
     tuned_tables = [tuned.trends_table(), tuned.foreseen_table(), tuned.backbones_table(), tuned.ranks_table()]
     tuned_tables += [tuned.probing_table("linear"), tuned.trends_table("minilm")]
     tuned_tables += [tuned.probing_table(variant, "minilm") for variant in ("full", "LoRA")]
+    tuned_tables += [tuned.probing_table("linear", "cifar"), tuned.trends_table("cifar")]
     assert tuned.ratios() in other
     for text, found in ((page, tables), (other, tuned_tables)):
         assert all(len(rows) > 2 for rows in found)

@@ -1,6 +1,7 @@
 """Probe, then fine-tune, on colour images: from CIFAR-10 (JPEG q75) classes 0 to 4 to classes 5 to 9 without JPEG.
 
     NTKIT_DATA=... python -m benchmarks.finetune.cifar --folder work --device cuda [--seeds 0,1,2]
+    NTKIT_DATA=... python -m benchmarks.finetune.cifar --folder work --width 16 --threads 2     for a processor
 
 A convolutional network is trained on the JPEG images of airplanes, automobiles, birds, cats and deer, and adapted to
 dogs, frogs, horses, ships and trucks of the first 4,000 images with exact pixels: 500 labels, all others are measured
@@ -56,7 +57,7 @@ def of(x: Tensor, y: Tensor, classes: range) -> Side:
 def pretrained(images: Images, options: Any, seed: int) -> tuple[Network, float]:
     """A network trained by Adam on the old classes, images flipped at random, and its accuracy on their test images."""
     x, y = (t.to(options.device) for t in of(images.x_train, images.y_train, OLD))
-    width, steps = (16, 60) if options.quick else (WIDTH, STEPS)
+    width, steps = (16, 60) if options.quick else (options.width, STEPS)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -102,7 +103,9 @@ def run(model: nn.Module, options: Any, name: str, seed: int, rate: float, taus:
 
 
 def main() -> None:
-    options = sweeping.parser(__doc__, quick=True, choose=True).parse_args()
+    asked = sweeping.parser(__doc__, quick=True, choose=True)
+    asked.add_argument("--width", type=int, default=WIDTH, help="filters of the first stage (%(default)s)")
+    options = asked.parse_args()
     seeds = sweeping.begin(options, "cifar")
     images, trials = cifar10_jpeg(), options.folder / "cifar_rates.jsonl"
     start = functools.cache(lambda seed: pretrained(images, options, seed))
@@ -123,7 +126,13 @@ def main() -> None:
         model, accuracy = start(seed)
         sweep = run(model, options, head, seed, rates[head], taus)
         print(sweep, flush=True)
-        told = {"rate": rates[head], "pretrained": round(accuracy, 4), "labels": LABELS, "measured": sweep.validation}
+        told = {
+            "rate": rates[head],
+            "width": options.width,
+            "pretrained": round(accuracy, 4),
+            "labels": LABELS,
+            "measured": sweep.validation,
+        }
         return {**told, **sweeping.facts(sweep)}
 
     keys = [{"head": head, "seed": seed} for seed in seeds for head in HEADS]
