@@ -81,6 +81,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "layer norm": (lambda h: F.layer_norm(h, (6,)), 6),
     "views": (lambda h: h.view(-1, 2, 3).transpose(1, 2).reshape(-1, 6)[:, 1:].unsqueeze(1).squeeze(1), 5),
     "pieces": (lambda h: h.split(3, 1)[1] + h.permute(1, 0).t().contiguous()[:, :3] + h[:, 2:3].expand(-1, 3), 3),
+    "one of them": (lambda h: h.view(-1, 2, 3)[:, 0] + h @ h.new_ones(6, 3), 3),
     "means": (lambda h: h.view(-1, 2, 3).mean(1) + h.view(-1, 2, 3).sum(1), 3),
     "products": (lambda h: (h.view(-1, 2, 3) @ h.view(-1, 3, 2)).flatten(1) + h[:, :4].clone(), 4),
 }
@@ -93,6 +94,15 @@ def test_together_is_one_by_one(name: str, passes: list[bool]) -> None:
     kernel = ntkit.empirical_ntk(model, x)
     assert any(passes), "nothing went together"
     assert oracles.relative_error(kernel, truth(model, x)) <= 1e-10
+
+
+def test_every_listed_operation_is_among_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[str] = set()
+    original = backward._operation
+    monkeypatch.setattr(backward, "_operation", lambda node: [seen.add(original(node)), original(node)][1])
+    for function, features in FUNCTIONS.values():
+        ntkit.empirical_ntk(Between(function, features).double(), torch.randn(3, 5, dtype=torch.float64))
+    assert backward._BATCHED - seen == {"_Linear"}  # which has a test of its own
 
 
 def test_groups_of_scalars(monkeypatch: pytest.MonkeyPatch, passes: list[bool]) -> None:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # Operations whose derivative torch can batch: tests run each of them, and none falls back to a loop.
 _BATCHED = frozenset(
     """
-    Add Addmm Alias Bmm Clone Div Elu Exp Expand Gelu Hardtanh LeakyRelu Log LogSoftmax Mean Mm Mul
-    NativeLayerNorm Neg Permute Pow Relu ReshapeAlias Rsqrt Select Sigmoid Silu Slice Softmax Softplus Split Sqrt
+    Add Addmm Bmm Clone Div Elu Exp Expand Gelu Hardtanh LeakyRelu Log LogSoftmax Mean Mm Mul
+    NativeLayerNorm Neg Permute Pow Relu Rsqrt Select Sigmoid Silu Slice Softmax Softplus Split Sqrt
     Squeeze Sub Sum T Tanh Transpose UnsafeView Unsqueeze View _Linear _Tap
     """.split()  # noqa: SIM905
 )
