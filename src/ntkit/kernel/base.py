@@ -6,7 +6,6 @@ derived from them here, and may be overridden where a kernel knows a faster way.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from abc import ABC, abstractmethod
@@ -37,7 +36,7 @@ class Kernel(ABC):
     """A matrix of inner products, example-major: row n*K + k is read-out scalar k of example n.
 
     Required: `shape`, `dtype`, `device` and `tile(rows, cols)`. Derived from those: `dense`, `diagonal`, `@`,
-    `to_scipy`, sums, scaling and centring.
+    `to_scipy`, sums, products, scaling and centring.
 
     Attributes:
         scalars: rows per example, K.
@@ -95,6 +94,8 @@ class Kernel(ABC):
         import numpy as np
         from scipy.sparse.linalg import LinearOperator
 
+        from ntkit.kernel.algebra import Transposed
+
         def product(kernel: Kernel, v: np.ndarray) -> np.ndarray:
             return (kernel @ torch.from_numpy(np.array(v))).cpu().numpy()
 
@@ -110,20 +111,24 @@ class Kernel(ABC):
 
     def __add__(self, other: Kernel) -> Kernel:
         """Sum of two kernels on the same examples: the kernel of the concatenated features."""
-        if not isinstance(other, Kernel):
-            return NotImplemented
-        return Sum(self, other)
+        from ntkit.kernel.algebra import Sum
 
-    def __mul__(self, factor: float) -> Kernel:
-        """The kernel scaled by a number."""
-        if not isinstance(factor, (int, float)):
-            return NotImplemented
-        return Scaled(self, float(factor))
+        return Sum(self, other) if isinstance(other, Kernel) else NotImplemented
+
+    def __mul__(self, factor: float | Kernel) -> Kernel:
+        """The kernel scaled by a number, or entry by entry times another kernel: that of the products of features."""
+        from ntkit.kernel.algebra import Product, Scaled
+
+        if isinstance(factor, Kernel):
+            return Product(self, factor)
+        return Scaled(self, float(factor)) if isinstance(factor, (int, float)) else NotImplemented
 
     __rmul__ = __mul__
 
     def centred(self) -> Kernel:
         """H K H with H = I - 11^T/n: the kernel of features whose mean over the examples has been removed."""
+        from ntkit.kernel.algebra import Centred
+
         return Centred(self)
 
     def stripe(self, rows: slice, columns: Sequence[slice], *, memory: int | None = None) -> Iterator[Tensor]:
@@ -247,135 +252,3 @@ class DenseKernel(Kernel):
     def identity(self) -> dict[str, str]:
         """The entries themselves. Cost: reads them once."""
         return {"kernel": "dense", "entries": digest([self._matrix])}
-
-
-class _Wrapped(Kernel):
-    """A kernel made from one other kernel of the same type and place."""
-
-    def __init__(self, inner: Kernel) -> None:
-        self._inner = inner
-        self.scalars = inner.scalars
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self._inner.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._inner.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._inner.device
-
-    @property
-    def symmetric(self) -> bool:
-        return self._inner.symmetric
-
-    def to(self, device: torch.device | str) -> Kernel:
-        """The same of its kernels on another device; those that cannot be moved stay where they are."""
-        there = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor) or (isinstance(value, Kernel) and hasattr(value, "to")):
-                setattr(there, name, value.to(device))  # pyright: ignore[reportAttributeAccessIssue]
-        return there
-
-    def identity(self) -> dict[str, str]:
-        """What the inner kernel depends on, and what is done to it."""
-        return {**self._inner.identity(), "then": f"{self._inner.identity().get('then', '')} {self._described()}"}
-
-    def _described(self) -> str:
-        """What this makes of the inner kernel, in a word."""
-        return type(self).__name__.lower()
-
-
-class Transposed(_Wrapped):
-    """Rows and columns exchanged."""
-
-    @property
-    def shape(self) -> tuple[int, int]:  # noqa: D102
-        rows, cols = self._inner.shape
-        return cols, rows
-
-    def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
-        return self._inner.tile(cols, rows).T
-
-
-class Scaled(_Wrapped):
-    """A kernel times a number."""
-
-    def __init__(self, inner: Kernel, factor: float) -> None:
-        """Scale `inner` by `factor`."""
-        super().__init__(inner)
-        self._factor = factor
-
-    def _described(self) -> str:
-        return f"times {self._factor!r}"
-
-    def stripe(self, rows: slice, columns: Sequence[slice], *, memory: int | None = None) -> Iterator[Tensor]:  # noqa: D102
-        return (self._factor * tile for tile in self._inner.stripe(rows, columns, memory=memory))
-
-    def tile_rows(self, memory: int) -> int:  # noqa: D102
-        return self._inner.tile_rows(memory)
-
-    def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
-        return self._factor * self._inner.tile(rows, cols)
-
-    def diagonal(self) -> Tensor:  # noqa: D102
-        return self._factor * self._inner.diagonal()
-
-
-class Sum(_Wrapped):
-    """Sum of two kernels of one shape."""
-
-    def __init__(self, left: Kernel, right: Kernel) -> None:
-        """Add `right` to `left`."""
-        if left.shape != right.shape:
-            raise InputError(f"cannot add kernels of different shapes: {left.shape} and {right.shape}")
-        super().__init__(left)
-        self._right = right
-
-    def identity(self) -> dict[str, str]:
-        """What both depend on."""
-        left, right = self._inner.identity(), self._right.identity()
-        return {f"left {k}": v for k, v in left.items()} | {f"right {k}": v for k, v in right.items()}
-
-    def stripe(self, rows: slice, columns: Sequence[slice], *, memory: int | None = None) -> Iterator[Tensor]:  # noqa: D102
-        half = None if memory is None else memory // 2  # both hold their rows
-        pairs = zip(
-            self._inner.stripe(rows, columns, memory=half), self._right.stripe(rows, columns, memory=half), strict=True
-        )
-        return (left + right for left, right in pairs)
-
-    def tile_rows(self, memory: int) -> int:  # noqa: D102
-        return min(self._inner.tile_rows(memory // 2), self._right.tile_rows(memory // 2))
-
-    @property
-    def dtype(self) -> torch.dtype:  # noqa: D102
-        return torch.promote_types(self._inner.dtype, self._right.dtype)
-
-    @property
-    def symmetric(self) -> bool:  # noqa: D102
-        return self._inner.symmetric and self._right.symmetric
-
-    def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
-        return self._inner.tile(rows, cols) + self._right.tile(rows, cols)
-
-    def diagonal(self) -> Tensor:  # noqa: D102
-        return self._inner.diagonal() + self._right.diagonal()
-
-
-class Centred(_Wrapped):
-    """H K H for a symmetric kernel; row means are computed once, in strips."""
-
-    def __init__(self, inner: Kernel) -> None:
-        """Centre a symmetric kernel."""
-        if not inner.symmetric:
-            raise InputError("only a symmetric kernel can be centred: its rows and columns must be the same examples")
-        super().__init__(inner)
-        ones = torch.ones(inner.shape[1], dtype=inner.dtype, device=inner.device)
-        self._means = (inner @ ones) / inner.shape[1]
-
-    def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
-        # the two means are added first: that order rounds alike on both sides of the diagonal
-        return self._inner.tile(rows, cols) - (self._means[rows, None] + self._means[None, cols]) + self._means.mean()
