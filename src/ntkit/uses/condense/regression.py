@@ -1,0 +1,184 @@
+"""Kernel ridge regression from a support set: its predictions, its loss, and how good they are on other examples.
+
+    L = 1/2 mean (y_t - K_ts (K_ss + lambda I)^-1 y_s)^2,  lambda = ridge * tr(K_ss) / n,
+
+the mean over targets and classes, in float64 through a Cholesky factorization (Nguyen, Chen and Lee 2021).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ntkit.errors import InputError, NotPositiveDefiniteError
+from ntkit.kernel.memory import checked_memory
+from ntkit.uses.condense.support import Labelled, Support, centred
+
+if TYPE_CHECKING:
+    from ntkit.kernel.function import KernelFunction
+
+RIDGE = 1e-6
+# Copies of a block of K_ts that an infinite-width kernel of a few layers keeps for its gradients.
+COPIES = 40
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a regression from a support set does on other examples.
+
+    Attributes:
+        accuracy: share of the examples whose largest prediction is their label.
+        standard_error: of the accuracy, of a sample of examples.
+        loss: L on them.
+        ridge: the absolute number that was added to the diagonal.
+        condition: of K_ss + lambda I.
+    """
+
+    accuracy: float
+    standard_error: float
+    loss: float
+    ridge: float
+    condition: float
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A kernel ridge regression from a support set.
+
+    Attributes:
+        kernel: what it regresses with.
+        support: what it has seen.
+        coefficients: (K_ss + lambda I)^-1 y_s, (n, C).
+        ridge: the absolute lambda.
+        condition: of K_ss + lambda I.
+    """
+
+    kernel: KernelFunction
+    support: Support
+    coefficients: Tensor
+    ridge: float
+    condition: float
+
+    def predict(self, x: Tensor, *, memory: int | None = None) -> Tensor:
+        """(N, C), float64. K_ts is formed in blocks.
+
+        Raises:
+            InputError: if examples have another shape than the support points.
+        """
+        with torch.no_grad():
+            said = [
+                block(self.kernel, x[rows], self.support.x) @ self.coefficients
+                for rows in blocks(len(x), self.support, memory)
+            ]
+        return torch.cat(said) if said else self.coefficients.new_zeros(0, self.support.classes)
+
+    def score(self, data: tuple[Tensor, Tensor], *, memory: int | None = None) -> Score:
+        """On examples with labels.
+
+        Raises:
+            InputError: if they do not fit the support set.
+        """
+        found = Labelled.of(data, classes=self.support.classes, named="the examples to score on")
+        said = self.predict(found.x, memory=memory)
+        right = (said.argmax(1) == found.labels).double()
+        return Score(
+            accuracy=float(right.mean()),
+            standard_error=math.sqrt(float(right.mean() * (1 - right.mean())) / len(right)),
+            loss=float((said - centred(found.labels, found.classes)).square().mean() / 2),
+            ridge=self.ridge,
+            condition=self.condition,
+        )
+
+
+def fit(kernel: KernelFunction, support: Support, *, ridge: float = RIDGE) -> Fitted:
+    """Regress from a support set. Cost: n^3, for the factorization and the condition number.
+
+    Args:
+        kernel: one row for each example.
+        support: n points.
+        ridge: in units of the mean diagonal entry of K_ss.
+
+    Raises:
+        InputError: if the kernel has several rows for an example, or the ridge is negative.
+        NotPositiveDefiniteError: if K_ss + lambda I is singular in float64.
+    """
+    checked_ridge(ridge)
+    with torch.no_grad():
+        matrix, absolute = regularised(kernel, support.x, ridge)
+        coefficients = torch.cholesky_solve(support.y.double(), lower(matrix, absolute))
+        values = torch.linalg.eigvalsh(matrix)
+    return Fitted(kernel, support, coefficients, float(absolute), float(values[-1] / values[0]))
+
+
+def checked_ridge(ridge: float) -> None:
+    """A relative ridge.
+
+    Raises:
+        InputError: if it is negative or not finite.
+    """
+    if not ridge >= 0 or not math.isfinite(ridge):
+        raise InputError(
+            f"ridge is in units of the mean diagonal entry of the kernel, 0 or more, such as 1e-6: got {ridge}"
+        )
+
+
+def regularised(kernel: KernelFunction, x: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """K_ss + lambda I in float64, and lambda. Both carry gradients to x.
+
+    Raises:
+        InputError: if the kernel is not (n, n).
+    """
+    matrix = kernel(x).dense().double()
+    if matrix.shape != (len(x), len(x)):
+        raise InputError(
+            f"a kernel of {len(x)} points has shape {(len(x), len(x))} here: got {tuple(matrix.shape)}. Use a read-out "
+            "with one scalar for each example (SumOfLogits, or trace=True)"
+        )
+    absolute = ridge * matrix.diagonal().mean()
+    return (matrix + matrix.T) / 2 + absolute * torch.eye(len(x), dtype=matrix.dtype, device=matrix.device), absolute
+
+
+def lower(matrix: Tensor, absolute: Tensor) -> Tensor:
+    """The Cholesky factor.
+
+    Raises:
+        NotPositiveDefiniteError: if there is none.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed) or not factor.detach().isfinite().all():
+        with torch.no_grad():
+            finite = bool(matrix.isfinite().all())
+            smallest = float(torch.linalg.eigvalsh(matrix)[0]) if finite else math.nan
+            mean = float(matrix.diagonal().mean())
+        raise NotPositiveDefiniteError(
+            f"the kernel of the support points plus its ridge {float(absolute):.1e} is not positive definite (smallest "
+            f"eigenvalue {smallest:.1e}, mean of the diagonal {mean:.1e}): points that have become alike? Take a "
+            "larger ridge, such as 1e-4",
+            smallest, 1e-4 * mean,
+        )  # fmt: skip
+    return factor
+
+
+def block(kernel: KernelFunction, targets: Tensor, x: Tensor) -> Tensor:
+    """K_ts of a few targets, (B, n), float64.
+
+    Raises:
+        InputError: if the targets have another shape than the support points.
+    """
+    if targets.shape[1:] != x.shape[1:]:
+        raise InputError(
+            f"examples have the shape of the support points, {tuple(x.shape[1:])}: got {tuple(targets.shape[1:])}"
+        )
+    return kernel(targets.to(x), x).dense().double()
+
+
+def blocks(size: int, support: Support, memory: int | None, *, copies: int = COPIES) -> Iterator[slice]:
+    """Slices of targets such that a block of K_ts with what its gradients need stays within the memory."""
+    each = 8 * (copies * len(support) + 4 * support.x[0].numel())
+    height = max(min(checked_memory(memory) // each, 8192), 1)
+    return (slice(start, min(start + height, size)) for start in range(0, size, height))

@@ -1,0 +1,130 @@
+"""A finite network trained on few points in the place of a data set, and what it then knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ntkit.errors import InputError, ModelError
+from ntkit.uses.condense.support import Labelled, Support, centred
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained on a support set: the published way, full batches where the set is small.
+
+    Attributes:
+        steps: of SGD.
+        learning_rate: of SGD; constant.
+        momentum: of SGD.
+        decay: L2 penalty on all parameters.
+        batch: points of a step, drawn without replacement; all there are where there are fewer.
+    """
+
+    steps: int = 5000
+    learning_rate: float = 1e-2
+    momentum: float = 0.9
+    decay: float = 1e-3
+    batch: int = 100
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            InputError: if one cannot be used.
+        """
+        if self.steps < 1 or self.batch < 1 or not self.learning_rate > 0:
+            raise InputError(
+                f"steps and batch are 1 or more, learning_rate is positive: got {self.steps}, {self.batch}, "
+                f"{self.learning_rate}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Transferred:
+    """A network that has seen nothing but the support set.
+
+    Attributes:
+        model: in evaluation mode.
+        accuracy: on the test examples.
+        standard_error: of the accuracy, of a sample of examples.
+        loss: half the mean square of its error on them, over examples and classes.
+        train_loss: the same on the support set, against its own targets.
+    """
+
+    model: nn.Module
+    accuracy: float
+    standard_error: float
+    loss: float
+    train_loss: float
+
+
+def train_network(
+    make: Callable[[], nn.Module],
+    support: Support,
+    test: tuple[Tensor, Tensor],
+    *,
+    generator: torch.Generator,
+    training: Training | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Transferred:
+    """Train a network on the targets of a support set by least squares, and test it.
+
+    Args:
+        make: gives a network whose output is (n, C). It is called with torch's global generator seeded from
+            `generator`, and that generator is put back.
+        support: what is trained on.
+        test: examples (N, ...) and class numbers (N,).
+        generator: of the weights and of the order.
+        training: see `Training`.
+        progress: is told (steps done, in all).
+
+    Raises:
+        InputError: if shapes do not fit.
+        ModelError: if the output is not (n, C), or training diverges.
+    """
+    own = training or Training()
+    found = Labelled.of(test, classes=support.classes, named="the test examples")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31 - 1, (), generator=generator)))
+        model = make()
+    dtype = next(model.parameters()).dtype
+    x, y = support.x.to(dtype), support.y.to(dtype)
+    with torch.no_grad():
+        shape = tuple(model.train()(x[:2]).shape)
+    if shape != (len(x[:2]), support.classes):
+        raise ModelError(f"the network gives (n, {support.classes}), one output for each class: got {shape}")
+    optimizer = torch.optim.SGD(model.parameters(), own.learning_rate, own.momentum, weight_decay=own.decay)
+    for step in range(own.steps):
+        chosen = slice(None)
+        if len(x) > own.batch:
+            chosen = torch.randperm(len(x), generator=generator)[: own.batch]
+        loss = _loss(model(x[chosen]), y[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if progress is not None:
+            progress(step + 1, own.steps)
+    optimizer.zero_grad(set_to_none=True)
+    model.eval()
+    with torch.no_grad():
+        said = torch.cat([model(part.to(dtype)) for part in found.x.split(1000)]).double()
+        kept = torch.cat([model(part) for part in x.split(1000)]).double()
+    if not said.isfinite().all():
+        raise ModelError(f"training diverged with a learning rate of {own.learning_rate}: take a smaller one")
+    right = float((said.argmax(1) == found.labels).double().mean())
+    return Transferred(
+        model=model,
+        accuracy=right,
+        standard_error=math.sqrt(right * (1 - right) / len(said)),
+        loss=float(_loss(said, centred(found.labels, found.classes))) / found.classes,
+        train_loss=float(_loss(kept, support.y.double())) / support.classes,
+    )
+
+
+def _loss(said: Tensor, wanted: Tensor) -> Tensor:
+    return (said - wanted).square().sum(1).mean() / 2
