@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ntkit.kernel.base import DenseKernel, Kernel
     from ntkit.kernel.empirical import TangentKernel, empirical_ntk
     from ntkit.kernel.features import FeatureKernel, FeatureMap, features, size_for
+    from ntkit.kernel.infinite import InfiniteKernel, InfiniteWidth, infinite_ntk
     from ntkit.kernel.saved import SavedKernel, open_kernel
     from ntkit.solve.estimators import NTKClassifier, NTKRegressor
     from ntkit.tangent.linearize import Tangent, linearize
@@ -36,6 +37,8 @@ __all__ = [
     "FeatureKernel",
     "FeatureMap",
     "FidelityWarning",
+    "InfiniteKernel",
+    "InfiniteWidth",
     "InputError",
     "Kernel",
     "Logits",
@@ -58,6 +61,7 @@ __all__ = [
     "__version__",
     "empirical_ntk",
     "features",
+    "infinite_ntk",
     "linearize",
     "open_kernel",
     "size_for",
@@ -67,6 +71,8 @@ _HOME = {
     "DenseKernel": "ntkit.kernel.base",
     "FeatureKernel": "ntkit.kernel.features",
     "FeatureMap": "ntkit.kernel.features",
+    "InfiniteKernel": "ntkit.kernel.infinite",
+    "InfiniteWidth": "ntkit.kernel.infinite",
     "Kernel": "ntkit.kernel.base",
     "Logits": "ntkit.tangent.readout",
     "Loss": "ntkit.tangent.readout",
@@ -80,6 +86,7 @@ _HOME = {
     "TangentKernel": "ntkit.kernel.empirical",
     "empirical_ntk": "ntkit.kernel.empirical",
     "features": "ntkit.kernel.features",
+    "infinite_ntk": "ntkit.kernel.infinite",
     "linearize": "ntkit.tangent.linearize",
     "open_kernel": "ntkit.kernel.saved",
     "size_for": "ntkit.kernel.features",

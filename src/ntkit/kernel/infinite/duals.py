@@ -1,0 +1,154 @@
+"""Moments of a nonlinearity under Gaussian inputs: E[g(u) g(v)] and E[g'(u) g'(v)] for (u, v) ~ N(0, [[a, c], [c, b]]).
+
+Closed forms: linear and piecewise linear with a kink at zero (Cho and Saul, 2009), erf (Williams, 1997), GELU, sine and
+cosine. For GELU, with A = 1 + a, B = 1 + b, D = A B - c^2 and Q = 1/4 + atan(c / sqrt(D)) / (2 pi), which is the
+probability that u and v exceed two independent standard normal numbers:
+
+    E[g g]   = c Q + sqrt(D) / (2 pi) * (1 + 1/D - 1/A - 1/B)
+    E[g' g'] = Q + c / (2 pi sqrt(D)) * (1/A + 1/B + 1/D)
+
+Any other function goes through its Hermite series (`ntkit.kernel.infinite.hermite`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Below this share of a*b the determinant a*b - c^2 is rounding.
+_TINY = torch.finfo(torch.float64).tiny
+
+
+class Dual(ABC):
+    """The two moments of one function g, elementwise in a, b, c (tensors that broadcast)."""
+
+    odd: bool = False  # g(-z) = -g(z): its mean is zero
+
+    @abstractmethod
+    def __call__(self, a: Tensor, b: Tensor, c: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:
+        """E[g g], and E[g' g'] where that is wanted."""
+
+    def coincident(self, a: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:
+        """The same for u = v, exactly: E[g^2] and E[g'^2]."""
+        return self(a, a, a, derivative=derivative)
+
+
+@dataclass(frozen=True)
+class Linear(Dual):
+    """g(z) = slope z."""
+
+    slope: float = 1.0
+    odd = True
+
+    def __call__(self, a: Tensor, b: Tensor, c: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        square = self.slope**2
+        return square * c, torch.full_like(c, square) if derivative else None
+
+
+@dataclass(frozen=True)
+class PiecewiseLinear(Dual):
+    """g(z) = below z for z < 0, above z for z > 0: ReLU is (0, 1), the absolute value (-1, 1)."""
+
+    below: float = 0.0
+    above: float = 1.0
+
+    def __call__(self, a: Tensor, b: Tensor, c: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:
+        """By the angle t between u and v: E[relu relu] = (sqrt(ab - c^2) + (pi - t) c) / (2 pi)."""
+        jump, product = (self.above - self.below) ** 2, self.below * self.above
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (a, b, c)):
+            height = (a * b - c.square()).clamp_min(_TINY).sqrt()
+            angle = (math.pi - torch.atan2(height, c)) * (jump / (2 * math.pi))
+            k = height * (jump / (2 * math.pi)) + angle * c
+            return (k + product * c if product else k), (angle + product if derivative else None)
+        height = torch.addcmul(a * b, c, c, value=-1).clamp_min_(0).sqrt_()
+        angle = torch.atan2(height, c).mul_(-1 / (2 * math.pi)).add_(0.5)
+        k = height.mul_(1 / (2 * math.pi)).addcmul_(angle, c)
+        if jump != 1:
+            k.mul_(jump)
+        if product:
+            k.add_(c, alpha=product)
+        if derivative and jump != 1:
+            angle.mul_(jump)
+        return k, (angle.add_(product) if derivative and product else angle if derivative else None)
+
+    def coincident(self, a: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        mean = (self.below**2 + self.above**2) / 2
+        return mean * a, torch.full_like(a, mean) if derivative else None
+
+
+@dataclass(frozen=True)
+class Erf(Dual):
+    """g(z) = erf(z)."""
+
+    odd = True
+
+    def __call__(self, a: Tensor, b: Tensor, c: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        product = (1 + 2 * a) * (1 + 2 * b)
+        k = (2 / math.pi) * torch.asin(2 * c / product.sqrt())
+        return k, (4 / math.pi) / (product - 4 * c.square()).sqrt() if derivative else None
+
+
+@dataclass(frozen=True)
+class GELU(Dual):
+    """g(z) = z Phi(z), the exact form."""
+
+    def __call__(self, a: Tensor, b: Tensor, c: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        inverses = 1 / (1 + a) + 1 / (1 + b)
+        determinant = (1 + a) * (1 + b) - c.square()
+        root = determinant.sqrt()
+        quadrant = 0.25 + torch.atan2(c, root) / (2 * math.pi)
+        k = c * quadrant + (root * (1 - inverses) + 1 / root) / (2 * math.pi)
+        if not derivative:
+            return k, None
+        return k, quadrant + c / (2 * math.pi * root) * (inverses + 1 / determinant)
+
+
+@dataclass(frozen=True)
+class Sine(Dual):
+    """g(z) = sin(z)."""
+
+    odd = True
+
+    def __call__(self, a: Tensor, b: Tensor, c: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        damped = torch.exp(-(a + b) / 2)
+        return damped * torch.sinh(c), damped * torch.cosh(c) if derivative else None
+
+
+@dataclass(frozen=True)
+class Cosine(Dual):
+    """g(z) = cos(z)."""
+
+    def __call__(self, a: Tensor, b: Tensor, c: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        damped = torch.exp(-(a + b) / 2)
+        return damped * torch.cosh(c), damped * torch.sinh(c) if derivative else None
+
+
+@dataclass(frozen=True)
+class Rescaled(Dual):
+    """g(z) = outer * f(inner * z)."""
+
+    function: Dual
+    inner: float = 1.0
+    outer: float = 1.0
+
+    @property
+    def odd(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As the function itself."""
+        return self.function.odd
+
+    def __call__(self, a: Tensor, b: Tensor, c: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        square = self.inner**2
+        k, slope = self.function(square * a, square * b, square * c, derivative=derivative)
+        return self._scaled(k, slope)
+
+    def coincident(self, a: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        k, slope = self.function.coincident(self.inner**2 * a, derivative=derivative)
+        return self._scaled(k, slope)
+
+    def _scaled(self, k: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        square = self.outer**2
+        return square * k, None if slope is None else square * self.inner**2 * slope

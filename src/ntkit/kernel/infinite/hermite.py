@@ -1,0 +1,111 @@
+"""Moments of any elementwise function, by its Hermite series.
+
+With normalised Hermite polynomials h_k and g_k(a) = E[g(sqrt(a) u) h_k(u)] for standard normal u,
+
+    E[g(u) g(v)]   = sum_k g_k(a) g_k(b) rho^k,                          rho = c / sqrt(a b)
+    E[g'(u) g'(v)] = sum_k k g_k(a) g_k(b) rho^(k - 1) / sqrt(a b)
+
+The coefficients are one-dimensional Gaussian integrals for each example, not two-dimensional ones for each pair. They
+are taken by the trapezoidal rule, which converges as fast as Gauss-Hermite quadrature for smooth functions and does not
+thin out where functions are steep. What the terms that are kept miss is known from Parseval's identity, and said where
+it matters: functions with kinks converge slowly for nearly equal inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ntkit.errors import FidelityWarning
+from ntkit.kernel.infinite.duals import Dual
+
+REACH, STEP = 10.0, 0.05  # of the rule, in standard deviations
+TERMS = 96
+# Relative error of a variance from which on it is said.
+TOLERANCE = 1e-7
+_TINY = torch.finfo(torch.float64).tiny
+
+
+@dataclass(frozen=True)
+class HermiteSeries(Dual):
+    """The moments of `function`, which acts on each entry of a tensor by itself.
+
+    Attributes:
+        function: g.
+        name: as it is called in messages.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    name: str
+
+    def __call__(self, a: Tensor, b: Tensor, c: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:
+        """Horner's scheme over the terms. Cost: 2 operations per term and entry, 4 with the derivative."""
+        left, right = self._coefficients(a), self._coefficients(b)
+        size = max(_needed(left), _needed(right))
+        scale = (a * b).clamp_min(_TINY).sqrt()
+        rho = (c / scale).clamp(-1, 1)
+        terms = [left[..., k] * right[..., k] for k in range(size)]
+        k, slope = torch.zeros_like(rho), torch.zeros_like(rho)
+        for number in reversed(range(size)):
+            k = torch.addcmul(terms[number], k, rho)
+            if derivative and number:
+                slope = torch.addcmul(number * terms[number], slope, rho)
+        return k, slope / scale if derivative else None
+
+    def coincident(self, a: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:
+        """By integrals of g^2 and g'^2, so that no terms are cut off."""
+        nodes, weights, _ = _rule(a.device)
+        z = a.clamp_min(_TINY).sqrt()[..., None] * nodes
+        values, slopes = torch.func.jvp(self.function, (z,), (torch.ones_like(z),))  # pyright: ignore[reportAssignmentType]
+        k = values.square() @ weights
+        self._say_error(a.detach(), values.detach())
+        return k, slopes.square() @ weights if derivative else None
+
+    def _coefficients(self, a: Tensor) -> Tensor:
+        """g_k(a) for k below TERMS, on a last axis."""
+        nodes, _, weighted = _rule(a.device)
+        return self.function(a.clamp_min(_TINY).sqrt()[..., None] * nodes) @ weighted
+
+    def _say_error(self, a: Tensor, values: Tensor) -> None:
+        """Compare the variance with the sum of its terms, and with the same rule at every other node."""
+        every = max(1, a.numel() // 64)
+        _, weights, _ = _rule(a.device)
+        squares = values.reshape(-1, values.shape[-1])[::every].square()
+        exact = (squares @ weights).clamp_min(_TINY)
+        cut = exact - self._coefficients(a.reshape(-1)[::every]).square().sum(-1)
+        coarse = exact - 2 * squares[:, ::2] @ weights[::2]
+        error = float(torch.maximum(cut.abs(), coarse.abs()).div(exact).max())
+        if error > TOLERANCE:
+            warnings.warn(
+                f"{self.name} has no closed form here, and {TERMS} terms of its Hermite series leave a relative error "
+                f"of about {error:.1e} for nearly equal inputs, far less for others",
+                FidelityWarning,
+                stacklevel=2,
+            )
+
+
+def _needed(coefficients: Tensor) -> int:
+    """Terms up to the last that is more than rounding."""
+    size = coefficients.detach().abs().reshape(-1, TERMS).amax(0)
+    size = size * torch.arange(TERMS, device=size.device).clamp_min(1).sqrt()
+    kept = (size > 1e-13 * size.max()).nonzero()
+    return int(kept[-1]) + 1 if len(kept) else 1
+
+
+@functools.lru_cache(maxsize=4)
+def _rule(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Nodes, weights for a standard normal number, and weights times h_k(nodes), (nodes, TERMS)."""
+    half = round(REACH / STEP)
+    nodes = torch.arange(-half, half + 1, dtype=torch.float64) * STEP
+    weights = torch.exp(-nodes.square() / 2) * (STEP / math.sqrt(2 * math.pi))
+    polynomials = [torch.ones_like(nodes), nodes]
+    for k in range(1, TERMS - 1):
+        polynomials.append((nodes * polynomials[k] - math.sqrt(k) * polynomials[k - 1]) / math.sqrt(k + 1))
+    weighted = weights[:, None] * torch.stack(polynomials, 1)
+    return nodes.to(device), weights.to(device), weighted.to(device)

@@ -1,0 +1,1 @@
+"""Handlers of the nodes of a traced module, by subject."""

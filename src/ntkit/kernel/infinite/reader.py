@@ -1,0 +1,280 @@
+"""From a module to the steps of its infinite-width limit: the graph that torch.fx traces, node by node.
+
+The handlers are in `nodes`, by module class and by function; elementwise functions in `pointwise.py`. What no handler
+knows is refused, naming the node.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+
+from ntkit.errors import ModelError
+from ntkit.kernel.infinite import pointwise
+from ntkit.kernel.infinite.laws import Law, parameters_named
+from ntkit.kernel.infinite.nodes.table import read
+from ntkit.kernel.infinite.program import Program
+from ntkit.kernel.infinite.steps import Flattening, Inputs, Nonlinearity, Scaling, Step, Total
+from ntkit.kernel.infinite.values import Applied, Field, Known, Shape, Value, changed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ntkit.tangent.examples import Batch
+
+
+class Reader:
+    """One pass over a traced module. Handlers read values with `field`, and add steps with `add`."""
+
+    def __init__(self, model: nn.Module, law: Law, trained: frozenset[str], batch: Batch) -> None:
+        """Trace a module and run it on two examples, to learn the shapes.
+
+        Args:
+            model: stays as it is; a copy is run.
+            law: of the weights.
+            trained: names of the parameters that take part in the tangent kernel.
+            batch: two examples.
+
+        Raises:
+            ModelError: if it cannot be traced or run.
+        """
+        self.model, self.law, self.trained = model, law, trained
+        self.names = parameters_named(model)
+        self.modules = dict(model.named_modules())
+        self.traced = _trace(model)
+        self.batch = batch
+        self.results = _results(self.traced, batch)
+        self.steps: list[Step] = []
+        self.positions: list[tuple[int, ...]] = []
+        self.values: dict[fx.Node, Value] = {}
+        self.inputs: list[fx.Node] = []  # known nodes that steps take
+        self.used: dict[str, str] = {}  # parameters, and the node that used them
+        self._settled: dict[int, tuple[Applied, Field]] = {}
+
+    def program(self) -> Program:
+        """Read the graph to its end.
+
+        Raises:
+            ModelError: at a node that has no infinite-width limit, or one that is not known here.
+        """
+        output: Value | None = None
+        for node in self.traced.graph.nodes:
+            if node.op == "output":
+                output = self._output(node)
+            else:
+                self.values[node] = read(self, node)
+        if not isinstance(output, (Field, Applied)):
+            raise ModelError("the module's output does not depend on any weights: it has no infinite-width limit")
+        last = self.field(output, None)
+        number = last.step
+        if last.merged:
+            number = self.add(Flattening((number,), "output"), ())
+        if self.positions[number]:
+            raise ModelError(
+                f"the output has positions of shape {self.positions[number]} beside its channels: end the module with "
+                "a mean over them, or with a flatten and a linear layer"
+            )
+        return Program(self.steps, number, self._prepare(), self.positions)
+
+    def _output(self, node: fx.Node) -> Value:
+        (returned,) = node.args
+        if not isinstance(returned, fx.Node):
+            raise ModelError(
+                f"the module returns a {type(returned).__name__}: an infinite-width kernel needs one tensor, (N, C)"
+            )
+        return self.values[returned]
+
+    # --------------------------------------------------------------------------------------------------- for handlers
+
+    def refuse(self, node: fx.Node | None, why: str) -> NoReturn:
+        """Say which node has no limit, and why.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(f"no infinite-width limit at {self.named(node)}: {why}")
+
+    def named(self, node: fx.Node | None) -> str:
+        """A node in words: its name, and the module or function."""
+        if node is None:
+            return "the output"
+        if node.op == "call_module":
+            return f"node {node.name!r} ({type(self.modules[str(node.target)]).__name__} {node.target!r})"
+        target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        return f"node {node.name!r} ({target})"
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Of a node's tensor, for two examples."""
+        return self.results[node.name]
+
+    def add(self, step: Step, positions: Sequence[int]) -> int:
+        """One step more; its number."""
+        self.steps.append(step)
+        self.positions.append(tuple(positions))
+        return len(self.steps) - 1
+
+    def field(self, value: Value, node: fx.Node | None) -> Field:
+        """Hidden units with their covariance: functions that were applied become a step."""
+        if isinstance(value, Field):
+            return value
+        if not isinstance(value, Applied):
+            self.refuse(node, f"expected hidden units, and got {type(value).__name__.lower()} values")
+        found = self._settled.get(id(value))
+        if found is not None:
+            return found[1]
+        inner, function = value.field, value.function
+        if function.slope is not None:
+            step = Scaling((inner.step,), function.name, function.slope)
+            field = changed(inner, self.add(step, self.positions[inner.step]))
+        else:
+            step = Nonlinearity((inner.step,), function.name, function.moments, function.learned)
+            number = self.add(step, self.positions[inner.step])
+            field = changed(inner, number, gaussian=False, centred=function.moments.odd)
+        self._settled[id(value)] = value, field  # kept alive, for its id is the key
+        return field
+
+    def source(self, known: Known, channel: int) -> int:
+        """The step with the inner products of a tensor that depends on the inputs alone."""
+        if known.node not in self.inputs:
+            self.inputs.append(known.node)
+        number = self.inputs.index(known.node)
+        shape = self.shape(known.node)
+        channel %= len(shape)
+        for step, found in enumerate(self.steps):
+            if isinstance(found, Inputs) and (found.number, found.channel) == (number, channel):
+                return step
+        positions = [size for axis, size in enumerate(shape) if axis not in (0, channel)]
+        return self.add(Inputs((), known.node.name, number, channel), positions)
+
+    def apply(self, value: Value, function: pointwise.Pointwise, node: fx.Node) -> Applied:
+        """An elementwise function of hidden units."""
+        if isinstance(value, Applied):
+            return Applied(value.field, function.after(value.function))
+        field = self.field(value, node)
+        if not field.gaussian and function.slope is None:
+            self.refuse(
+                node,
+                f"{function.name} is applied to units that are not Gaussian (the step before is "
+                f"{self.steps[field.step].node!r}): put a linear layer or a convolution between them",
+            )
+        return Applied(field, function)
+
+    def total(self, values: Sequence[Value], node: fx.Node) -> Field:
+        """The sum of layers."""
+        fields = [self.field(value, node) for value in values]
+        first = fields[0]
+        shapes = {(self.positions[field.step], field.channel, field.merged) for field in fields}
+        if len(shapes) > 1:
+            self.refuse(node, "it adds layers of different shapes")
+        if len(frozenset().union(*(f.roots for f in fields))) < sum(len(f.roots) for f in fields):
+            self.refuse(
+                node, "it adds layers that are correlated: they share weights, with no layer of their own in between"
+            )
+        if sum(not field.centred for field in fields) > 1:
+            self.refuse(node, "it adds several layers with a mean that is not zero (behind ReLU, say), which add up")
+        number = self.add(Total(tuple(field.step for field in fields), node.name), self.positions[first.step])
+        return Field(
+            number,
+            first.channel,
+            frozenset().union(*(field.roots for field in fields)),
+            all(field.gaussian for field in fields),
+            all(field.centred for field in fields),
+            first.merged,
+        )
+
+    def use(self, name: str, node: fx.Node) -> None:
+        """Note that a parameter is used; twice is not known here."""
+        if name in self.used:
+            self.refuse(
+                node,
+                f"parameter {name!r} is used again, after {self.used[name]}: layers that share weights are correlated",
+            )
+        self.used[name] = node.name
+
+    # ----------------------------------------------------------------------------------------------------- known part
+
+    def _prepare(self) -> Callable[..., tuple[Tensor, ...]]:
+        """What steps take of the inputs, as a module of its own in float64.
+
+        Raises:
+            ModelError: if it treats examples together.
+        """
+        graph, places = fx.Graph(), {}
+        wanted = _ancestors(self.inputs)
+        for node in self.traced.graph.nodes:
+            if node in wanted or node.op == "placeholder":
+                places[node] = graph.node_copy(node, lambda other: places[other])
+        graph.output(tuple(places[node] for node in self.inputs))
+        prepare = copy.deepcopy(fx.GraphModule(self.traced, graph)).double()
+        arguments = [as_double(t) for t in self.batch.arguments]
+        together = prepare(*arguments)
+        alone = zip(*(prepare(*(t[i : i + 1] for t in arguments)) for i in range(len(arguments[0]))), strict=True)
+        for node, both, each in zip(self.inputs, together, alone, strict=True):
+            if not torch.allclose(both, torch.cat(each)):
+                self.refuse(node, "it treats the examples of a batch together: a kernel needs them one by one")
+        return prepare
+
+
+def as_double(t: Tensor) -> Tensor:
+    """Floating point inputs in float64, others as they are."""
+    return t.double() if t.is_floating_point() else t
+
+
+def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _trace(model: nn.Module) -> fx.GraphModule:
+    hooked = [
+        name or "the module itself"
+        for name, module in model.named_modules()
+        if module._forward_hooks or module._forward_pre_hooks
+    ]
+    if hooked:
+        raise ModelError(
+            f"{hooked[0]!r} has forward hooks, which an infinite-width limit cannot see: remove them (weight "
+            "normalisation and spectral normalisation of the old kind are hooks, too)"
+        )
+    try:
+        return fx.symbolic_trace(model)
+    except Exception as error:
+        raise ModelError(
+            f"the module cannot be traced by torch.fx ({type(error).__name__}: {error}): an infinite-width limit needs "
+            "a forward method whose path does not depend on the values of tensors"
+        ) from error
+
+
+def _results(traced: fx.GraphModule, batch: Batch) -> dict[str, Any]:
+    """Shapes of all tensors, and other values, by node; found by running a copy on two examples."""
+    runner = _Recorder(copy.deepcopy(traced))
+    floating = next((p.dtype for p in runner.module.parameters() if p.is_floating_point()), torch.float32)
+    arguments = [t.to(floating) if t.is_floating_point() else t for t in batch.arguments]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            runner.run(*arguments, enable_io_processing=False)
+    except Exception as error:
+        raise ModelError(f"the module fails on two of the examples: {type(error).__name__}: {error}") from error
+    return runner.found
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps shapes, and what is not a tensor."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.found: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.found[n.name] = Shape(result.shape) if isinstance(result, Tensor) else result
+        return result
