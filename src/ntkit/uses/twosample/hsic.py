@@ -1,0 +1,154 @@
+"""`independence_test`: do two measurements of the same examples depend on each other? Hilbert-Schmidt independence."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ntkit.errors import InputError
+from ntkit.kernel.base import Kernel, strips
+from ntkit.kernel.function import KernelFunction
+from ntkit.kernel.memory import default_memory
+from ntkit.uses.twosample.pool import Source, check_matrix, feature_rows, finite
+from ntkit.uses.twosample.relabelling import permutation_pvalue
+from ntkit.uses.twosample.result import TestResult
+from ntkit.uses.twosample.samples import check_permutations, checked
+
+if TYPE_CHECKING:
+    from ntkit.tangent.examples import Examples
+
+
+class Dependence(ABC):
+    """How two kernels of the same examples become one number, <A, L> with A the first one centred."""
+
+    name: str
+    least: int
+
+    @abstractmethod
+    def centred(self, kernel: Tensor) -> Tensor:
+        """A, (N, N), divided by the number of pairs."""
+
+    @abstractmethod
+    def by_features(self, phi: Tensor, psi: Tensor, orders: Tensor) -> Tensor:
+        """The statistic for many orders (B, N) of the second features: phi (N, D) and psi (N, E) have no mean."""
+
+
+@dataclass(frozen=True)
+class Biased(Dependence):
+    """tr(K H L H) / N^2, never negative; its mean under independence is not 0 (Gretton et al. 2005)."""
+
+    name = "HSIC, biased"
+    least = 2
+
+    def centred(self, kernel: Tensor) -> Tensor:
+        """H K H / N^2."""
+        rows = kernel.mean(1, keepdim=True)
+        return (kernel - rows - rows.T + kernel.mean()) / len(kernel) ** 2
+
+    def by_features(self, phi: Tensor, psi: Tensor, orders: Tensor) -> Tensor:
+        """|phi^T psi|^2 / N^2. Cost: N D E for each order."""
+        return _crossed(phi, psi, orders) / len(phi) ** 2
+
+
+@dataclass(frozen=True)
+class Debiased(Dependence):
+    """The unbiased estimate: mean 0 under independence (Song et al. 2012, equation 5)."""
+
+    name = "HSIC"
+    least = 4
+
+    def centred(self, kernel: Tensor) -> Tensor:
+        """Without the diagonal, and centred so that rows still add up to 0; over N (N - 3).
+
+        That is an orthogonal projection of matrices, so the second kernel needs none.
+        """
+        n = len(kernel)
+        hollow = kernel.clone()
+        hollow.diagonal().zero_()
+        rows = hollow.sum(1, keepdim=True) / (n - 2)
+        found = hollow - rows - rows.T + rows.sum() / (n - 1)
+        found.diagonal().zero_()
+        return found / (n * (n - 3))
+
+    def by_features(self, phi: Tensor, psi: Tensor, orders: Tensor) -> Tensor:
+        """From sums over different examples. Cost: N D E for each order."""
+        n = len(phi)
+        (own, r), (other, s) = ((t.square().sum(1), t @ t.sum(0) - t.square().sum(1)) for t in (phi, psi))
+        same = _crossed(phi, psi, orders) - other[orders] @ own
+        return (same - 2 / (n - 2) * (s[orders] @ r) + r.sum() * s.sum() / ((n - 1) * (n - 2))) / (n * (n - 3))
+
+
+def _crossed(phi: Tensor, psi: Tensor, orders: Tensor) -> Tensor:
+    """|phi^T psi[order]|^2 for each order, by one product."""
+    return torch.einsum("nd,bne->bde", phi, psi[orders]).square().sum((1, 2))
+
+
+def independence_test(
+    x: Any,
+    y: Any,
+    *,
+    kernel_x: Source,
+    kernel_y: Source,
+    statistic: Dependence | None = None,
+    permutations: int = 1000,
+    generator: torch.Generator,
+    memory: int | None = None,
+) -> TestResult:
+    """Test with HSIC whether x and y, measured on the same examples, are independent.
+
+    The p-value is exact: the order of y is permuted, and the kernels in all orders are multiplied at once.
+
+    Args:
+        x: n examples: a tensor, a tuple or dict of tensors, or a `Dataset`.
+        y: n others, each belonging to the x in its place.
+        kernel_x: a `KernelFunction`, a finished `Kernel`, or features.
+        kernel_y: the same for y. Where both are features no matrix is formed: n D E operations for each permutation.
+        statistic: `Debiased()` by default, or `Biased()`.
+        permutations: B. The smallest p-value is 1 / (B + 1).
+        generator: draws the orders.
+        memory: bytes of working space; an eighth of the machine's by default. Matrices need 16 n^2 beside.
+
+    Raises:
+        InputError: if there are too few examples, not as many of each, they are not finite, or an argument cannot be
+            used; nothing has been computed then.
+    """
+    check_permutations(permutations)
+    statistic = Debiased() if statistic is None else statistic
+    if not isinstance(statistic, Dependence):
+        raise InputError(f"statistic is Debiased() or Biased(): got {statistic!r}")
+    ours, theirs = checked(x, "x", least=statistic.least), checked(y, "y", least=statistic.least)
+    if len(ours) != len(theirs):
+        raise InputError(f"x and y belong to the same examples: got {len(ours)} and {len(theirs)}")
+    n, memory = len(ours), default_memory() if memory is None else memory
+    orders = torch.rand(permutations, n, generator=generator, device=generator.device, dtype=torch.float64).argsort(1)
+    orders = torch.cat([torch.arange(n)[None], orders.cpu()])
+    found = []
+    if any(isinstance(kernel, (KernelFunction, Kernel)) for kernel in (kernel_x, kernel_y)):
+        centred, other = statistic.centred(_matrix(kernel_x, ours)), _matrix(kernel_y, theirs)
+        for some in strips(len(orders), max(1, memory // (32 * n * n))):
+            block = orders[some]
+            permuted = other[block].gather(2, block[:, None, :].expand(-1, n, -1))
+            found.append(permuted.flatten(1) @ centred.flatten())
+    else:
+        phi, psi = (rows - rows.mean(0) for rows in (feature_rows(kernel_x, ours), feature_rows(kernel_y, theirs)))
+        phi, psi = phi.cpu(), psi.cpu()
+        width = psi.shape[1] * (n + phi.shape[1])
+        for some in strips(len(orders), max(1, memory // (32 * width))):
+            found.append(statistic.by_features(phi, psi, orders[some]))
+    values = torch.cat(found)
+    first, null = float(values[0]), values[1:]
+    return TestResult(first, permutation_pvalue(first, null), null, statistic.name, (n,))
+
+
+def _matrix(source: Source, examples: Examples) -> Tensor:
+    """A kernel of the examples, (N, N) in float64."""
+    if not isinstance(source, (KernelFunction, Kernel)):
+        phi = feature_rows(source, examples).cpu()
+        return phi @ phi.T
+    kernel = source(examples.data) if isinstance(source, KernelFunction) else source
+    check_matrix(kernel, len(examples))
+    return finite(kernel.dense().detach().double().cpu())

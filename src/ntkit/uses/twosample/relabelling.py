@@ -1,0 +1,36 @@
+"""Relabelings of a pooled sample, and p-values from them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Of the largest statistic: sums in another order may differ by so much and are ties nevertheless.
+ROUNDING = 1e-9
+
+
+def relabelings(n: int, m: int, permutations: int, generator: torch.Generator) -> Tensor:
+    """Who counts as x, (n+m, 1+permutations) of booleans: first as it is, then at random. Memory: a byte each."""
+    labels = torch.zeros(n + m, 1 + permutations, dtype=torch.bool)
+    labels[:n, 0] = True
+    labels[:, 1:] = choices(1, n, m, permutations, generator)[0].T
+    return labels
+
+
+def choices(groups: int, n: int, m: int, permutations: int, generator: torch.Generator) -> Tensor:
+    """Random choices of n out of n+m, (groups, permutations, n+m) of booleans."""
+    shape = (groups, permutations, n + m)
+    order = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64).argsort(2).cpu()
+    return torch.zeros(shape, dtype=torch.bool).scatter_(2, order[..., :n], True)
+
+
+def permutation_pvalue(statistic: float, null: Tensor) -> float:
+    """(1 + #{null >= statistic}) / (B + 1): never 0, and at most the level with no more than that probability."""
+    tie = ROUNDING * max(abs(statistic), float(null.abs().max()))
+    return (1 + int((null >= statistic - tie).sum())) / (len(null) + 1)
+
+
+def differences(values: Tensor, n: int, labels: Tensor) -> Tensor:
+    """Mean of x minus mean of y for every relabeling, (1+B,): one product of the values (N,) with the labels."""
+    chosen = values @ labels.to(values)
+    return chosen / n - (values.sum() - chosen) / (len(values) - n)
