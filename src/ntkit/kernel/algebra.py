@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ntkit.errors import InputError
 from ntkit.kernel.base import Kernel, bounds
+from ntkit.tangent.identity import digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -204,7 +205,7 @@ class Centred(Changed):
 class Recentred(Changed):
     """A kernel of features from which one and the same vector is taken away, the mean over a reference sample."""
 
-    def __init__(self, inner: Kernel, rows: Tensor, cols: Tensor, level: Tensor, reference: str) -> None:
+    def __init__(self, inner: Kernel, rows: Tensor, cols: Tensor, level: Tensor, reference: Kernel) -> None:
         """Centre with known means.
 
         Args:
@@ -212,13 +213,13 @@ class Recentred(Changed):
             rows: its mean over the reference for each row, (rows,).
             cols: the same for each column.
             level: the mean of the kernel within the reference.
-            reference: a digest of it, for `identity`.
+            reference: that kernel, for `identity`.
         """
         super().__init__(inner)
         self._rows, self._cols, self._level, self._reference = rows, cols, level, reference
 
     def _described(self) -> str:
-        return f"centred on {self._reference}"
+        return f"centred on {digest([repr(sorted(self._reference.identity().items()))])[:16]}"
 
     def _changed(self, values: Tensor, rows: slice, cols: slice) -> Tensor:
         # the two means are added first, as above

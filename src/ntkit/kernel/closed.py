@@ -56,8 +56,8 @@ class ClosedKernel(Kernel):
     def __init__(self, function: ClosedForm, x1: Tensor, x2: Tensor | None = None) -> None:
         """Of N and M examples; x2=None for x1 again."""
         self.function = function
-        self._rows = _vectors(x1, "x1")
-        self._cols = self._rows if x2 is None else _vectors(x2, "x2")
+        self._rows = vectors(x1, "x1")
+        self._cols = self._rows if x2 is None else vectors(x2, "x2")
         self._symmetric = x2 is None
         if self._rows.shape[1] != self._cols.shape[1]:
             raise InputError(
@@ -143,22 +143,22 @@ class RBF(ClosedForm):
         Raises:
             InputError: if there are fewer than two examples, or half of the pairs are equal.
         """
-        vectors = _vectors(x, "x").detach()
-        if len(vectors) < 2 or most < 2:
-            raise InputError(f"a median distance needs at least two examples: got {min(len(vectors), most)}")
-        if len(vectors) > most:
+        points = vectors(x, "x").detach()
+        if len(points) < 2 or most < 2:
+            raise InputError(f"a median distance needs at least two examples: got {min(len(points), most)}")
+        if len(points) > most:
             if generator is None:
-                chosen = torch.linspace(0, len(vectors) - 1, most, dtype=torch.float64).round().long()
+                chosen = torch.linspace(0, len(points) - 1, most, dtype=torch.float64).round().long()
             else:
-                chosen = torch.randperm(len(vectors), generator=generator, device=generator.device)[:most]
-            vectors = vectors[chosen.to(vectors.device)]
-        median = float(torch.pdist(vectors.to(_wide(vectors))).median())
+                chosen = torch.randperm(len(points), generator=generator, device=generator.device)[:most]
+            points = points[chosen.to(points.device)]
+        median = float(torch.pdist(points.to(wide(points))).median())
         if median == 0:
             raise InputError("half of the pairs of examples are equal, their median distance is 0: give a lengthscale")
         return cls(median)
 
     def entries(self, rows: Tensor, cols: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
-        left, right = (((t - origin).to(_wide(t)) / self.lengthscale) for t in (rows, cols))
+        left, right = ((t.to(wide(t)) - origin.to(wide(t))) / self.lengthscale for t in (rows, cols))
         exponent = left @ right.T
         exponent -= left.square().sum(1)[:, None] / 2
         exponent -= right.square().sum(1)[None, :] / 2
@@ -204,7 +204,7 @@ class DotProduct(ClosedForm):
         return found if self.degree == 1 else found**self.degree
 
 
-def _vectors(x: Tensor, name: str) -> Tensor:
+def vectors(x: Tensor, name: str) -> Tensor:
     """Examples (N, ...) as (N, d).
 
     Raises:
@@ -226,7 +226,7 @@ def _vectors(x: Tensor, name: str) -> Tensor:
     return x.reshape(len(x), -1)
 
 
-def _wide(t: Tensor) -> torch.dtype:
+def wide(t: Tensor) -> torch.dtype:
     """Float64 where the device has it."""
     return torch.float32 if t.device.type == "mps" else torch.float64
 
