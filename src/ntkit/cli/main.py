@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ntkit.cli import active, finetuning
+from ntkit.cli import active, condense, finetuning
 from ntkit.cli.options import (
     READOUT_HELP,
     ArrayDataArgument,
@@ -44,6 +44,7 @@ app = typer.Typer(
 app.add_typer(active.app, name="active")
 app.command()(finetuning.probe)
 app.command()(finetuning.rank_backbones)
+app.command()(condense.condense)
 
 
 @app.callback(invoke_without_command=True)

@@ -50,7 +50,7 @@ class GradientFeatures(KernelFunction):
         """phi(x) of all networks side by side, (N, sum of P), float64: their products are the kernel.
 
         Raises:
-            ModelError: if an output is not (N, C).
+            ModelError: if an output is not (N, C), or the network cannot take the examples one by one.
         """
         scale = len(self.models) ** -0.5
         parts = [self._of(k, x.double()) * scale for k in range(len(self.models))]
@@ -65,7 +65,13 @@ class GradientFeatures(KernelFunction):
                 raise ModelError(f"a network gives (N, C): got {said.ndim} axes")
             return said.sum() / said.shape[1] ** 0.5
 
-        found = vmap(grad(total), in_dims=(None, 0))(self._parameters[number], x)
+        try:
+            found = vmap(grad(total), in_dims=(None, 0))(self._parameters[number], x)
+        except RuntimeError as error:
+            raise ModelError(
+                f"gradient features of examples of shape {tuple(x.shape[1:])} cannot be had of this "
+                f"{type(model).__name__}: {error}"
+            ) from error
         return torch.cat([part.flatten(1) for part in found.values()], 1)
 
     def __call__(self, x1: Any, x2: Any = None) -> Kernel:

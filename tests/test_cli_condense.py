@@ -1,0 +1,190 @@
+"""`ntkit condense` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ntkit.cli import app
+from ntkit.errors import InputError
+from ntkit.report.condensing import parse_kernel, plot_condensing, plot_support
+from ntkit.uses import condense
+
+NETS = """
+from torch import nn
+
+def net():
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+
+def wrong():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
+
+def flat():
+    return nn.Linear(16, 3)
+"""
+QUICK = ("--steps", "5", "--batch", "60", "--network-steps", "40", "--network-rate", "0.05")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sys.modules.pop("condensed_nets", None)
+    (tmp_path / "condensed_nets.py").write_text(NETS)
+    draw = np.random.default_rng(0)
+    y = np.arange(180) % 3
+    x = draw.normal(size=(180, 1, 4, 4)).astype(np.float32) + 2 * draw.normal(size=(3, 1, 4, 4))[y].astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=3 + 2 * x, y=y)
+    np.savez(tmp_path / "flat.npz", x=x.reshape(180, 16), y=y)
+    np.savez(tmp_path / "targets.npz", x=x, y=np.eye(3, dtype=np.float32)[y])
+    np.savez(tmp_path / "pixels.npz", x=(x > 0).astype(np.uint8), y=y)
+    np.savez(tmp_path / "more.npz", x_train=x, y_train=y, x_test=x, y_test=y + 1)
+    return tmp_path
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    found = CliRunner().invoke(app, ["condense", *arguments])
+    return found.exit_code, " ".join((found.output + (found.stderr or "")).split())
+
+
+def test_it_writes_the_points_a_page_and_what_was_found(here: Path) -> None:
+    code, text = run("data.npz", "--per-class", "2", *QUICK, "--learn-labels", "--out", "out")
+    assert code == 0, text
+    assert "learned points" in text
+    assert sorted(path.name for path in (here / "out").iterdir()) == [
+        "images.svg", "index.html", "results.json", "support.npz",
+    ]  # fmt: skip
+    results = json.loads((here / "out" / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == [
+        "random examples", "k-means centres", "random examples, labels solved", "learned points",
+    ]  # fmt: skip
+    assert [record["step"] for record in results["records"]] == [0, 1, 2, 4, 5]
+    assert results["rows"][3]["kernel"]["loss"] < results["rows"][0]["kernel"]["loss"]
+    page = (here / "out" / "index.html").read_text()
+    assert page.count("<svg") == 2
+    assert not (here / "out.part").exists()
+    with np.load(here / "out" / "support.npz") as kept:
+        assert kept["x"].shape == (6, 1, 4, 4)
+        assert kept["labels"].tolist() == [0, 0, 1, 1, 2, 2]
+        assert kept["y"].shape == (6, 3)
+        with np.load(here / "data.npz") as given:  # the starting points are examples in the units they came in
+            gaps = np.abs(given["x"][None] - kept["x_start"][:, None]).max((2, 3, 4)).min(1)
+        assert gaps.max() < 1e-5
+        assert np.abs(kept["x"] - kept["x_start"]).max() > 1e-3
+        scaled = condense.Support(torch.from_numpy(kept["x_scaled"]), torch.from_numpy(kept["y"]))
+    score = condense.fit(parse_kernel("fc:1")(scaled.x), scaled)
+    assert score.condition == pytest.approx(results["rows"][3]["kernel"]["condition"], rel=1e-5)
+
+
+def test_target_images_are_changed_on_demand(here: Path) -> None:
+    moved = {}
+    for name, more in {"plain": (), "flip": ("--flip",), "shift": ("--shift", "1")}.items():
+        code, text = run("data.npz", "--per-class", "1", *QUICK, *more, "--out", name)
+        assert code == 0, text
+        with np.load(here / name / "support.npz") as kept:
+            moved[name] = kept["x"]
+    assert not np.allclose(moved["plain"], moved["flip"])
+    assert not np.allclose(moved["plain"], moved["shift"])
+
+
+def test_it_goes_on_after_a_page_that_could_not_be_written(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ntkit.report import condensing
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(condensing, "write_folder", full)
+        code, text = run("flat.npz", "--per-class", "1", *QUICK, "--out", "out")
+    assert code == 2
+    assert "no space left" in text
+    assert (here / "out.part" / "state.safetensors").exists()
+    code, text = run("flat.npz", "--per-class", "1", *QUICK, "--learning-rate", "0.1", "--out", "out")
+    assert code == 2
+    assert "another start, data, seed or settings" in text
+    monkeypatch.setattr(condense.inducing, "kip_gradient", full)  # all steps are taken already
+    code, text = run("flat.npz", "--per-class", "1", *QUICK, "--out", "out")
+    assert code == 0, text
+    assert not (here / "out" / "images.svg").exists()  # vectors are no images
+    assert (here / "out" / "index.html").read_text().count("<svg") == 1
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    ["fc:2", "rbf", "infinite:condensed_nets:flat", "finite:condensed_nets:flat"],
+    ids=lambda k: k.split(":")[0],
+)
+def test_every_kernel_moves_points(here: Path, kernel: str) -> None:
+    code, text = run("flat.npz", "--per-class", "1", *QUICK, "--kernel", kernel, "--network", "condensed_nets:flat")
+    assert code == 0, text
+    rows = json.loads((here / "condensed" / "results.json").read_text())["rows"]
+    assert rows[3]["kernel"]["loss"] < rows[0]["kernel"]["loss"]
+
+
+def test_whitened_images_and_patience(here: Path) -> None:
+    code, text = run("data.npz", "--per-class", "1", *QUICK, "--zca", "--patience", "1", "--learning-rate", "9")
+    assert code == 0, text
+    results = json.loads((here / "condensed" / "results.json").read_text())
+    best = max(record["accuracy"] for record in results["records"])
+    assert next(r["accuracy"] for r in results["records"] if r["step"] == results["step"]) == best
+    assert {row["network_rate"] for row in results["rows"]} <= {0.05 / 4**k for k in range(6)}
+    with np.load(here / "condensed" / "support.npz") as kept:
+        start = kept["x_start"].reshape(3, 16)
+    np.testing.assert_allclose(start.mean(1), 0, atol=1e-6)  # seen up to brightness and contrast
+    np.testing.assert_allclose(start.std(1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("none.npz",), "there is no file of data none.npz"),
+        (("targets.npz",), "class numbers (integers) as y"),
+        (("pixels.npz",), "uint8, raw pixels"),
+        (("more.npz",), "the test examples have 4 classes, the training examples 3"),
+        (("data.npz", "--kernel", "poly"), "unknown kernel 'poly': expected one of fc:DEPTH, rbf"),
+        (("data.npz", "--kernel", "fc:0"), "unknown kernel 'fc:0'"),
+        (("data.npz", "--kernel", "rbf:3"), "unknown kernel 'rbf:3'"),
+        (("data.npz", "--kernel", "finite:nowhere:net"), "there is no module 'nowhere'"),
+        (("data.npz", "--per-class", "100"), "expected at least the 100 points of each class"),
+        (("data.npz", "--network", "condensed_nets:wrong"), "the network has 5 outputs, and the data 3 classes"),
+        (("flat.npz", "--flip"), "images to augment are (N, C, H, W)"),
+        (("data.npz", "--validation", "1.5"), "between 0 and 1: got --validation 1.5"),
+        (("data.npz", "--learning-rate", "-1"), "learning_rate is a positive number"),
+        (("data.npz", "--ridge", "-1"), "ridge is in units"),
+        (("data.npz", "--network-rate", "0"), "learning_rate is positive"),
+        (("data.npz", "--kernel", "finite:condensed_nets:flat"), "gradient features of examples of shape (1, 4, 4)"),
+    ],
+)
+def test_bad_input_is_said_before_any_work(here: Path, arguments: tuple[str, ...], words: str) -> None:
+    code, text = run(*arguments, *QUICK[:-2])
+    assert code == 2, text
+    assert "error: " in text
+    assert words in text
+    assert not (here / "condensed").exists()
+
+
+def test_a_folder_that_is_there_is_kept(here: Path) -> None:
+    (here / "condensed").mkdir()
+    code, text = run("data.npz")
+    assert code == 2
+    assert "the output folder condensed exists" in text
+
+
+def test_pictures() -> None:
+    x = torch.rand(12, 3, 6, 5)
+    for classes, label in ((3, "at the start"), (6, "learned")):
+        svg = plot_support(x, x + 1, classes)
+        assert svg.startswith("<svg")
+        assert "<image" in svg
+        assert label in svg
+    for wrong, classes in ((x[:, :2], 3), (x, 5), (x.flatten(1), 3)):
+        with pytest.raises(InputError, match="two sets of images are"):
+            plot_support(wrong, wrong, classes)
+    records = [condense.Recorded(k, 0.1, 0.1 / (k + 1), 0.2, 1e-6, 10.0) for k in range(3)]
+    assert "accuracy" in plot_condensing(records)
