@@ -16,11 +16,10 @@ from torch.utils.data import TensorDataset
 from ntkit.errors import InputError
 from ntkit.kernel.base import DenseKernel, Kernel
 from ntkit.kernel.closed import RBF, DotProduct
-from ntkit.kernel.features import FeatureMap
+from ntkit.kernel.explicit import Features, Sketched
 from ntkit.kernel.function import Empirical, KernelFunction
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits, SumOfLogits
-from ntkit.tangent.sketch import Sketch
 from ntkit.uses import twosample
 from ntkit.uses.twosample import statistics
 from ntkit.uses.twosample.relabelling import choices, permutation_pvalue, relabelings
@@ -176,7 +175,7 @@ def test_features_and_their_kernel_give_the_same(statistic: Any) -> None:
     x, y = normal(13, 3), normal(16, 3, seed=1) + 0.3
     by = [
         twosample.two_sample_test(x, y, kernel=source, statistic=statistic, permutations=30, generator=drawn(2))
-        for source in (KERNEL, twosample.Features(quadratic), KERNEL(torch.cat([x, y])))
+        for source in (KERNEL, Features(quadratic), KERNEL(torch.cat([x, y])))
     ]
     for other in by[1:]:
         assert other.statistic == pytest.approx(by[0].statistic, rel=1e-9)
@@ -191,7 +190,7 @@ def test_features_and_their_kernel_give_the_same(statistic: Any) -> None:
 def test_little_memory_gives_the_same(statistic: Any, source: str) -> None:
     """Strips of the kernel and columns of the relabelings, down to one at a time."""
     x, y = normal(13, 3), normal(16, 3, seed=1)
-    kernel: Any = KERNEL if source == "kernel" else twosample.Features(quadratic)
+    kernel: Any = KERNEL if source == "kernel" else Features(quadratic)
     by = [
         twosample.two_sample_test(
             x, y, kernel=kernel, statistic=statistic, permutations=30, generator=drawn(2), memory=memory
@@ -229,7 +228,7 @@ def test_features_of_many_examples_need_no_matrix() -> None:
     """40,000 examples, whose kernel would take 12.8 GB, in 100 MB of working space."""
     x, y = normal(20_000, 5), normal(20_000, 5, seed=1) * 1.1
     found = twosample.two_sample_test(
-        x, y, kernel=twosample.Features(), permutations=20, generator=drawn(0), memory=100_000_000
+        x, y, kernel=Features(nn.Identity()), permutations=20, generator=drawn(0), memory=100_000_000
     )
     assert found.null.shape == (20,)
     # the linear kernel compares means, which are the same: |mean x - mean y|^2 up to the noise that is taken off
@@ -247,10 +246,10 @@ def test_with_the_kernel_of_a_network_and_with_its_features() -> None:
     tangent = linearize(network(3), readout=SumOfLogits())
     x, y = normal(12, 3), normal(12, 3, seed=1)
     jacobian = tangent.jacobian(torch.cat([x, y]))
-    sources: list[Any] = [Empirical(tangent), DenseKernel(jacobian @ jacobian.T), twosample.Features(tangent.jacobian)]
+    sources: list[Any] = [Empirical(tangent), DenseKernel(jacobian @ jacobian.T), Features(tangent.jacobian)]
     found = [twosample.two_sample_test(x, y, kernel=s, permutations=20, generator=drawn(0)) for s in sources]
     assert all(torch.allclose(other.null, found[0].null, rtol=1e-8) for other in found)
-    sketched = FeatureMap(tangent, Sketch(tangent.count * 20, 0))
+    sketched = Sketched.drawn(tangent, tangent.count * 20, generator=drawn(0))
     rough = twosample.two_sample_test(x, y, kernel=sketched, permutations=20, generator=drawn(0))
     assert rough.statistic == pytest.approx(found[0].statistic, abs=0.5 * float(found[0].null.std()))
 
@@ -288,7 +287,7 @@ def linear(x: Tensor, y: Tensor, g: torch.Generator) -> twosample.TestResult:
 
 
 def by_features(x: Tensor, y: Tensor, g: torch.Generator) -> twosample.TestResult:
-    return twosample.two_sample_test(x, y, kernel=twosample.Features(quadratic), permutations=39, generator=g)
+    return twosample.two_sample_test(x, y, kernel=Features(quadratic), permutations=39, generator=g)
 
 
 def witness(x: Tensor, y: Tensor, g: torch.Generator) -> twosample.TestResult:
@@ -417,9 +416,9 @@ X, Y = normal(8, 3), normal(8, 3, seed=1)
         (X, Y, {"kernel": RBF()(X)}, r"16 pooled examples: got a matrix of shape \(8, 8\)"),
         (X, Y, {"kernel": RBF()(torch.cat([X, Y]), torch.cat([X, Y]))}, "one kernel value for each pair"),
         (X, Y, {"kernel": Empirical(linearize(network(2), readout=Logits()))}, "matrix of shape.*SumOfLogits"),
-        (X, Y, {"kernel": twosample.Features(lambda x: x[:3])}, "one row for each of 16 examples: got 3"),
-        (X, Y, {"kernel": twosample.Features(lambda x: x.sum(1))}, "floating point tensor .N, D.: got shape"),
-        (X, Y, {"kernel": twosample.Features(lambda x: x / 0)}, "features are NaN or infinite"),
+        (X, Y, {"kernel": Features(lambda x: x[:3])}, r"a tensor \(16, ...\) for 16 examples: got \(3, 3\)"),
+        (X, Y, {"kernel": Sketched.drawn(linearize(network(2)), 64, generator=drawn(0))}, "16 examples: got 32"),
+        (X, Y, {"kernel": Features(lambda x: x / 0)}, "not finite"),
         (X * 1e160, Y, {"kernel": DotProduct(degree=2)}, "kernel is NaN or infinite"),
     ],
 )  # fmt: skip

@@ -5,7 +5,6 @@ from ntkit.uses.twosample.curve import PowerCurve, Subsamples, power_curve
 from ntkit.uses.twosample.hsic import Biased, Debiased, independence_test
 from ntkit.uses.twosample.mmd import two_sample_test
 from ntkit.uses.twosample.outliers import Outliers, outlier_scores, outlier_test
-from ntkit.uses.twosample.pool import Features
 from ntkit.uses.twosample.result import Power, TestResult
 from ntkit.uses.twosample.statistics import Block, Linear, Unbiased
 from ntkit.uses.twosample.witness_test import witness_test
@@ -15,7 +14,6 @@ __all__ = [
     "Biased",
     "Block",
     "Debiased",
-    "Features",
     "KernelWitness",
     "Linear",
     "OnlineTraining",

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ntkit.errors import InputError
 from ntkit.kernel.base import Kernel, strips
+from ntkit.kernel.explicit import FeatureFunction
 from ntkit.kernel.function import KernelFunction
 from ntkit.kernel.memory import default_memory
-from ntkit.uses.twosample.pool import Source, check_matrix, feature_rows, finite
+from ntkit.uses.twosample.pool import check_matrix, feature_rows, finite
 from ntkit.uses.twosample.relabelling import permutation_pvalue
 from ntkit.uses.twosample.result import TestResult
 from ntkit.uses.twosample.samples import check_permutations, checked
@@ -91,8 +92,8 @@ def independence_test(
     x: Any,
     y: Any,
     *,
-    kernel_x: Source,
-    kernel_y: Source,
+    kernel_x: KernelFunction | Kernel,
+    kernel_y: KernelFunction | Kernel,
     statistic: Dependence | None = None,
     permutations: int = 1000,
     generator: torch.Generator,
@@ -105,8 +106,8 @@ def independence_test(
     Args:
         x: n examples: a tensor, a tuple or dict of tensors, or a `Dataset`.
         y: n others, each belonging to the x in its place.
-        kernel_x: a `KernelFunction`, a finished `Kernel`, or features.
-        kernel_y: the same for y. Where both are features no matrix is formed: n D E operations for each permutation.
+        kernel_x: a `KernelFunction`, or a finished `Kernel`.
+        kernel_y: the same for y. Where both have features no matrix is formed: n D E operations for each permutation.
         statistic: `Debiased()` by default, or `Biased()`.
         permutations: B. The smallest p-value is 1 / (B + 1).
         generator: draws the orders.
@@ -127,28 +128,31 @@ def independence_test(
     orders = torch.rand(permutations, n, generator=generator, device=generator.device, dtype=torch.float64).argsort(1)
     orders = torch.cat([torch.arange(n)[None], orders.cpu()])
     found = []
-    if any(isinstance(kernel, (KernelFunction, Kernel)) for kernel in (kernel_x, kernel_y)):
-        centred, other = statistic.centred(_matrix(kernel_x, ours)), _matrix(kernel_y, theirs)
-        for some in strips(len(orders), max(1, memory // (32 * n * n))):
-            block = orders[some]
-            permuted = other[block].gather(2, block[:, None, :].expand(-1, n, -1))
-            found.append(permuted.flatten(1) @ centred.flatten())
-    else:
+    if isinstance(kernel_x, FeatureFunction) and isinstance(kernel_y, FeatureFunction):
         phi, psi = (rows - rows.mean(0) for rows in (feature_rows(kernel_x, ours), feature_rows(kernel_y, theirs)))
         phi, psi = phi.cpu(), psi.cpu()
         width = psi.shape[1] * (n + phi.shape[1])
         for some in strips(len(orders), max(1, memory // (32 * width))):
             found.append(statistic.by_features(phi, psi, orders[some]))
+    else:
+        centred, other = statistic.centred(_matrix(kernel_x, ours)), _matrix(kernel_y, theirs)
+        for some in strips(len(orders), max(1, memory // (32 * n * n))):
+            block = orders[some]
+            permuted = other[block].gather(2, block[:, None, :].expand(-1, n, -1))
+            found.append(permuted.flatten(1) @ centred.flatten())
     values = torch.cat(found)
     first, null = float(values[0]), values[1:]
     return TestResult(first, permutation_pvalue(first, null), null, statistic.name, (n,))
 
 
-def _matrix(source: Source, examples: Examples) -> Tensor:
-    """A kernel of the examples, (N, N) in float64."""
-    if not isinstance(source, (KernelFunction, Kernel)):
-        phi = feature_rows(source, examples).cpu()
-        return phi @ phi.T
+def _matrix(source: KernelFunction | Kernel, examples: Examples) -> Tensor:
+    """A kernel of the examples, (N, N) in float64.
+
+    Raises:
+        InputError: if `source` is none, or has not one value for each pair.
+    """
     kernel = source(examples.data) if isinstance(source, KernelFunction) else source
+    if not isinstance(kernel, Kernel):
+        raise InputError(f"kernel is a KernelFunction such as RBF(), or a Kernel: got {type(source).__name__}")
     check_matrix(kernel, len(examples))
     return finite(kernel.dense().detach().double().cpu())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ntkit.errors import InputError
-from ntkit.uses.twosample.pool import Source, pool
+from ntkit.uses.twosample.pool import pool
 from ntkit.uses.twosample.relabelling import permutation_pvalue
 from ntkit.uses.twosample.result import TestResult
 from ntkit.uses.twosample.samples import check_permutations, checked, pooled
@@ -14,12 +14,15 @@ from ntkit.uses.twosample.statistics import Statistic, Unbiased
 if TYPE_CHECKING:
     import torch
 
+    from ntkit.kernel.base import Kernel
+    from ntkit.kernel.function import KernelFunction
+
 
 def two_sample_test(
     x: Any,
     y: Any,
     *,
-    kernel: Source,
+    kernel: KernelFunction | Kernel,
     statistic: Statistic | None = None,
     permutations: int = 1000,
     generator: torch.Generator,
@@ -33,8 +36,9 @@ def two_sample_test(
     Args:
         x: n examples: a tensor, a tuple or dict of tensors, or a `Dataset`.
         y: m examples of the same shape.
-        kernel: a `KernelFunction` such as `RBF()` or `Empirical(tangent)`; a finished `Kernel` of the pooled sample (x
-            first), stored or not; or features, `Features(map)` or a `FeatureMap`: then the cost is linear in n + m.
+        kernel: a `KernelFunction` such as `RBF()` or `Empirical(tangent)`; one with features, `Features(map)` or
+            `Sketched(...)`, costs no more than (n + m) D B; or a finished `Kernel` of the pooled sample (x first),
+            stored or not.
         statistic: `Unbiased()` by default; `Block(size)` and `Linear()` are faster and find less.
         permutations: B. The smallest p-value is 1 / (B + 1).
         generator: draws the relabelings.

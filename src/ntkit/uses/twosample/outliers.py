@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ntkit.errors import InputError
-from ntkit.kernel.features import FeatureMap
+from ntkit.kernel.explicit import FeatureFunction
 from ntkit.kernel.function import KernelFunction
-from ntkit.uses.twosample.pool import Features, feature_rows, finite
+from ntkit.uses.twosample.pool import feature_rows, finite
 from ntkit.uses.twosample.samples import check_level, checked, halves, pooled
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Outliers:
         )
 
 
-def outlier_scores(x: Any, reference: Any, *, kernel: KernelFunction | Features | FeatureMap) -> Tensor:
+def outlier_scores(x: Any, reference: Any, *, kernel: KernelFunction) -> Tensor:
     """Minus the mean cosine between an example and a reference sample, (N,), larger for outliers.
 
     Cost: N n values of the kernel, or (N + n) D with features.
@@ -76,7 +76,7 @@ def outlier_scores(x: Any, reference: Any, *, kernel: KernelFunction | Features 
     Args:
         x: N examples.
         reference: n examples of the same shape.
-        kernel: a `KernelFunction`, `Features(map)` or a `FeatureMap`.
+        kernel: a `KernelFunction`, with features or without.
 
     Raises:
         InputError: if samples do not fit each other or the kernel, or an example has k(x, x) = 0.
@@ -90,7 +90,7 @@ def outlier_test(
     x: Any,
     reference: Any,
     *,
-    kernel: KernelFunction | Features | FeatureMap,
+    kernel: KernelFunction,
     calibration_share: float = 0.5,
     generator: torch.Generator,
 ) -> Outliers:
@@ -122,19 +122,21 @@ def outlier_test(
     return Outliers(scores, (1 + above).double() / (len(calibration) + 1), calibration)
 
 
-def _scores(x: Examples, reference: Examples, source: KernelFunction | Features | FeatureMap) -> Tensor:
-    if isinstance(source, KernelFunction):
-        kernel = source(x.data, reference.data)
-        if kernel.shape != (len(x), len(reference)):
-            raise InputError(
-                f"a score needs one kernel value for each pair of {len(x)} and {len(reference)} examples: got a "
-                f"matrix of shape {kernel.shape}. Take SumOfLogits() as read-out, or Empirical(..., trace=True)"
-            )
-        own, theirs = (_roots(source.diagonal(part.data)) for part in (x, reference))
-        return -finite((kernel @ theirs.reciprocal().to(kernel.device)).detach().double().cpu()) / own / len(reference)
-    ours, theirs = (feature_rows(source, part) for part in (x, reference))
-    mean = (theirs / _roots(theirs.square().sum(1)).to(theirs)[:, None]).mean(0)
-    return -(ours @ mean).cpu() / _roots(ours.square().sum(1))
+def _scores(x: Examples, reference: Examples, source: KernelFunction) -> Tensor:
+    if isinstance(source, FeatureFunction):
+        ours, theirs = (feature_rows(source, part) for part in (x, reference))
+        mean = (theirs / _roots(theirs.square().sum(1)).to(theirs)[:, None]).mean(0)
+        return -(ours @ mean).cpu() / _roots(ours.square().sum(1))
+    if not isinstance(source, KernelFunction):
+        raise InputError(f"kernel is a KernelFunction such as RBF() or Features(map): got {type(source).__name__}")
+    kernel = source(x.data, reference.data)
+    if kernel.shape != (len(x), len(reference)):
+        raise InputError(
+            f"a score needs one kernel value for each pair of {len(x)} and {len(reference)} examples: got a matrix of "
+            f"shape {kernel.shape}. Take SumOfLogits() as read-out, or Empirical(..., trace=True)"
+        )
+    own, theirs = (_roots(source.diagonal(part.data)) for part in (x, reference))
+    return -finite((kernel @ theirs.reciprocal().to(kernel.device)).detach().double().cpu()) / own / len(reference)
 
 
 def _roots(diagonal: Tensor) -> Tensor:

@@ -7,16 +7,14 @@ features are multiplied by them directly, and the matrix is never formed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ntkit.errors import InputError
 from ntkit.kernel.base import DenseKernel, Kernel, strips
-from ntkit.kernel.features import FeatureMap
+from ntkit.kernel.explicit import FeatureFunction
 from ntkit.kernel.function import KernelFunction
 from ntkit.kernel.memory import default_memory
 
@@ -25,34 +23,6 @@ if TYPE_CHECKING:
 
 # Examples of the small matrices that are computed together.
 TOGETHER = 128
-
-
-@dataclass(frozen=True)
-class Features:
-    """The kernel phi(x) . phi(x') of D features, which never needs a matrix.
-
-    Attributes:
-        map: of N examples to (N, D); None where the samples hold features already.
-    """
-
-    map: Callable[[Any], Tensor] | None = None
-
-    def __call__(self, examples: Any) -> Tensor:
-        """Features of some examples, (N, D) in float64.
-
-        Raises:
-            InputError: if they are not a matrix of finite numbers.
-        """
-        found = examples if self.map is None else self.map(examples)
-        if not isinstance(found, Tensor) or found.ndim != 2 or not found.is_floating_point():
-            got = f"shape {tuple(found.shape)}, {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
-            raise InputError(f"features are a floating point tensor (N, D): got {got}")
-        if not bool(found.isfinite().all()):
-            raise InputError("features are NaN or infinite for some example")
-        return found.detach().double()
-
-
-Source = KernelFunction | Kernel | Features | FeatureMap
 
 
 class Pool(ABC):
@@ -220,37 +190,35 @@ def check_matrix(kernel: Kernel, size: int) -> None:
         )
 
 
-def pool(source: Source, examples: Examples, memory: int | None = None) -> Pool:
-    """The pooled sample as a kernel, a finished matrix or a map to features sees it.
+def pool(source: KernelFunction | Kernel, examples: Examples, memory: int | None = None) -> Pool:
+    """The pooled sample as a kernel, a finished matrix or features see it.
 
     Raises:
         InputError: if `source` is none of these, or does not fit the examples.
     """
+    if isinstance(source, FeatureFunction):
+        return FeaturePool(feature_rows(source, examples), memory)
     if isinstance(source, KernelFunction):
         return FunctionPool(source, examples, memory)
-    if isinstance(source, Kernel):
-        check_matrix(source, len(examples))
-        return MatrixPool(source, memory)
-    return FeaturePool(feature_rows(source, examples), memory)
+    if not isinstance(source, Kernel):
+        raise InputError(
+            "kernel is a KernelFunction such as RBF(), Features(map) or Empirical(tangent), or a Kernel of the pooled "
+            f"sample: got {type(source).__name__}"
+        )
+    check_matrix(source, len(examples))
+    return MatrixPool(source, memory)
 
 
-def feature_rows(source: Source, examples: Examples) -> Tensor:
+def feature_rows(source: FeatureFunction, examples: Examples) -> Tensor:
     """Features of some examples, (N, D) in float64.
 
     Raises:
-        InputError: if `source` gives none, or not one row for each example.
+        InputError: if there is not one finite row for each example.
     """
-    if isinstance(source, FeatureMap):
-        source = Features(source)
-    if not isinstance(source, Features):
-        raise InputError(
-            "kernel is a KernelFunction such as RBF() or Empirical(tangent), a Kernel of the pooled sample, or "
-            f"Features(map): got {type(source).__name__}"
-        )
-    found = source(examples.data)
+    found = source.features(examples.data).detach().double()
     if len(found) != len(examples):
         raise InputError(
             f"features are one row for each of {len(examples)} examples: got {len(found)}. Of a network with several "
             "outputs take SumOfLogits() as read-out, or features with trace=True"
         )
-    return found
+    return finite(found)

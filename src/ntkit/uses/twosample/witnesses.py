@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError
+from ntkit.kernel.explicit import FeatureFunction
 from ntkit.kernel.function import KernelFunction
 from ntkit.tangent.linearize import Tangent, linearize
 from ntkit.tangent.readout import Readout, SumOfLogits
-from ntkit.uses.twosample.pool import Source, feature_rows
+from ntkit.uses.twosample.pool import feature_rows, finite
 
 if TYPE_CHECKING:
     from ntkit.tangent.examples import Examples
@@ -143,10 +144,10 @@ class KernelWitness(Witness):
     """The same with any kernel, sum_i sign_i k(., x_i). Cost: n_train n_test values of it; n D with features.
 
     Attributes:
-        kernel: a `KernelFunction`, or features.
+        kernel: a `KernelFunction`, with features or without.
     """
 
-    kernel: Source
+    kernel: KernelFunction
 
     @property
     def name(self) -> str:  # noqa: D102
@@ -160,16 +161,18 @@ class KernelWitness(Witness):
         Raises:
             InputError: if the kernel has not one value for each pair of examples, or is no kernel.
         """
-        if isinstance(self.kernel, KernelFunction):
-            kernel = self.kernel(pooled.pick(at), pooled.pick(train))
-            if kernel.shape != (len(at), len(train)):
-                raise InputError(
-                    f"a witness needs one kernel value for each pair of {len(at)} and {len(train)} examples: got a "
-                    f"matrix of shape {kernel.shape}"
-                )
-            return (kernel @ signs.to(kernel.device)).detach().double().cpu()
-        phi = feature_rows(self.kernel, pooled)
-        return (phi[at] @ (phi[train].T @ signs.to(phi))).cpu()
+        if isinstance(self.kernel, FeatureFunction):
+            phi = feature_rows(self.kernel, pooled)
+            return (phi[at] @ (phi[train].T @ signs.to(phi))).cpu()
+        if not isinstance(self.kernel, KernelFunction):
+            raise InputError(f"kernel is a KernelFunction such as RBF() or Features(map): got {self.kernel!r}")
+        kernel = self.kernel(pooled.pick(at), pooled.pick(train))
+        if kernel.shape != (len(at), len(train)):
+            raise InputError(
+                f"a witness needs one kernel value for each pair of {len(at)} and {len(train)} examples: got a matrix "
+                f"of shape {kernel.shape}. Take SumOfLogits() as read-out, or Empirical(..., trace=True)"
+            )
+        return finite((kernel @ signs.to(kernel.device)).detach().double().cpu())
 
 
 def one_scalar(model: nn.Module, readout: Readout | None, parameters: Choice | None, examples: Examples) -> Tangent:
