@@ -124,7 +124,7 @@ def test_defaults():
         "model": None, "readout": None, "trace": True, "parameters": None, "ridge": 1e-3, "around_model": True,
         "dtype": None, "device": None, "memory": None, "random_state": None,
     }  # fmt: skip
-    assert NTKClassifier().get_params() == NTKRegressor().get_params() | {"around_model": False}
+    assert NTKClassifier().get_params() == NTKRegressor().get_params() | {"around_model": False, "head": None}
 
 
 def test_a_linear_model_is_ridge_regression():

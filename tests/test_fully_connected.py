@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ntkit.errors import InputError
 from ntkit.kernel.base import Kernel
 from ntkit.kernel.fully_connected import FullyConnected, family
+from ntkit.kernel.infinite.width import InfiniteWidth
 
 # Of unit vectors with inner product rho, weights of variance 2 (the layer on the inputs: 1) and no bias: (NNGP, NTK)
 # after 1, 2 and 3 hidden ReLU layers. Known values of the literature, checked against networks of finite width.
@@ -68,6 +69,21 @@ def test_every_member_is_the_sum_over_trained_layers(convention):
         torch.testing.assert_close(matrix[off], expected[off], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(function(x).dense(), matrix, rtol=1e-13, atol=1e-13)
     assert seen == [(depth, fixed) for depth in range(1, 6) for fixed in range(depth)]
+
+
+@pytest.mark.parametrize("biases", [0.0, 0.4])
+def test_the_modules_of_these_depths_have_the_same_kernels(biases):
+    x, z = normal(7, 5), normal(4, 5, seed=1)
+    for depth, fixed in ((1, 0), (2, 0), (3, 0), (3, 2), (5, 3)):
+        layers: list[nn.Module] = []
+        for layer in range(depth):
+            layers += [nn.Linear(5 if layer == 0 else 4, 4), nn.ReLU()]
+        model = nn.Sequential(*layers[:-1])
+        trained = [f"{2 * layer}.*" for layer in range(fixed, depth)]
+        module = InfiniteWidth(model, weight_std=1.2, bias_std=biases, parameters=trained)
+        ours = FullyConnected(depth, fixed, 1.2, biases)
+        torch.testing.assert_close(ours(x, z).dense(), module(x, z).dense(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(ours(x).dense(), module(x).dense(), rtol=1e-10, atol=1e-10)
 
 
 def test_some_depths_and_columns():

@@ -9,7 +9,8 @@ Which kernel is used follows from `trace` and `readout`:
     readout=SumOfLogits(), ...        (N, N)      one scalar per example (pNTK): C times cheaper to compute
     trace=False, readout=Logits()     (NC, NC)    the full kernel: exact, couples the outputs, C^2 times the memory
 
-scikit-learn is imported in this file only.
+In the place of a network stands a function of examples as well (`InfiniteWidth(model)`, `FullyConnected(depth)`,
+`RBF()`, what is made of them), or the kernel itself, `Precomputed()`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,9 +33,12 @@ from torch.utils.data import Dataset
 from ntkit.errors import InputError, ModelError
 from ntkit.kernel.base import Kernel
 from ntkit.kernel.empirical import TangentKernel
+from ntkit.kernel.function import KernelFunction
 from ntkit.solve.mlp import MLP
 from ntkit.solve.regression import RegressionFit, regress
 from ntkit.solve.ridge import FixedRidge, SearchedRidge
+from ntkit.solve.svm import SVM
+from ntkit.solve.symmetric import as_kernel, symmetric_matrix
 from ntkit.tangent.linearize import Tangent, linearize
 from ntkit.tangent.readout import Logits, Readout
 
@@ -55,7 +59,7 @@ class _NTKEstimator(BaseEstimator):
     """What regressor and classifier share: data in, network, kernel, regression."""
 
     # set by the __init__ of the two estimators
-    model: nn.Module | Factory | Precomputed | None
+    model: nn.Module | Factory | KernelFunction | Precomputed | None
     readout: Readout | None
     trace: bool
     parameters: Any
@@ -82,21 +86,8 @@ class _NTKEstimator(BaseEstimator):
 
     def _fit(self, x: Any, targets: np.ndarray) -> None:
         """Fit float targets (N, C) on data that have been read."""
-        if isinstance(self.model, Precomputed):
-            self.regression_ = regress(x, targets, self.ridge)
-        else:
-            network, parameters = self._network(x, targets.shape[1])
-            readout = self._readout()
-            tangent = linearize(network, readout=readout, parameters=parameters)
-            x = _as_input_of(network, x)
-            kernel = self._kernel(tangent, x)
-            examples = len(tangent.examples(x))
-            if examples != len(targets):
-                raise InputError(f"X has {examples} examples and y has {len(targets)}: they must be as many")
-            self._check_outputs(kernel.shape[0] // examples, targets.shape[1], readout)
-            self.model_, self.parameter_names_, self.X_fit_ = network, tangent.parameter_names, x
-            prior = self._prior(x, targets.shape[1]) if self.around_model else None
-            self.regression_ = regress(kernel, targets, self.ridge, prior=prior)
+        kernel, prior = self._training_kernel(x, *targets.shape)
+        self.regression_ = regress(kernel, targets, self.ridge, prior=prior)
         fit = self.regression_
         self.dual_coef_ = fit.coefficients.cpu().numpy()
         self.ridge_, self.relative_ridge_ = fit.ridge, fit.relative_ridge
@@ -106,13 +97,56 @@ class _NTKEstimator(BaseEstimator):
     def _values(self, X: Any) -> np.ndarray:
         """f(x), shape (M, C)."""
         check_is_fitted(self)
+        kernel, prior = self._new_kernel(X, self.dual_coef_.shape[1], around=self.regression_.around)
+        return self.regression_.predict(kernel, prior).cpu().numpy()
+
+    # ------------------------------------------------------------ kernels
+
+    def _training_kernel(self, x: Any, examples: int, outputs: int) -> tuple[Any, Tensor | None]:
+        """The kernel between the training examples and f0 on them, from data that have been read; remembers both."""
+        if isinstance(self.model, Precomputed):
+            return x, None
+        if isinstance(self.model, KernelFunction):
+            x = self._as_input_of_function(x)
+            kernel, prior = self.model(x), None
+            _check_examples(kernel.shape[0] // kernel.scalars, examples)
+            if kernel.scalars not in (1, outputs):
+                raise InputError(
+                    f"the kernel function gives {kernel.scalars} rows per example and the targets have {outputs} "
+                    "columns: it must be one row, or one for each column"
+                )
+        else:
+            network, parameters = self._network(x, outputs)
+            readout = self._readout()
+            tangent = linearize(network, readout=readout, parameters=parameters)
+            x = _as_input_of(network, x)
+            kernel = self._kernel(tangent, x)
+            _check_examples(len(tangent.examples(x)), examples)
+            self._check_outputs(kernel.shape[0] // examples, outputs, readout)
+            self.model_, self.parameter_names_ = network, tangent.parameter_names
+            prior = self._prior(x, outputs) if self.around_model else None
+        self.X_fit_ = x
+        return kernel, prior
+
+    def _new_kernel(self, X: Any, outputs: int, *, around: bool) -> tuple[Any, Tensor | None]:
+        """The kernel between new and training examples, and f0 on the new ones."""
         x = self._read_inputs(X, reset=False)
         if isinstance(self.model, Precomputed):
-            return self.regression_.predict(x).cpu().numpy()
+            return x, None
+        if isinstance(self.model, KernelFunction):
+            return self.model(self._as_input_of_function(x), self.X_fit_), None
         x = _as_input_of(self.model_, x)
         tangent = linearize(self.model_, readout=self._readout(), parameters=self.parameter_names_)
-        prior = self._prior(x, self.dual_coef_.shape[1]) if self.regression_.around else None
-        return self.regression_.predict(self._kernel(tangent, x, self.X_fit_), prior).cpu().numpy()
+        return self._kernel(tangent, x, self.X_fit_), self._prior(x, outputs) if around else None
+
+    def _as_input_of_function(self, x: Any) -> Any:
+        """Arrays as tensors of our type, float64 by default; what a kernel function takes else is its own business."""
+        if isinstance(x, np.ndarray):
+            return torch.tensor(x, dtype=self.dtype or torch.float64, device=self.device)
+        if isinstance(x, Tensor):
+            x = x.detach().to(device=self.device)
+            return x.to(self.dtype or x.dtype) if x.is_floating_point() else x
+        return x
 
     # ------------------------------------------------------------ the network and its kernel
 
@@ -129,11 +163,11 @@ class _NTKEstimator(BaseEstimator):
                     f"copied ({error}): pass a factory, model=lambda n_features, n_outputs: ..., that makes it"
                 ) from error
         elif self.model is None or callable(self.model):
-            network = self._made(MLP() if self.model is None else self.model, x, outputs)
+            network = self._made(cast(Factory, MLP() if self.model is None else self.model), x, outputs)
         else:
             raise InputError(
-                "model is a torch.nn.Module, a callable (n_features, n_outputs) -> Module, Precomputed(), or None for "
-                f"an MLP: got {self.model!r}"
+                "model is a torch.nn.Module, a callable (n_features, n_outputs) -> Module, a KernelFunction, "
+                f"Precomputed(), or None for an MLP: got {self.model!r}"
             )
         return network.to(device=self.device, dtype=self.dtype).eval(), parameters
 
@@ -218,7 +252,8 @@ class NTKRegressor(MultiOutputMixin, RegressorMixin, _NTKEstimator):
 
     Args:
         model: a `torch.nn.Module`; a callable (n_features, n_outputs) -> Module (n_features is a tuple where X has more
-            than two axes); `Precomputed()`, with which X is a kernel; or None for `MLP()`, a network of two hidden
+            than two axes); a `KernelFunction`, such as `InfiniteWidth(module)`, around which f0 is zero and arrays
+            become float64; `Precomputed()`, with which X is a kernel; or None for `MLP()`, a network of two hidden
             layers of 512 units. A module is copied by `fit` and put in evaluation mode there; yours is not changed.
         readout: which scalars of the output are differentiated, e.g. `SumOfLogits()`; None for `Logits()`.
         trace: whether to average the diagonal C x C blocks of the kernel, which leaves (N, N) for all outputs.
@@ -249,7 +284,7 @@ class NTKRegressor(MultiOutputMixin, RegressorMixin, _NTKEstimator):
 
     def __init__(  # noqa: PLR0913 (scikit-learn wants every parameter by name)
         self,
-        model: nn.Module | Factory | Precomputed | None = None,
+        model: nn.Module | Factory | KernelFunction | Precomputed | None = None,
         *,
         readout: Readout | None = None,
         trace: bool = True,
@@ -293,10 +328,10 @@ class NTKRegressor(MultiOutputMixin, RegressorMixin, _NTKEstimator):
 
 
 class NTKClassifier(ClassifierMixin, _NTKEstimator):
-    """Least-squares classification with the tangent kernel of a network: regression on one-hot targets, then argmax.
+    """Classification with the tangent kernel of a network: regression on one-hot targets, or a support vector machine.
 
-    Targets are 1 for the class and 0 for the others. With one kernel for all classes (the default) other codings, such
-    as 1 - 1/C and -1/C, give the same decisions.
+    Regression is the default. Its targets are 1 for the class and 0 for the others. With one kernel for all classes
+    (the default) other codings, such as 1 - 1/C and -1/C, give the same decisions.
 
     `around_model` is off by default: the logits of a network that was trained with cross-entropy are defined up to a
     constant and of any size, so that "one-hot minus logits" is not a quantity that training left small. Switch it on
@@ -308,8 +343,12 @@ class NTKClassifier(ClassifierMixin, _NTKEstimator):
     Leave-one-out and GCV predict the squared error on the one-hot targets. They are honest only if the kernel has not
     seen the labels: not for a network that was trained on the same examples.
 
+    `head=SVM(C)` puts a support vector machine in the place of the regression, on a kernel with one row per example:
+    ridge and around_model play no part. `parameters` of the last layer alone give a machine on its features.
+
     Args:
         model: as for `NTKRegressor`; a callable is asked for one output per class, also for two classes.
+        head: `SVM(C)` of `ntkit.solve.svm`, or None for ridge regression.
         readout: as for `NTKRegressor`.
         trace: as for `NTKRegressor`.
         parameters: as for `NTKRegressor`.
@@ -323,14 +362,19 @@ class NTKClassifier(ClassifierMixin, _NTKEstimator):
     Attributes:
         classes_: the labels, sorted; the columns of all (N, C) attributes.
         loo_accuracy_: share of the training examples whose class is found by the fit without them.
+        machine_: with an SVM, scikit-learn's `SVC` on the kernel, for the numbers of the classes.
+        n_support_: with an SVM, support vectors of each class. support_: their numbers among the training examples.
+        C_, relative_C_: with an SVM, C as LIBSVM was given it, and in units of 1 / mean diagonal of the kernel.
 
-    The other attributes are those of `NTKRegressor`.
+    The other attributes are those of `NTKRegressor`; with an SVM, `dual_coef_` is that of `SVC` and what regression
+    says of itself (ridge_, loo_, gcv_, ...) is not there.
     """
 
     def __init__(  # noqa: PLR0913 (scikit-learn wants every parameter by name)
         self,
-        model: nn.Module | Factory | Precomputed | None = None,
+        model: nn.Module | Factory | KernelFunction | Precomputed | None = None,
         *,
+        head: SVM | None = None,
         readout: Readout | None = None,
         trace: bool = True,
         parameters: Any = None,
@@ -342,6 +386,7 @@ class NTKClassifier(ClassifierMixin, _NTKEstimator):
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.model = model
+        self.head = head
         self.readout = readout
         self.trace = trace
         self.parameters = parameters
@@ -356,7 +401,8 @@ class NTKClassifier(ClassifierMixin, _NTKEstimator):
         """Compute the kernel and solve for the classes y of shape (N,).
 
         Raises:
-            InputError: if data, targets or parameters do not fit each other, or there is one class only.
+            InputError: if data, targets or parameters do not fit each other, or there is one class only, or an SVM is
+                asked for on a kernel with several rows per example, or around the model.
             ModelError: if the network cannot be linearized.
             NotPositiveDefiniteError: if the ridge is too small, with one that helps.
         """
@@ -366,19 +412,62 @@ class NTKClassifier(ClassifierMixin, _NTKEstimator):
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise InputError(f"a classifier needs at least two classes: y has one class, {self.classes_[0]!r}")
+        if self.head is not None:
+            self._fit_machine(self.head, x, codes)
+            return self
         self._fit(x, np.eye(len(self.classes_))[codes])
         self.loo_accuracy_ = float(np.mean(self.loo_predictions_.argmax(1) == codes))
         return self
 
+    def _fit_machine(self, head: SVM, x: Any, codes: np.ndarray) -> None:
+        if not isinstance(head, SVM):
+            raise InputError(f"head is SVM(C) of ntkit.solve.svm, or None for ridge regression: got {head!r}")
+        if self.around_model:
+            raise InputError("an SVM does not start from the network's outputs: leave around_model off, or head out")
+        kernel, _ = self._training_kernel(x, len(codes), len(self.classes_))
+        rows = as_kernel(kernel).shape[0]
+        if rows != len(codes):
+            raise InputError(
+                f"an SVM needs one number for each pair of examples: the kernel has {rows} rows and y {len(codes)} "
+                "examples. Use trace=True, or a read-out of one scalar such as SumOfLogits()"
+            )
+        matrix = symmetric_matrix(kernel)
+        self.machine_ = head.fit(matrix.values.cpu().numpy(), codes)
+        self.C_, self.relative_C_ = self.machine_.C, self.machine_.C * matrix.mean_diagonal
+        self.n_support_, self.support_ = self.machine_.n_support_, self.machine_.support_
+        self.dual_coef_, self.intercept_ = self.machine_.dual_coef_, self.machine_.intercept_
+
+    def _cross(self, X: Any) -> np.ndarray:
+        """The kernel between new and training examples, for the machine."""
+        kernel, _ = self._new_kernel(X, len(self.classes_), around=False)
+        found = as_kernel(kernel)
+        examples = self.machine_.shape_fit_[0]
+        if found.shape[1] != examples:
+            raise InputError(
+                f"a kernel between new and training examples has shape (M, N) with N={examples}: got {found.shape}"
+            )
+        return found.dense().double().cpu().numpy()
+
     def decision_function(self, X: Any) -> np.ndarray:
-        """f(x), (M, C); for two classes f_1(x) - f_0(x), (M,)."""
+        """f(x), (M, C); for two classes f_1(x) - f_0(x), (M,). With an SVM, that of scikit-learn's `SVC`."""
+        check_is_fitted(self)
+        if self.head is not None:
+            return self.machine_.decision_function(self._cross(X))
         values = self._values(X)
         return values[:, 1] - values[:, 0] if len(self.classes_) == 2 else values
 
     def predict(self, X: Any) -> np.ndarray:
-        """The class with the largest f(x)."""
+        """The class with the largest f(x); with an SVM, that with the most votes of pairs."""
+        check_is_fitted(self)
+        if self.head is not None:
+            return self.classes_[self.machine_.predict(self._cross(X))]
         values = self._values(X)
         return self.classes_[values.argmax(1)]
+
+
+def _check_examples(given: int, targets: int) -> None:
+    if given != targets:
+        raise InputError(f"X has {given} examples and y has {targets}: they must be as many")
 
 
 def _is_structured(X: Any) -> bool:

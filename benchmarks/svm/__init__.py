@@ -1,0 +1,1 @@
+"""Support vector machines with tangent kernels on small data, beside other classifiers."""
