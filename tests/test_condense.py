@@ -341,6 +341,8 @@ def test_gradient_features_are_the_pntk() -> None:
     with torch.no_grad():
         next(models[0].parameters()).zero_()
     torch.testing.assert_close(kernel(x, z).dense(), wanted)  # of the networks as they were
+    again = condense.GradientFeatures(network(0), network(1))
+    assert kernel(x).identity() == again(x).identity() != condense.GradientFeatures(*models)(x).identity()
 
 
 def test_gradient_features_are_differentiable() -> None:

@@ -2,9 +2,9 @@
 
     phi(x) = d/dtheta sum_c f_c(x) / sqrt(C),  k(x, x') = <phi(x), phi(x')>, averaged over the networks
 
-`TangentKernel` has the same entries and is faster, but carries no gradients to the examples. Here the features are made
-by `torch.func`, so that autograd can differentiate them once more. That works for what `vmap` batches: fully connected
-and small convolutional networks in evaluation mode.
+`TangentKernel` of `SumOfLogits` has the same entries and is faster, but carries no gradients to the examples. Here the
+features are made by `torch.func`, so that autograd can differentiate them once more. `vmap` has to batch the network:
+fully connected and small convolutional ones in evaluation mode.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from ntkit.errors import InputError, ModelError
-from ntkit.kernel.base import DenseKernel, Kernel
-from ntkit.kernel.function import KernelFunction
+from ntkit.kernel.explicit import FeatureFunction
+from ntkit.tangent.examples import Examples
+from ntkit.tangent.identity import architecture, content, digest
 
 
-class GradientFeatures(KernelFunction):
+class GradientFeatures(FeatureFunction):
     """The mean pNTK of networks at fixed parameters, differentiable in the examples."""
 
     def __init__(self, *models: nn.Module) -> None:
@@ -47,7 +48,7 @@ class GradientFeatures(KernelFunction):
             raise InputError("a network has no parameters that require gradients")
 
     def features(self, x: Tensor) -> Tensor:
-        """phi(x) of all networks side by side, (N, sum of P), float64: their products are the kernel.
+        """phi(x) of all networks side by side, (N, sum of P), float64. Memory: several times as much.
 
         Raises:
             ModelError: if an output is not (N, C), or the network cannot take the examples one by one.
@@ -74,15 +75,19 @@ class GradientFeatures(KernelFunction):
             ) from error
         return torch.cat([part.flatten(1) for part in found.values()], 1)
 
-    def __call__(self, x1: Any, x2: Any = None) -> Kernel:
-        """The kernel between examples, all of it at once. Memory: (N + M) P numbers, and those of the gradients."""
-        left = self.features(x1)
-        if x2 is None:
-            return DenseKernel(left @ left.T, symmetric=True)
-        return DenseKernel(left @ self.features(x2).T, symmetric=False)
+    def identity(self, x: Any) -> dict[str, str]:
+        """The networks and the examples. Cost: reads them once."""
+        tensors = [
+            t for k in range(len(self.models)) for t in (*self._parameters[k].values(), *self._fixed[k].values())
+        ]
+        return {
+            "features": "gradients of " + " ".join(architecture(model) for model in self.models),
+            "parameters": digest(tensors),
+            "rows": content(Examples(x)),
+        }
 
-    def diagonal(self, x: Any) -> Tensor:  # noqa: D102
-        return self.features(x).square().sum(1)
+    def __repr__(self) -> str:
+        return f"GradientFeatures({', '.join(type(model).__name__ for model in self.models)})"
 
 
 def _fixed(model: nn.Module) -> dict[str, Tensor]:

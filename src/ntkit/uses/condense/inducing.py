@@ -192,7 +192,7 @@ def kip_gradient(
     coefficients = torch.cholesky_solve(y.double(), lower(matrix, absolute))
     held = coefficients.detach().requires_grad_()
     total, scale = 0.0, 1 / (2 * len(batch.x) * batch.classes)
-    for rows in blocks(len(batch.x), Support(x.detach(), y.detach()), memory):
+    for rows in blocks(len(batch.x), kernel, Support(x.detach(), y.detach()), memory):
         wanted = centred(batch.labels[rows], batch.classes).to(held)
         part = (block(kernel, batch.x[rows], x) @ held - wanted).square().sum() * scale
         part.backward()

@@ -72,7 +72,7 @@ def label_solve(
         matrix, absolute = regularised(kernel, support.x, ridge)
         factor, ends = lower(matrix, absolute), torch.linalg.eigvalsh(matrix)[[0, -1]]
         triangle = factor.new_zeros(0, n + support.classes)
-        for rows in blocks(len(found.x), support, memory):
+        for rows in blocks(len(found.x), kernel, support, memory):
             weights = torch.cholesky_solve(block(kernel, found.x[rows], support.x).T, factor).T
             targets = centred(found.labels[rows], found.classes).to(weights)
             triangle = torch.linalg.qr(torch.cat([triangle, torch.cat([weights, targets], 1)]), mode="r").R

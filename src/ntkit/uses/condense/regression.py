@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ntkit.errors import InputError, NotPositiveDefiniteError
+from ntkit.kernel.explicit import FeatureFunction
 from ntkit.kernel.memory import checked_memory
 from ntkit.uses.condense.support import Labelled, Support, centred
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 RIDGE = 1e-6
 # Copies of a block of K_ts that an infinite-width kernel of a few layers keeps for its gradients.
 COPIES = 40
+# Copies of the features of a target, those on the way to them included.
+FEATURE_COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Fitted:
         with torch.no_grad():
             said = [
                 block(self.kernel, x[rows], self.support.x) @ self.coefficients
-                for rows in blocks(len(x), self.support, memory)
+                for rows in blocks(len(x), self.kernel, self.support, memory)
             ]
         return torch.cat(said) if said else self.coefficients.new_zeros(0, self.support.classes)
 
@@ -177,8 +180,11 @@ def block(kernel: KernelFunction, targets: Tensor, x: Tensor) -> Tensor:
     return kernel(targets.to(x), x).dense().double()
 
 
-def blocks(size: int, support: Support, memory: int | None, *, copies: int = COPIES) -> Iterator[slice]:
+def blocks(size: int, kernel: KernelFunction, support: Support, memory: int | None) -> Iterator[slice]:
     """Slices of targets such that a block of K_ts with what its gradients need stays within the memory."""
-    each = 8 * (copies * len(support) + 4 * support.x[0].numel())
-    height = max(min(checked_memory(memory) // each, 8192), 1)
+    each = COPIES * len(support) + 4 * support.x[0].numel()
+    if isinstance(kernel, FeatureFunction):
+        with torch.no_grad():
+            each += FEATURE_COPIES * kernel.features(support.x[:1]).shape[1]
+    height = max(min(checked_memory(memory) // (8 * each), 8192), 1)
     return (slice(start, min(start + height, size)) for start in range(0, size, height))
