@@ -17,13 +17,14 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ntkit.errors import FidelityWarning
 from ntkit.kernel.infinite.duals import Dual
+from ntkit.tangent.identity import digest
 
 REACH, STEP = 10.0, 0.05  # of the rule, in standard deviations
 TERMS = 96
@@ -41,8 +42,13 @@ class HermiteSeries(Dual):
         name: as it is called in messages.
     """
 
-    function: Callable[[Tensor], Tensor]
+    function: Callable[[Tensor], Tensor] = field(repr=False)
     name: str
+
+    def __repr__(self) -> str:
+        """By its name, and by its values: what a matrix on disk depends on."""
+        values = self.function(torch.linspace(-REACH, REACH, 1001, dtype=torch.float64))
+        return f"HermiteSeries({self.name}, {digest([values])[:16]})"
 
     def __call__(self, a: Tensor, b: Tensor, c: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:
         """Horner's scheme over the terms. Cost: 2 operations per term and entry, 4 with the derivative."""

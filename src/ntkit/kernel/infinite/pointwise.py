@@ -23,7 +23,7 @@ class Pointwise:
         function: on tensors.
         name: in words.
         dual: its moments in closed form; None where there is none.
-        learned: the moments of its derivative by a trained parameter of its own.
+        learned: the moments of its derivative by a trained parameter of its own; None for none.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -51,7 +51,24 @@ class Pointwise:
             dual = scaled(inner.dual, self.slope)
         elif inner.slope is not None and self.dual is not None:
             dual = Rescaled(self.dual, inner.slope, 1.0)
-        return Pointwise(lambda z: self.function(inner.function(z)), name, dual)
+        learned = None
+        if inner.learned is not None and self.slope is not None:
+            learned = scaled(inner.learned, self.slope)
+        elif self.learned is not None and inner.slope is not None:
+            learned = Rescaled(self.learned, inner.slope, 1.0)
+        elif inner.learned is not None or self.learned is not None:
+            raise ValueError(f"{name}: a trained slope inside another function is not known here")
+        return Pointwise(lambda z: self.function(inner.function(z)), name, dual, learned)
+
+    def by_scale(self, scale: float) -> Dual:
+        """The moments of the derivative by g in f(g x), of z = g x: those of z f'(z) / g."""
+        if isinstance(self.dual, (Linear, PiecewiseLinear)):
+            return scaled(self.dual, 1 / scale)  # f is homogeneous: z f'(z) = f(z)
+
+        def derivative(z: Tensor) -> Tensor:
+            return z * torch.func.jvp(self.function, (z,), (torch.ones_like(z),))[1] / scale
+
+        return HermiteSeries(derivative, f"the derivative of {self.name} by a scale")
 
 
 def scaled(dual: Dual, factor: float) -> Dual:
@@ -98,8 +115,8 @@ _CLOSED = {
 _NUMERIC = {
     "asinh", "atan", "arctan", "celu", "clamp", "clamp_max", "clamp_min", "clip", "cosh", "elu", "erfc", "exp", "exp2",
     "expit", "expm1", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "log1p", "logsigmoid", "mish", "pow",
-    "relu6", "selu", "sigmoid", "silu", "sinc", "sinh", "softplus", "softshrink", "softsign", "square", "tanh", "tanhshrink",
-    "threshold", "gelu", "float_power", "logit",
+    "relu6", "selu", "sigmoid", "silu", "sinc", "sinh", "softplus", "softshrink", "softsign", "square", "tanh",
+    "tanhshrink", "threshold", "gelu", "float_power", "logit",
 }  # fmt: skip
 _MODULES = (
     nn.CELU, nn.ELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LogSigmoid, nn.Mish, nn.ReLU6,
@@ -189,4 +206,11 @@ def together(name: str, left: Pointwise, right: Pointwise) -> Pointwise | None:
         return None
     if left.slope is not None and right.slope is not None and combine is not operator.mul:
         return times(combine(left.slope, right.slope))
-    return Pointwise(lambda z: combine(left.function(z), right.function(z)), f"{left.name} {name} {right.name}")
+    if left.learned is not None and right.learned is not None:
+        return None
+    learned = left.learned if left.learned is not None else right.learned
+    if learned is not None and combine is operator.mul:
+        return None
+    return Pointwise(
+        lambda z: combine(left.function(z), right.function(z)), f"{left.name} {name} {right.name}", None, learned
+    )

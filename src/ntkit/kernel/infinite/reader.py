@@ -17,7 +17,7 @@ from ntkit.kernel.infinite import pointwise
 from ntkit.kernel.infinite.laws import Law, parameters_named
 from ntkit.kernel.infinite.nodes.table import read
 from ntkit.kernel.infinite.program import Program
-from ntkit.kernel.infinite.steps import Flattening, Inputs, Nonlinearity, Scaling, Step, Total
+from ntkit.kernel.infinite.steps import Flattening, Inputs, Nonlinearity, ScaleTraining, Scaling, Step, Total
 from ntkit.kernel.infinite.values import Applied, Field, Known, Shape, Value, changed
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Reader:
                 self.values[node] = read(self, node)
         if not isinstance(output, (Field, Applied)):
             raise ModelError("the module's output does not depend on any weights: it has no infinite-width limit")
-        last = self.field(output, None)
+        last = self.whole(output, None)
         number = last.step
         if last.merged:
             number = self.add(Flattening((number,), "output"), ())
@@ -130,11 +130,22 @@ class Reader:
             step = Scaling((inner.step,), function.name, function.slope)
             field = changed(inner, self.add(step, self.positions[inner.step]))
         else:
-            step = Nonlinearity((inner.step,), function.name, function.moments, function.learned)
+            learned = () if function.learned is None else (function.learned,)
+            if inner.scale is not None:
+                learned = (*learned, function.by_scale(inner.scale))
+            step = Nonlinearity((inner.step,), function.name, function.moments, learned)
             number = self.add(step, self.positions[inner.step])
-            field = changed(inner, number, gaussian=False, centred=function.moments.odd)
+            field = changed(inner, number, gaussian=False, centred=function.moments.odd, scale=None)
         self._settled[id(value)] = value, field  # kept alive, for its id is the key
         return field
+
+    def whole(self, value: Value, node: fx.Node | None) -> Field:
+        """Hidden units with all of their tangent kernel, for layers before which nothing is left open."""
+        field = self.field(value, node)
+        if field.scale is None:
+            return field
+        step = ScaleTraining((field.step,), self.steps[field.step].node, field.scale)
+        return changed(field, self.add(step, self.positions[field.step]), scale=None)
 
     def source(self, known: Known, channel: int) -> int:
         """The step with the inner products of a tensor that depends on the inputs alone."""
@@ -152,7 +163,10 @@ class Reader:
     def apply(self, value: Value, function: pointwise.Pointwise, node: fx.Node) -> Applied:
         """An elementwise function of hidden units."""
         if isinstance(value, Applied):
-            return Applied(value.field, function.after(value.function))
+            try:
+                return Applied(value.field, function.after(value.function))
+            except ValueError as error:
+                self.refuse(node, str(error))
         field = self.field(value, node)
         if not field.gaussian and function.slope is None:
             self.refuse(
@@ -160,11 +174,18 @@ class Reader:
                 f"{function.name} is applied to units that are not Gaussian (the step before is "
                 f"{self.steps[field.step].node!r}): put a linear layer or a convolution between them",
             )
+        if field.entangled and function.slope is None:
+            self.refuse(
+                node,
+                f"{function.name} is applied to a sum with a layer whose trained scale (the weight of a normalisation) "
+                "has gone into it: freeze that weight, or leave it out with parameters=...",
+            )
         return Applied(field, function)
 
     def total(self, values: Sequence[Value], node: fx.Node) -> Field:
         """The sum of layers."""
-        fields = [self.field(value, node) for value in values]
+        entangled = any(field.scale is not None or field.entangled for field in (self.field(v, node) for v in values))
+        fields = [self.whole(value, node) for value in values]
         first = fields[0]
         shapes = {(self.positions[field.step], field.channel, field.merged) for field in fields}
         if len(shapes) > 1:
@@ -183,6 +204,7 @@ class Reader:
             all(field.gaussian for field in fields),
             all(field.centred for field in fields),
             first.merged,
+            entangled=entangled,
         )
 
     def use(self, name: str, node: fx.Node) -> None:

@@ -80,7 +80,7 @@ class Inputs(Step):
         lead = 1 if right is None else 2
         if pairs:
             order = [lead + axis + side * rank for axis in range(rank) for side in (0, 1)]
-            found = found.permute(*range(lead), *order)
+            found = found.permute(*range(lead), *order).contiguous()
         return Covariance(found / channels, None, rank, pairs)
 
 
@@ -104,16 +104,24 @@ class Weights(Step):
 
     def run(self, found: list[Covariance], block: Block, sides: tuple[Tensor, Tensor] | None) -> Covariance:  # noqa: D102
         (inner,) = found
-        mean = inner.map(lambda values: self._mean(values, inner.full)) if self.windows else inner
-        square = self.weight_std**2
-        ntk = None if mean.ntk is None else square * mean.ntk
-        if block.tangent and (self.weight_gain or self.bias_gain):
-            own = self.weight_gain * mean.nngp + self.bias_gain
-            ntk = own if ntk is None else own + ntk
-        return replace(mean, nngp=square * mean.nngp + self.bias_std**2, ntk=ntk)
+        total = inner.map(lambda values: patch_sum(values, self.windows, full=inner.full)) if self.windows else inner
+        share = 1 / math.prod(window.size for window in self.windows)  # of one tap in the mean
+        square, constant = self.weight_std**2, self.bias_std**2
+        nngp = _affine(total.nngp, square * share, constant)
+        if not block.tangent or not (self.weight_gain or self.bias_gain):
+            return replace(total, nngp=nngp, ntk=None if total.ntk is None else square * share * total.ntk)
+        if (self.weight_gain, self.bias_gain) == (square, constant):
+            own = nngp  # the NTK parametrisation with all parameters trained
+        else:
+            own = _affine(total.nngp, self.weight_gain * share, self.bias_gain)
+        return replace(
+            total, nngp=nngp, ntk=own if total.ntk is None else torch.add(own, total.ntk, alpha=square * share)
+        )
 
-    def _mean(self, values: Tensor, full: bool) -> Tensor:
-        return patch_sum(values, self.windows, full=full) / math.prod(window.size for window in self.windows)
+
+def _affine(values: Tensor, factor: float, constant: float) -> Tensor:
+    scaled = factor * values
+    return scaled + constant if constant else scaled
 
 
 @dataclass(frozen=True)
@@ -122,11 +130,12 @@ class Nonlinearity(Step):
 
     Attributes:
         dual: the two moments.
-        learned: of the derivative by a trained parameter of the function itself (the slope of a PReLU); None for none.
+        learned: of the derivatives by trained parameters of the function or its argument (the slope of a PReLU, the
+            weight of a normalisation before it).
     """
 
     dual: Dual
-    learned: Dual | None = None
+    learned: tuple[Dual, ...] = ()
     by_variance = True
 
     def run(self, found: list[Covariance], block: Block, sides: tuple[Tensor, Tensor] | None) -> Covariance:  # noqa: D102
@@ -135,9 +144,9 @@ class Nonlinearity(Step):
         nngp, slope = _moments(self.dual, inner, block, sides, derivative=derivative)
         ntk = slope * inner.ntk if slope is not None and inner.ntk is not None else None
         after = replace(inner, nngp=nngp, ntk=ntk)
-        if self.learned is None or not block.tangent:
-            return after
-        return after.plus(0.0, _moments(self.learned, inner, block, sides, derivative=False)[0])
+        for dual in self.learned if block.tangent else ():
+            after = after.plus(0.0, _moments(dual, inner, block, sides, derivative=False)[0])
+        return after
 
 
 def _moments(
@@ -236,14 +245,13 @@ class Normalization(Step):
         over: axes of positions over which the variance is a mean as well.
         eps: of the layer.
         scale, shift: root mean squares g, h of its weight and bias.
-        scale_gain, shift_gain: 1 where they are trained.
+        shift_gain: 1 where the bias is trained. What a trained weight adds depends on the layer that follows.
     """
 
     over: tuple[int, ...]
     eps: float
     scale: float = 1.0
     shift: float = 0.0
-    scale_gain: float = 0.0
     shift_gain: float = 0.0
     by_variance = True
 
@@ -254,15 +262,27 @@ class Normalization(Step):
         factor = block.left(left, inner.full) * block.right(right, inner.full)
         normal = inner.map(lambda values: factor * values)
         after = normal.map(lambda values: self.scale**2 * values)
-        if not block.tangent or not (self.scale_gain or self.shift_gain):
-            return after.plus(self.shift**2, None)
-        return after.plus(self.shift**2, self.scale_gain * normal.nngp + self.shift_gain)
+        return after.plus(self.shift**2, self.shift_gain if block.tangent and self.shift_gain else None)
 
     def _inverse(self, variances: Tensor) -> Tensor:
         if self.over:
             axes = tuple(1 + axis for axis in self.over)
             variances = variances.mean(axes, keepdim=True).expand_as(variances)
         return (variances + self.eps).rsqrt()
+
+
+@dataclass(frozen=True)
+class ScaleTraining(Step):
+    """What training a weight per channel adds where a linear layer follows: T' = T + A / g^2, with A of g times units.
+
+    Attributes:
+        scale: g.
+    """
+
+    scale: float
+
+    def run(self, found: list[Covariance], block: Block, sides: tuple[Tensor, Tensor] | None) -> Covariance:  # noqa: D102
+        return found[0].plus(0.0, found[0].nngp / self.scale**2) if block.tangent else found[0]
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,9 @@ class Field:
         gaussian: whether the units are Gaussian, given the layers before.
         centred: whether their mean is zero.
         merged: whether positions have become channels (behind a flatten).
+        scale: of a trained weight per channel in a normalisation layer just before, whose part of the tangent kernel is
+            still to come: it depends on the function that follows. None where there is none.
+        entangled: whether such a part has gone into a sum with another layer.
     """
 
     step: int
@@ -54,6 +57,8 @@ class Field:
     gaussian: bool = True
     centred: bool = True
     merged: bool = False
+    scale: float | None = None
+    entangled: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ntkit.tangent.parameters import select
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from ntkit.tangent.examples import Batch
     from ntkit.tangent.parameters import Choice
 
 # Numbers that one step holds for a block of pairs: a few such blocks have to fit into a processor's cache.
@@ -164,11 +165,10 @@ class InfiniteWidth(KernelFunction):
             raise InputError(
                 "an infinite-width kernel takes tensors in the order of the module's arguments: got a dict"
             )
-        found = self._programs.get(batch.signature)
-        if found is None:
-            found = Reader(self.model, self.law, self.trained, batch).program()
-            self._programs[batch.signature] = found
-        return found
+        key = _kinds(batch)
+        if key not in self._programs:
+            self._programs[key] = Reader(self.model, self.law, self.trained, batch).program()
+        return self._programs[key]
 
     def listing(self, x: Any) -> str:
         """The steps in words, one line each: which layers were read, with which variances, for examples like `x`."""
@@ -181,6 +181,11 @@ class InfiniteWidth(KernelFunction):
     def __getstate__(self) -> dict[str, Any]:
         """Another process reads the module itself: traced graphs do not travel."""
         return {**vars(self), "_programs": {}}
+
+
+def _kinds(batch: Batch) -> tuple[tuple[tuple[int, ...], str], ...]:
+    """Shapes of one example's tensors, and whether they are numbers with a point."""
+    return tuple((tuple(t.shape[1:]), "float" if t.is_floating_point() else "integer") for t in batch.tensors())
 
 
 class InfiniteKernel(Kernel):
@@ -206,12 +211,10 @@ class InfiniteKernel(Kernel):
         self._rows = Examples(x1)
         self._cols = self._rows if x2 is None else Examples(x2)
         self._symmetric = x2 is None
+        rows, cols = (_kinds(examples.batch([0])) for examples in (self._rows, self._cols))
+        if rows != cols:
+            raise InputError(f"rows and columns must be examples of one shape and type: got {rows} and {cols}")
         self.program = function.program(self._rows)
-        if x2 is not None and function.program(self._cols) is not self.program:
-            shapes = [tuple(e.batch([0]).arguments[0].shape[1:]) for e in (self._rows, self._cols)]
-            raise InputError(
-                f"rows and columns must be examples of one shape and type: got {shapes[0]} and {shapes[1]}"
-            )
 
     @property
     def shape(self) -> tuple[int, int]:  # noqa: D102

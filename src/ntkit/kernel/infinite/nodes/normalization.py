@@ -16,7 +16,8 @@ from ntkit.kernel.infinite.values import Field, Value, changed
 def normalized(call: Call) -> Field:
     """LayerNorm, GroupNorm and RMSNorm: statistics that take in all channels are their expectations."""
     module: Any = call.module
-    reader, field = call.reader, call.field()
+    reader = call.reader
+    field = reader.whole(call.x, call.node)
     rank = len(reader.positions[field.step])
     ndim = len(reader.shape(call.first))
     if call.name == "GroupNorm":
@@ -34,17 +35,24 @@ def normalized(call: Call) -> Field:
     weight, bias = call.own("weight"), call.own("bias")
     for parameter in filter(None, (weight, bias)):
         reader.use(parameter.name, call.node)
+    scale = 1.0 if weight is None else _rms(weight.tensor)
+    shift = 0.0 if bias is None else _rms(bias.tensor)
+    trained = weight is not None and weight.name in reader.trained
+    if trained and (shift or not scale):
+        call.refuse(
+            "its trained weight is known at a bias of zero and a weight that is not zero only, as at initialisation"
+        )
     step = Normalization(
         (field.step,),
         call.node.name,
         over,
         float(module.eps if module.eps is not None else torch.finfo(torch.float32).eps),
-        1.0 if weight is None else _rms(weight.tensor),
-        0.0 if bias is None else _rms(bias.tensor),
-        float(weight is not None and weight.name in reader.trained),
+        scale,
+        shift,
         float(bias is not None and bias.name in reader.trained),
     )
-    return changed(field, reader.add(step, reader.positions[field.step]))
+    number = reader.add(step, reader.positions[field.step])
+    return changed(field, number, scale=scale if trained else None, entangled=False)
 
 
 def _rms(values: Tensor) -> float:

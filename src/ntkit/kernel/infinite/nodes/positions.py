@@ -131,7 +131,7 @@ def concatenated(call: Call) -> Field:
     """Channels of several layers side by side."""
     reader = call.reader
     parts, dim = call.args[0] if call.args else call.keywords["tensors"], call.argument(1, "dim", 0)
-    fields = [reader.field(part, call.node) for part in parts]
+    fields = [reader.whole(part, call.node) for part in parts]
     first, ndim = fields[0], len(reader.shape(call.node))
     if any(f.merged for f in fields) or {f.channel for f in fields} != {dim % ndim}:
         call.refuse("it joins another axis than the channels")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ntkit.kernel.infinite.nodes import functions, normalization, positions, weights
@@ -53,9 +54,10 @@ def read(reader: Reader, node: fx.Node) -> Value:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     call = Call(reader, node, module, str(name), args, keywords)
     operands, result = list(_operands((args, keywords))), reader.results[node.name]
+    plain = _is_plain(result)
     if all(isinstance(v, (Known, Plain)) for v in operands) and not (module is not None and _has_parameters(module)):
-        return Known(node) if isinstance(result, Shape) else Plain(result)
-    if any(isinstance(v, RANDOM) for v in operands) and not isinstance(result, Shape):
+        return Plain(result) if plain else Known(node)
+    if plain and any(isinstance(v, RANDOM) for v in operands):
         return Plain(result)  # a shape or a number of dimensions
     _refuse_known(call)
     handler = _HANDLERS.get(type(module)) if module is not None else _FUNCTIONS.get(call.name)
@@ -73,6 +75,15 @@ def _operands(value: Any) -> Iterator[Value]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _operands(item)
+
+
+def _is_plain(result: Any) -> bool:
+    """Whether a node gave a number, a shape or the like, rather than tensors."""
+    if isinstance(result, torch.Size):
+        return True
+    if isinstance(result, (tuple, list)) and not isinstance(result, Shape):
+        return all(_is_plain(item) for item in result)
+    return isinstance(result, (bool, int, float, str, torch.dtype, torch.device, type(None)))
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -81,7 +81,7 @@ def _linear(call: Call, weight: Any, bias: Any) -> Field:
         if last < 1:
             call.refuse("its input has no axis of channels")
         return _weights(call, layer, reader.source(value, last), (), last)
-    field = reader.field(value, call.node)
+    field = reader.whole(value, call.node)
     if field.merged:
         return _weights(call, layer, reader.add(Flattening((field.step,), call.node.name), ()), (), 1)
     if field.channel != 1 + len(reader.positions[field.step]):
@@ -133,7 +133,7 @@ def _conv(
             call.refuse("groups of input channels give units of different kinds: only hidden layers may be grouped")
         source = reader.source(value, 1)
     else:
-        field = reader.field(value, call.node)
+        field = reader.whole(value, call.node)
         if field.merged or field.channel != 1 or len(reader.positions[field.step]) != rank:
             call.refuse("its input must have the channels on axis 1 and positions behind them")
         if groups > 1 and channels_per_group == 1:
