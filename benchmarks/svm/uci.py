@@ -229,8 +229,9 @@ def main() -> None:
     machine = environment(1, "cpu") | {"dtype": "float64"} | {p: version(p) for p in ("scikit-learn", "scipy", "numpy")}
     (options.folder / "environment.json").write_text(json.dumps(machine, indent=1) + "\n")
     todo = list(missing(options.folder, names, methods, options.clean))
-    # by the square of the rows, which is how most of the work grows
-    left, whole, start = (sum(sizes[name] ** 2 for name, _ in todo),) * 2 + (time.perf_counter(),)
+    work = {name: 2000 + rows**2 / 1000 for name, rows in sizes.items()}  # for the estimate of the time left
+    whole = left = sum(work[name] for name, _ in todo)
+    start = time.perf_counter()
     with ProcessPoolExecutor(options.workers) as pool:
         jobs = {pool.submit(run, name, method, options.clean): (name, method) for name, method in todo}
         for number, job in enumerate(as_completed(jobs), 1):
@@ -238,7 +239,7 @@ def main() -> None:
             found = job.result()
             with replacing(file_of(options.folder, name, method, options.clean)) as file:
                 file.write((json.dumps(found) + "\n").encode())
-            left -= sizes[name] ** 2
+            left -= work[name]
             spent = time.perf_counter() - start
             ahead = spent * left / max(whole - left, 1)
             print(
