@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,17 @@ def shifted(x: Tensor, kind: str, strength: float) -> Tensor:
     return x
 
 
+def rows(x: Tensor, seed: int) -> Tensor:
+    """Gradients of the sum of logits of a random network, (N, P)."""
+    return linearize(network(seed), readout=SumOfLogits()).jacobian(x)
+
+
+@cache
+def clean_rows(data: str, seed: int) -> Tensor:
+    """Those of the images as they are."""
+    return rows(Setting(data, "none", 0.0).pool[0][:POOL], seed)
+
+
 @dataclass(frozen=True)
 class Looked(KernelFunction):
     """A kernel between numbers of examples, looked up in a matrix; `scaled` to k(x, x) = 1."""
@@ -99,11 +110,11 @@ class Looked(KernelFunction):
     scaled: bool = False
 
     def __call__(self, x1: Tensor, x2: Tensor | None = None) -> DenseKernel:
-        rows, cols = x1[:, 0], (x1 if x2 is None else x2)[:, 0]
-        found = self.matrix[rows][:, cols].double()
+        left, right = x1[:, 0], (x1 if x2 is None else x2)[:, 0]
+        found = self.matrix[left][:, right].double()
         if self.scaled:
-            own = self.matrix.diagonal().double()
-            found = found / own[rows].sqrt()[:, None] / own[cols].sqrt()
+            own = self.matrix.diagonal().double().sqrt()
+            found = found / own[left][:, None] / own[right]
         return DenseKernel(found, symmetric=x2 is None)
 
 
@@ -127,8 +138,11 @@ class Setting:
         """One matrix for each network."""
         found = []
         for seed in range(NETWORKS):
-            rows = linearize(network(seed), readout=SumOfLogits()).jacobian(self.pool[0])
-            found.append(rows @ rows.T)
+            clean = other = clean_rows(self.data, seed)
+            if self.kind in {"noise", "rotation"}:
+                other = rows(self.pool[0][POOL:], seed)
+            both = torch.cat([clean, other])
+            found.append(both @ both.T)
         return found
 
     @cached_property

@@ -4,6 +4,7 @@ from ntkit.uses.twosample.baselines import binomial_pvalue, classifier_test, rbf
 from ntkit.uses.twosample.curve import PowerCurve, Subsamples, power_curve
 from ntkit.uses.twosample.hsic import Biased, Debiased, independence_test
 from ntkit.uses.twosample.mmd import two_sample_test
+from ntkit.uses.twosample.networks import random_network
 from ntkit.uses.twosample.outliers import Outliers, outlier_scores, outlier_test
 from ntkit.uses.twosample.result import Power, TestResult
 from ntkit.uses.twosample.statistics import Block, Linear, Unbiased
@@ -31,6 +32,7 @@ __all__ = [
     "outlier_scores",
     "outlier_test",
     "power_curve",
+    "random_network",
     "rbf_test",
     "two_sample_test",
     "witness_test",
