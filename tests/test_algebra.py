@@ -218,3 +218,7 @@ def test_refusals() -> None:
         (SEVERAL + RBF1)(X)
     with pytest.raises(InputError, match="cannot multiply kernels"):
         (SEVERAL * RBF1)(X)
+    with pytest.raises(InputError, match="no derivative with respect to its inputs: detach"):
+        (TANGENT + RBF1)(X, Y.clone().requires_grad_())  # and not the derivative of one of the two
+    with torch.no_grad():
+        assert (TANGENT + RBF1)(X, Y.clone().requires_grad_()).shape == (7, 5)

@@ -1,4 +1,4 @@
-"""The tangent kernel in a Gaussian process of GPyTorch."""
+"""Kernel functions in a Gaussian process of GPyTorch, the tangent kernel first."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from torch import Tensor, nn
 
 import ntkit
 from ntkit.errors import InputError
+from ntkit.kernel.closed import RBF, DotProduct
+from ntkit.kernel.explicit import Features, RandomFourier
+from ntkit.kernel.fully_connected import FullyConnected
+from ntkit.kernel.function import Empirical, KernelFunction
+from ntkit.solve.conditioned import Posterior
+from ntkit.solve.ridge import Absolute
 from tests.cases import normal
 
 gpytorch = pytest.importorskip("gpytorch")
@@ -110,3 +116,125 @@ def test_refusals() -> None:
         kernel(inputs().float()).to_dense()
     with pytest.raises(InputError, match="no derivative"):
         kernel(inputs().requires_grad_()).to_dense()
+
+
+# --- any kernel function ----------------------------------------------------------------------------------------------
+
+FUNCTIONS: dict[str, KernelFunction] = {
+    "rbf": RBF(1.5),
+    "infinite width": FullyConnected(depth=3, bias_std=0.3),
+    "made of kernels": (0.5 * FullyConnected(depth=2) * RBF(2.0) + DotProduct(1.0)).normalised(),
+    "posterior": Posterior(RBF(1.5), inputs(3, 5), ridge=0.1),
+    "random features": RandomFourier(RBF(1.5), 16, generator=torch.Generator().manual_seed(0)),
+}
+each = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+
+
+@each
+def test_any_function_is_a_kernel_with_gradients(function: KernelFunction) -> None:
+    kernel, x, other = gp.FunctionGPKernel(function), inputs(), inputs(4, 1)
+    torch.testing.assert_close(kernel(x).to_dense(), function(x).dense())
+    torch.testing.assert_close(kernel(x, other).to_dense(), function(x, other).dense())
+    torch.testing.assert_close(kernel(x, diag=True), function.diagonal(x))
+    torch.testing.assert_close(kernel(x, x.flip(0), diag=True), function(x, x.flip(0)).dense().diagonal())
+    assert kernel(x).dtype == torch.float64
+    few, others = x[:3].clone().requires_grad_(), other[:2].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: kernel(a, b).to_dense(), (few, others))
+    assert torch.autograd.gradcheck(lambda a: kernel(a).to_dense() + a.sum(), few)
+    assert torch.autograd.gradcheck(lambda a: kernel(a, diag=True) + a.sum(), few)
+    # the same values twice: either side has its part of the gradient
+    weights, copy = normal(3, seed=7)(3).double(), few.detach().clone().requires_grad_()
+    (whole,) = torch.autograd.grad((kernel(few).to_dense() * weights).sum(), few)
+    parts = torch.autograd.grad((kernel(few, copy).to_dense() * weights).sum(), (few, copy))
+    torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-6, atol=1e-6)
+
+
+class Wide(gpytorch.models.ExactGP):
+    def __init__(self, x: Tensor, y: Tensor, likelihood: object, function: KernelFunction) -> None:
+        super().__init__(x, y, likelihood)
+        self.mean_module = gpytorch.means.ZeroMean()
+        self.covar_module = gpytorch.kernels.ScaleKernel(gp.FunctionGPKernel(function))
+
+    def forward(self, x: Tensor) -> object:
+        return gpytorch.distributions.MultivariateNormal(self.mean_module(x), self.covar_module(x))
+
+
+def test_a_process_of_infinite_width_learns_its_scale_and_predicts_with_gradients() -> None:
+    x, new = inputs(), inputs(4, 1)
+    y = torch.sin(3 * x).sum(1)
+    function = FullyConnected(depth=3, bias_std=0.3)
+    calls: list[int] = []
+
+    class Counted(KernelFunction):
+        def __call__(self, x1: Tensor, x2: Tensor | None = None) -> ntkit.Kernel:
+            kernel = function(x1, x2)
+            original = kernel.dense
+            kernel.dense = lambda: [original(), calls.extend([1] * (len(x1) == 10))][0]
+            return kernel
+
+    likelihood = gpytorch.likelihoods.GaussianLikelihood().double()
+    model = Wide(x, y, likelihood, Counted()).double()
+    evidence = gpytorch.mlls.ExactMarginalLogLikelihood(likelihood, model)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    values = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = -evidence(model(x), y)
+        loss.backward()
+        optimizer.step()
+        values.append(float(loss.detach()))
+    assert values[-1] < values[0]
+    assert len(calls) == 1  # the function does not change
+    model.eval()
+    likelihood.eval()
+    scale, noise = model.covar_module.outputscale.item(), likelihood.noise.item()
+    moved = new.clone().requires_grad_()
+    prediction = model(moved)
+    expected = Posterior(scale * function, x, ridge=Absolute(noise))
+    torch.testing.assert_close(prediction.mean, expected.mean(new, y), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(prediction.covariance_matrix, expected(new).dense(), rtol=1e-6, atol=1e-6)
+    (found,) = torch.autograd.grad(prediction.mean.sum(), moved)
+    again = new.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(expected.mean(again, y).sum(), again)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_entries_are_computed_again_when_what_they_depend_on_has_changed() -> None:
+    net, x = nn.Linear(6, 3).double(), inputs()
+    net.requires_grad_(False)
+    kernel = gp.FunctionGPKernel(Features(net))
+    before = kernel(x).to_dense()
+    with torch.no_grad():
+        net.weight.mul_(2.0)
+    after = kernel(x).to_dense()
+    torch.testing.assert_close(after, net(x) @ net(x).T)
+    assert not torch.allclose(before, after)
+    net.requires_grad_(True)
+    for _ in range(2):  # its graph is made anew
+        kernel(x).to_dense().sum().backward()
+    assert bool(net.weight.grad.any())
+
+
+def test_images_scalars_and_refusals_of_functions() -> None:
+    several = gp.FunctionGPKernel(Empirical(tangent(3)), shape=(1, 6))
+    x = inputs()
+    torch.testing.assert_close(several(x).to_dense(), gp.NTKGPKernel(tangent(3), shape=(1, 6))(x).to_dense())
+    assert several(x).shape == (30, 30)
+    half = gp.FunctionGPKernel(RBF(1.5))(x.float())
+    assert half.dtype == half.to_dense().dtype == torch.float32
+    with pytest.raises(InputError, match=r"function is a KernelFunction .* got Tangent"):
+        gp.FunctionGPKernel(tangent())
+    with pytest.raises(InputError, match="without batches"):
+        gp.FunctionGPKernel(RBF())(inputs().expand(2, 10, 6)).to_dense()
+    with pytest.raises(InputError, match="no derivative with respect to its inputs"):
+        several(x.clone().requires_grad_()).to_dense()
+
+    class Silent(KernelFunction):
+        def __call__(self, x1: Tensor, x2: Tensor | None = None) -> ntkit.Kernel:
+            return RBF()(x1.detach(), None if x2 is None else x2.detach())
+
+        def __repr__(self) -> str:
+            return "Silent"
+
+    with pytest.raises(InputError, match="Silent has no derivative"):
+        gp.FunctionGPKernel(Silent())(x.clone().requires_grad_()).to_dense()

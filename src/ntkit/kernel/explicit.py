@@ -22,7 +22,7 @@ from ntkit.errors import InputError
 from ntkit.kernel.base import Kernel
 from ntkit.kernel.closed import RBF, vectors, wide
 from ntkit.kernel.features import FeatureKernel, FeatureMap
-from ntkit.kernel.function import KernelFunction, checked_factor, is_number, lengths
+from ntkit.kernel.function import KernelFunction, checked_factor, is_number, lengths, require_fixed
 from ntkit.tangent.examples import Examples
 from ntkit.tangent.identity import content, describe, digest
 from ntkit.tangent.sketch import Sketch
@@ -426,14 +426,3 @@ class CentredFeatures(_Changed):
 
     def __repr__(self) -> str:
         return f"{self.inner!r}.centred(on=...)"
-
-
-def require_fixed(x: Any, message: str) -> None:
-    """Refuse examples whose derivatives are wanted where there are none.
-
-    Raises:
-        InputError: with the message.
-    """
-    members = x.values() if isinstance(x, dict) else x if isinstance(x, tuple) else (x,)
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in members):
-        raise InputError(message)

@@ -21,14 +21,13 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+from torch import Tensor
 
 from ntkit.errors import InputError
 from ntkit.kernel.algebra import Normalised, Recentred
 from ntkit.kernel.empirical import TangentKernel
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ntkit.kernel.base import Kernel
     from ntkit.tangent.linearize import Tangent
 
@@ -94,7 +93,16 @@ class Empirical(KernelFunction):
         self.trace = trace
         self.memory = memory
 
-    def __call__(self, x1: Any, x2: Any = None) -> TangentKernel:  # noqa: D102
+    def __call__(self, x1: Any, x2: Any = None) -> TangentKernel:
+        """The kernel between examples.
+
+        Raises:
+            InputError: if derivatives with respect to the examples are wanted: there are none.
+        """
+        for x in (x1, x2):
+            require_fixed(
+                x, "the tangent kernel of a network has no derivative with respect to its inputs: detach them"
+            )
         return TangentKernel(self.tangent, x1, x2, trace=self.trace, memory=self.memory)
 
 
@@ -209,6 +217,17 @@ def lengths(diagonal: Tensor, scalars: int, name: str) -> Tensor:
             "that does not vanish there"
         )
     return diagonal.sqrt()
+
+
+def require_fixed(x: Any, message: str) -> None:
+    """Refuse examples whose derivatives are wanted where there are none.
+
+    Raises:
+        InputError: with the message.
+    """
+    members = x.values() if isinstance(x, dict) else x if isinstance(x, tuple) else (x,)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in members):
+        raise InputError(message)
 
 
 def checked_factor(factor: float) -> float:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ntkit.kernel.algebra import Changed
-from ntkit.kernel.explicit import require_fixed
-from ntkit.kernel.function import KernelFunction
+from ntkit.kernel.function import KernelFunction, require_fixed
 from ntkit.solve.direct import Cholesky
 from ntkit.tangent.identity import digest
 
