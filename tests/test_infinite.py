@@ -380,3 +380,14 @@ def test_tiles_of_expensive_pairs_are_small():
         for net, x in ((dense(1), torch.ones(2, 2)), (cntk(3, True, 16), images(2, size=16)))
     )
     assert dear.tile_rows(2**30) < 400 < cheap.tile_rows(2**30)
+
+
+@pytest.mark.parametrize("gap", [True, False])
+@pytest.mark.parametrize("kind", ["ntk", "nngp"])
+def test_the_diagonal_costs_no_pairs(gap, kind, monkeypatch):
+    x = images(5)
+    function = InfiniteWidth(cntk(3, gap), kind=kind, weight_std=ROOT2, bias_std=0.1)
+    whole = function(x).dense().diagonal()
+    monkeypatch.setattr("ntkit.kernel.infinite.program.Program.covariance", None)
+    torch.testing.assert_close(function(x).diagonal(), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(function.diagonal(x), whole, rtol=1e-12, atol=1e-12)

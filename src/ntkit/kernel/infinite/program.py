@@ -40,7 +40,12 @@ class Program:
         self.prepare = prepare
         self.positions = tuple(positions)
         self._cross = self._needed([output])
-        self._self = self._needed([self.steps[n].inputs[0] for n in self._cross if self.steps[n].by_variance])
+        self._diagonal = self._needed([output, *self._inputs_by_variance()])
+        self._self = self._needed(self._inputs_by_variance())
+
+    def _inputs_by_variance(self) -> list[int]:
+        """The steps whose variances others go by."""
+        return [self.steps[n].inputs[0] for n in self._cross if self.steps[n].by_variance]
 
     def _needed(self, wanted: Sequence[int]) -> dict[int, bool]:
         """Which steps have to run for these, and whether with all pairs of positions."""
@@ -67,6 +72,14 @@ class Program:
             if step.by_variance and number in self._cross
         }
 
+    def diagonal(self, x: Sequence[Tensor], *, tangent: bool) -> Covariance:
+        """Of the output, for examples with themselves."""
+        block = Block(1, tangent=tangent)
+        products = self._run(
+            self._diagonal, lambda step, pairs: step.products(x[step.number], None, pairs), block, None
+        )
+        return products[self.output]
+
     def covariance(
         self,
         x1: Sequence[Tensor],
@@ -89,7 +102,7 @@ class Program:
     ) -> dict[int, Covariance]:
         results: dict[int, Covariance] = {}
         last = {source: number for number in sorted(needs) for source in self.steps[number].inputs}
-        own = {self.steps[n].inputs[0] for n in self._cross if self.steps[n].by_variance} if sides is None else set()
+        kept = {self.output, *self._inputs_by_variance()} if sides is None else {self.output}
         for number in sorted(needs):
             step = self.steps[number]
             if isinstance(step, Inputs):
@@ -107,6 +120,6 @@ class Program:
                     around = sides[0][number], sides[1][number]
             results[number] = step.run(found, block, around)
             for source in step.inputs:  # blocks of pairs are large: let go of what nobody asks for any more
-                if last[source] == number and source not in own:
+                if last[source] == number and source not in kept:
                     results.pop(source, None)
         return results

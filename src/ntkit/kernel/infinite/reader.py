@@ -230,7 +230,8 @@ class Reader:
             if node in wanted or node.op == "placeholder":
                 places[node] = graph.node_copy(node, lambda other: places[other])
         graph.output(tuple(places[node] for node in self.inputs))
-        prepare = copy.deepcopy(fx.GraphModule(self.traced, graph)).double()
+        device = self.batch.arguments[0].device
+        prepare = copy.deepcopy(fx.GraphModule(self.traced, graph)).double().to(device)
         arguments = [as_double(t) for t in self.batch.arguments]
         together = prepare(*arguments)
         alone = zip(*(prepare(*(t[i : i + 1] for t in arguments)) for i in range(len(arguments[0]))), strict=True)
@@ -280,7 +281,8 @@ def _results(traced: fx.GraphModule, batch: Batch) -> dict[str, Any]:
     """Shapes of all tensors, and other values, by node; found by running a copy on two examples."""
     runner = _Recorder(copy.deepcopy(traced))
     floating = next((p.dtype for p in runner.module.parameters() if p.is_floating_point()), torch.float32)
-    arguments = [t.to(floating) if t.is_floating_point() else t for t in batch.arguments]
+    device = next((p.device for p in runner.module.parameters()), None)  # which need not be that of the examples
+    arguments = [t.to(device, floating if t.is_floating_point() else t.dtype) for t in batch.arguments]
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             runner.run(*arguments, enable_io_processing=False)

@@ -41,6 +41,10 @@ class Step:
         """Whether all pairs of positions of its inputs are needed, if they are of its output (or not)."""
         return pairs
 
+    def __str__(self) -> str:
+        """In words."""
+        return type(self).__name__.lower()
+
     def run(self, found: list[Covariance], block: Block, sides: tuple[Tensor, Tensor] | None) -> Covariance:
         """The covariance after it. `sides`: variances of rows and columns, for a step that goes by them."""
         raise NotImplementedError
@@ -57,6 +61,9 @@ class Inputs(Step):
 
     number: int
     channel: int
+
+    def __str__(self) -> str:
+        return "inner products of the inputs over their channels"
 
     def products(self, left: Tensor, right: Tensor | None, pairs: bool) -> Covariance:
         """For examples with themselves (right None) or for pairs.
@@ -102,6 +109,15 @@ class Weights(Step):
     weight_gain: float
     bias_gain: float
 
+    def __str__(self) -> str:
+        taps = " x ".join(str(window.size) for window in self.windows)
+        parts = [
+            f"weights{f' of {taps} taps' if taps else ''}, s = {self.weight_std:.4g}",
+            f"b = {self.bias_std:.4g}",
+            f"training adds {self.weight_gain:.4g} A + {self.bias_gain:.4g}",
+        ]
+        return ", ".join(parts)
+
     def run(self, found: list[Covariance], block: Block, sides: tuple[Tensor, Tensor] | None) -> Covariance:  # noqa: D102
         (inner,) = found
         total = inner.map(lambda values: patch_sum(values, self.windows, full=inner.full)) if self.windows else inner
@@ -138,6 +154,10 @@ class Nonlinearity(Step):
     learned: tuple[Dual, ...] = ()
     by_variance = True
 
+    def __str__(self) -> str:
+        trained = f", training adds {', '.join(str(dual) for dual in self.learned)}" if self.learned else ""
+        return f"{self.dual}{trained}"
+
     def run(self, found: list[Covariance], block: Block, sides: tuple[Tensor, Tensor] | None) -> Covariance:  # noqa: D102
         (inner,), derivative = found, found[0].ntk is not None
         assert sides is not None
@@ -171,6 +191,9 @@ class Scaling(Step):
     """A number times a layer."""
 
     factor: float
+
+    def __str__(self) -> str:
+        return f"times {self.factor:.4g}"
 
     def run(self, found: list[Covariance], block: Block, sides: tuple[Tensor, Tensor] | None) -> Covariance:  # noqa: D102
         return found[0].map(lambda values: self.factor**2 * values)

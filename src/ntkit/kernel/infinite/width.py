@@ -14,7 +14,7 @@ from ntkit.errors import InputError
 from ntkit.kernel.base import Kernel, bounds
 from ntkit.kernel.function import KernelFunction
 from ntkit.kernel.infinite.laws import NTK, Deviations, Law, Parametrization, Standard, checked
-from ntkit.kernel.infinite.pairs import Block
+from ntkit.kernel.infinite.pairs import Block, Covariance
 from ntkit.kernel.infinite.program import Program, Variances
 from ntkit.kernel.infinite.reader import Reader, as_double
 from ntkit.tangent.examples import Examples
@@ -22,8 +22,6 @@ from ntkit.tangent.identity import content, digest
 from ntkit.tangent.parameters import select
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ntkit.tangent.examples import Batch
     from ntkit.tangent.parameters import Choice
 
@@ -165,22 +163,34 @@ class InfiniteWidth(KernelFunction):
             raise InputError(
                 "an infinite-width kernel takes tensors in the order of the module's arguments: got a dict"
             )
-        key = _kinds(batch)
+        key = _kinds(batch), next(batch.tensors()).device
         if key not in self._programs:
             self._programs[key] = Reader(self.model, self.law, self.trained, batch).program()
         return self._programs[key]
 
     def listing(self, x: Any) -> str:
-        """The steps in words, one line each: which layers were read, with which variances, for examples like `x`."""
+        """The steps in words, one line each: which layers were read, with which variances, for examples like `x`.
+
+        s and b are the standard deviations of weights (times the root of fan-in) and biases, A is the second moment.
+        """
         program = self.program(Examples(x))
-        return "\n".join(
-            f"{number:3d} {step!r} {positions or ''}"
-            for number, (step, positions) in enumerate(zip(program.steps, program.positions, strict=True))
-        )
+        lines = []
+        for number, (step, positions) in enumerate(zip(program.steps, program.positions, strict=True)):
+            after = f" after {', '.join(map(str, step.inputs))}" if step.inputs else ""
+            places = f", {' x '.join(map(str, positions))} positions" if positions else ""
+            lines.append(f"{number:3d} {step.node}{after}: {step}{places}")
+        return "\n".join(lines)
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process reads the module itself: traced graphs do not travel."""
         return {**vars(self), "_programs": {}}
+
+
+def _members(found: Covariance, tangent: bool) -> tuple[Tensor, ...]:
+    """The tangent kernel, where it is wanted, and the second moments."""
+    if not tangent:
+        return (found.nngp,)
+    return (torch.zeros_like(found.nngp) if found.ntk is None else found.ntk), found.nngp
 
 
 def _kinds(batch: Batch) -> tuple[tuple[tuple[int, ...], str], ...]:
@@ -252,14 +262,15 @@ class InfiniteKernel(Kernel):
         return Both(ntk, nngp)
 
     def diagonal(self) -> Tensor:
-        """The main diagonal, by blocks of one pair each where the kernel is symmetric."""
-        size = min(self.shape)
-        found = [self.tile(slice(i, j), slice(i, j)).diagonal() for i, j in self._strips(0, size)]
+        """The main diagonal; of a symmetric kernel at the price of N pairs."""
+        if not self._symmetric:
+            return super().diagonal()
+        x, found = self._prepared(self._rows, 0, len(self._rows)), []
+        step = max(1, BLOCK // max(self.program.entries(), self.program.entries(cross=False)))
+        for start in range(0, len(self._rows), step):
+            part = self.program.diagonal(tuple(t[start : start + step] for t in x), tangent=self.function.kind == "ntk")
+            found.append(_members(part, self.function.kind == "ntk")[0])
         return torch.cat(found)
-
-    def _strips(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        edge = max(1, math.isqrt(BLOCK // self.program.entries()))
-        return ((a, min(a + edge, stop)) for a in range(start, stop, edge))
 
     def _tiles(self, rows: slice, cols: slice, tangent: bool) -> tuple[Tensor, Tensor]:
         (r0, r1), (c0, c1) = bounds(rows, self.shape[0]), bounds(cols, self.shape[1])
@@ -350,10 +361,7 @@ class InfiniteKernel(Kernel):
         same: Tensor | None,
         tangent: bool,
     ) -> tuple[Tensor, ...]:
-        found = self.program.covariance(left, right, sides, Block(2, same, tangent))
-        if not tangent:
-            return (found.nngp,)
-        return (torch.zeros_like(found.nngp) if found.ntk is None else found.ntk), found.nngp
+        return _members(self.program.covariance(left, right, sides, Block(2, same, tangent)), tangent)
 
     def _variances(self, x: tuple[Tensor, ...]) -> Variances:
         """Of all examples, some at a time."""
@@ -377,7 +385,7 @@ class InfiniteKernel(Kernel):
         before: Any = self.program.prepare
         return {
             "kernel": f"infinite {self.function.kind}",
-            "steps": digest([self.function.listing(self._rows.data)]),
+            "steps": digest([repr((self.program.steps, self.program.output))]),
             "inputs": digest([before.code, *(t for _, t in sorted(before.state_dict().items()))]),
             "rows": content(self._rows),
             "columns": columns,
