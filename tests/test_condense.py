@@ -571,6 +571,10 @@ def test_what_cannot_be_used_is_refused_in_words() -> None:
         condense.label_solve(KERNEL, start, (x[:2], torch.tensor([0, 2])))
     with pytest.raises(InputError, match="points"):
         condense.Support(x, condense.centred(labels, 3)[:5])
+    with pytest.raises(InputError, match="a support set is float64"):
+        condense.Support(x.float(), condense.centred(labels, 3))
+    with pytest.raises(InputError, match="not finite"):
+        condense.Support(x / 0, condense.centred(labels, 3))
     with pytest.raises(InputError, match="one or more networks"):
         condense.GradientFeatures()
     with pytest.raises(InputError, match="call eval"):

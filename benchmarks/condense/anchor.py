@@ -74,6 +74,7 @@ def main() -> None:
             facts = {
                 "data": data.name, "targets": len(data.x_train), "test": len(data.x_test), "points": 100,
                 "kernel": "infinite width, one hidden ReLU layer, weight_std sqrt 2, bias_std 0.1",
+                "precision": "float64",
             }  # fmt: skip
             if name == "lossless":
                 facts["all_targets_as_support"] = ceiling(data)

@@ -100,7 +100,13 @@ def write(lines: list[dict[str, Any]]) -> None:
     for kernel in sorted({found["kernel"] for found in lines}):
         own = [{k: v for k, v in found.items() if k != "kernel"} for found in lines if found["kernel"] == kernel]
         own.sort(key=lambda found: (found["per_class"], METHODS.index(found["method"]), found["seed"]))
-        record(f"fashion-{kernel}", {"data": "Fashion-MNIST", "steps": STEPS, "lines": own}, RECORDS)
+        facts = {
+            "data": "Fashion-MNIST",
+            "precision": "float64, networks float32",
+            "steps": STEPS,
+            "batch": BATCH[kernel],
+        }
+        record(f"fashion-{kernel}", {**facts, "lines": own}, RECORDS)
 
 
 def main() -> None:

@@ -135,7 +135,7 @@ def kernel_inducing_points(
     if own.patience is not None and seen is None:
         raise InputError("patience asks for examples held out: give held_out=(x, labels)")
 
-    x, y = (t.detach().clone().double() for t in (start.x, start.y))
+    x, y = (t.detach().clone() for t in (start.x, start.y))
     moved = [x.requires_grad_(), y.requires_grad_()] if own.learn_labels else [x.requires_grad_()]
     course = Course(x, y, torch.optim.Adam(moved, own.learning_rate), generator)
     place = None
@@ -189,7 +189,7 @@ def kip_gradient(
             f"the kernel carries no gradients to its examples: {type(kernel).__name__} is not differentiable. Take an "
             "infinite-width kernel, RBF, or GradientFeatures of a network"
         )
-    coefficients = torch.cholesky_solve(y.double(), lower(matrix, absolute))
+    coefficients = torch.cholesky_solve(y, lower(matrix, absolute))
     held = coefficients.detach().requires_grad_()
     total, scale = 0.0, 1 / (2 * len(batch.x) * batch.classes)
     for rows in blocks(len(batch.x), kernel, Support(x.detach(), y.detach()), memory):

@@ -87,4 +87,4 @@ def label_solve(
     def loss(y: Tensor) -> float:
         return float((right - reduced @ y).square().sum() / (2 * len(found.x) * found.classes))
 
-    return Solved(Support(support.x, y), loss(y), loss(support.y.double()), int(kept.sum()), float(s[0] / s[kept][-1]))
+    return Solved(Support(support.x, y), loss(y), loss(support.y), int(kept.sum()), float(s[0] / s[kept][-1]))

@@ -87,12 +87,12 @@ class Fitted:
             InputError: if they do not fit the support set.
         """
         found = Labelled.of(data, classes=self.support.classes, named="the examples to score on")
-        said = self.predict(found.x, memory=memory)
-        right = (said.argmax(1) == found.labels).double()
+        said, labels = self.predict(found.x, memory=memory).cpu(), found.labels.cpu()
+        right = (said.argmax(1) == labels).double()
         return Score(
             accuracy=float(right.mean()),
             standard_error=math.sqrt(float(right.mean() * (1 - right.mean())) / len(right)),
-            loss=float((said - centred(found.labels, found.classes)).square().mean() / 2),
+            loss=float((said - centred(labels, found.classes)).square().mean() / 2),
             ridge=self.ridge,
             condition=self.condition,
         )
@@ -113,7 +113,7 @@ def fit(kernel: KernelFunction, support: Support, *, ridge: float = RIDGE) -> Fi
     checked_ridge(ridge)
     with torch.no_grad():
         matrix, absolute = regularised(kernel, support.x, ridge)
-        coefficients = torch.cholesky_solve(support.y.double(), lower(matrix, absolute))
+        coefficients = torch.cholesky_solve(support.y, lower(matrix, absolute))
         values = torch.linalg.eigvalsh(matrix)
     return Fitted(kernel, support, coefficients, float(absolute), float(values[-1] / values[0]))
 

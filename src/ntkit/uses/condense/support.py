@@ -17,18 +17,27 @@ class Support:
 
     Attributes:
         x: n points, (n, ...), float64.
-        y: their targets, (n, C): one-hot less 1/C, or learned.
+        y: their targets, (n, C), float64: one-hot less 1/C, or learned.
     """
 
     x: Tensor
     y: Tensor
 
     def __post_init__(self) -> None:
-        """Check the shapes."""
+        """Check shapes, type and entries.
+
+        Raises:
+            InputError: if they do not fit.
+        """
         if self.x.ndim < 2 or self.y.ndim != 2 or len(self.x) != len(self.y) or not len(self.x):
             raise InputError(
                 f"a support set has n points (n, ...) and targets (n, C): got {tuple(self.x.shape)} and "
                 f"{tuple(self.y.shape)}"
+            )
+        if self.x.dtype != torch.float64 or self.y.dtype != torch.float64:
+            raise InputError(
+                f"a support set is float64, so that its kernel can be solved with: got {self.x.dtype} and "
+                f"{self.y.dtype}; x.double() makes it so"
             )
         if not (self.x.isfinite().all() and self.y.isfinite().all()):
             raise InputError("a support set has entries that are not finite (NaN or infinity)")
