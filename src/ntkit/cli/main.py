@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ntkit.cli import active, condense, finetuning, twosample
+from ntkit.cli import active, condense, finetuning, svm, twosample
 from ntkit.cli.options import (
     READOUT_HELP,
     ArrayDataArgument,
@@ -45,6 +45,7 @@ app.add_typer(active.app, name="active")
 app.command()(finetuning.probe)
 app.command()(finetuning.rank_backbones)
 app.command()(condense.condense)
+app.command()(svm.svm)
 app.command()(twosample.twosample)
 
 
