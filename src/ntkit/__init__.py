@@ -22,18 +22,26 @@ from ntkit.errors import (
 
 if TYPE_CHECKING:
     from ntkit.kernel.base import DenseKernel, Kernel
+    from ntkit.kernel.closed import RBF, DotProduct
     from ntkit.kernel.empirical import TangentKernel, empirical_ntk
+    from ntkit.kernel.explicit import Nystrom, RandomFourier
     from ntkit.kernel.features import FeatureKernel, FeatureMap, features, size_for
+    from ntkit.kernel.function import Empirical, KernelFunction
     from ntkit.kernel.infinite import InfiniteKernel, InfiniteWidth, infinite_ntk
     from ntkit.kernel.saved import SavedKernel, open_kernel
+    from ntkit.solve.conditioned import Posterior
     from ntkit.solve.estimators import NTKClassifier, NTKRegressor
+    from ntkit.solve.transformers import KernelFeatures, KernelMatrix
     from ntkit.tangent.linearize import Tangent, linearize
     from ntkit.tangent.readout import Logits, Loss, RandomLogits, SingleLogit, SumOfLogits
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RBF",
     "DenseKernel",
+    "DotProduct",
+    "Empirical",
     "FeatureKernel",
     "FeatureMap",
     "FidelityWarning",
@@ -41,6 +49,9 @@ __all__ = [
     "InfiniteWidth",
     "InputError",
     "Kernel",
+    "KernelFeatures",
+    "KernelFunction",
+    "KernelMatrix",
     "Logits",
     "Loss",
     "ModelError",
@@ -48,6 +59,9 @@ __all__ = [
     "NTKRegressor",
     "NotPositiveDefiniteError",
     "NtkitError",
+    "Nystrom",
+    "Posterior",
+    "RandomFourier",
     "RandomLogits",
     "SavedKernel",
     "SingleLogit",
@@ -69,15 +83,24 @@ __all__ = [
 
 _HOME = {
     "DenseKernel": "ntkit.kernel.base",
+    "DotProduct": "ntkit.kernel.closed",
+    "Empirical": "ntkit.kernel.function",
     "FeatureKernel": "ntkit.kernel.features",
     "FeatureMap": "ntkit.kernel.features",
     "InfiniteKernel": "ntkit.kernel.infinite",
     "InfiniteWidth": "ntkit.kernel.infinite",
     "Kernel": "ntkit.kernel.base",
+    "KernelFeatures": "ntkit.solve.transformers",
+    "KernelFunction": "ntkit.kernel.function",
+    "KernelMatrix": "ntkit.solve.transformers",
     "Logits": "ntkit.tangent.readout",
     "Loss": "ntkit.tangent.readout",
     "NTKClassifier": "ntkit.solve.estimators",
     "NTKRegressor": "ntkit.solve.estimators",
+    "Nystrom": "ntkit.kernel.explicit",
+    "Posterior": "ntkit.solve.conditioned",
+    "RBF": "ntkit.kernel.closed",
+    "RandomFourier": "ntkit.kernel.explicit",
     "RandomLogits": "ntkit.tangent.readout",
     "SavedKernel": "ntkit.kernel.saved",
     "SingleLogit": "ntkit.tangent.readout",
