@@ -15,6 +15,7 @@ from ntkit.errors import InputError
 from ntkit.kernel.base import Kernel
 from ntkit.kernel.empirical import TangentKernel
 from ntkit.kernel.features import FeatureKernel, features
+from ntkit.kernel.infinite import InfiniteWidth, Standard, infinite_ntk
 from ntkit.solve.course import Converged, Course, GradientDescent, GradientFlow, MomentumDescent, Ridge
 from ntkit.solve.evolve import evolve
 from ntkit.solve.flow import KernelFlow
@@ -232,7 +233,7 @@ class Wide(nn.Module):
         self.v = nn.Parameter(torch.randn(width, 1, generator=generator, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (2 / len(self.v)) ** 0.5 * nn.functional.linear(x, self.W).relu() @ self.v
+        return (2 / self.v.shape[0]) ** 0.5 * nn.functional.linear(x, self.W).relu() @ self.v
 
 
 def limits(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,6 +242,16 @@ def limits(x: Tensor) -> tuple[Tensor, Tensor]:
     angle = torch.arccos(cosine)
     first = ((1 - cosine**2).clamp_min(0).sqrt() + (math.pi - angle) * cosine) / math.pi
     return first, first + cosine * (math.pi - angle) / math.pi
+
+
+def test_the_limit_written_out_is_that_of_the_library() -> None:
+    x = nn.functional.normalize(
+        torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=1
+    )
+    found = infinite_ntk(Wide(64, 0), x, kind="both", weight_std={"W": 3**0.5, "v": 8.0}, parametrization=Standard())
+    first, kernel = limits(x)
+    torch.testing.assert_close(found.nngp, first, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.ntk, kernel, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("moved", [0.3, 3.0])
@@ -268,9 +279,9 @@ def test_ensemble_of_wide_networks(moved: float) -> None:
     torch.testing.assert_close(found.deviation, spread.sqrt()[:, None])
 
 
-@pytest.mark.parametrize("kind", ["pNTK", "sketch of the trace kernel"])
+@pytest.mark.parametrize("kind", ["pNTK", "sketch of the trace kernel", "infinite width"])
 def test_kernels_of_the_library(kind: str) -> None:
-    """The flow takes reduced and sketched kernels as they are: against explicit steps with their matrices."""
+    """Reduced, sketched and infinite-width kernels, as they are: against explicit steps with their matrices."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 3)).double()
     both = torch.randn(11, 4, dtype=torch.float64)
@@ -280,10 +291,13 @@ def test_kernels_of_the_library(kind: str) -> None:
         tangent = linearize(model, readout=SumOfLogits())
         kernel, cross = TangentKernel(tangent, x), TangentKernel(tangent, new, x).dense()
         whole, across = kernel.dense(), cross
-    else:
+    elif kind == "sketch of the trace kernel":
         made = features(linearize(model), both, size=64, trace=True, generator=torch.Generator().manual_seed(1))
         rows = made.features()
         kernel, whole, across = FeatureKernel(rows[:7]), rows[:7] @ rows[:7].T, rows[7:] @ rows[:7].T
+    else:
+        limit = InfiniteWidth(model)
+        kernel, whole, across = limit(x), limit(x).dense(), limit(new, x).dense()
     f0, f0_new = model(x).detach(), model(new).detach()
     flow = KernelFlow.decompose(kernel, y, prior=f0)
     rate = 0.5 * flow.largest_learning_rate()

@@ -132,6 +132,20 @@ class Tokens(nn.Module):
         return self.head(h.mean(1))
 
 
+class ByHand(nn.Module):
+    """Products with parameters, (inputs, outputs), and biases added by hand."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.w, self.b, self.u, self.c = (nn.Parameter(torch.empty(*s)) for s in ((5, n), (n,), (n, n), (1, n)))
+        self.v = nn.Parameter(torch.empty(3, n))
+
+    def forward(self, x):
+        h = torch.relu(x @ self.w + self.b)
+        h = torch.relu(torch.matmul(h, self.u) + self.c)
+        return h @ self.v.T / self.v.shape[0] ** 0.5
+
+
 class Functional(nn.Module):
     """Parameters of its own in functional calls, scaled by hand."""
 
@@ -161,6 +175,7 @@ NETWORKS = {
     ),
     "branches": Branches,
     "functional": Functional,
+    "by hand": ByHand,
     "strided": lambda n: seq(
         nn.Conv2d(3, n, 3, padding=1), nn.ReLU(), nn.Conv2d(n, n, 3, 2, 1, padding_mode="circular"), nn.GELU(),
         nn.Flatten(), nn.Linear(4 * n, 3),
@@ -185,7 +200,7 @@ NETWORKS = {
     "residual": Residual,
     "tokens": Tokens,
 }  # fmt: skip
-FLAT = {"mlp", "smooth", "slopes", "normalised", "branches", "functional"}
+FLAT = {"mlp", "smooth", "slopes", "normalised", "branches", "functional", "by hand"}
 
 
 def inputs(name):
@@ -208,6 +223,11 @@ def drawn(name, width, seed):
                 module.w.normal_().mul_(0.6)
                 module.b.normal_().mul_(0.3)
                 module.v.normal_().mul_(1 / math.sqrt(width))
+            if isinstance(module, ByHand):
+                for p, std in zip(
+                    module.parameters(), (0.6, 0.3, 1 / math.sqrt(width), 0.2, 1 / math.sqrt(width)), strict=True
+                ):
+                    p.normal_().mul_(std)
     return net
 
 
@@ -215,6 +235,8 @@ def law(net, name):
     """The same variances, for the limit."""
     if name == "functional":
         return {"weight_std": {"w": 0.6 * math.sqrt(5), "v": 1.0}, "bias_std": {"b": 0.3}}
+    if name == "by hand":
+        return {"weight_std": {"w": 0.6 * math.sqrt(5), "[uv]": 1.0}, "bias_std": {"b": 0.3, "c": 0.2}}
     biases = {
         f"{prefix}.bias" if prefix else "bias": 1 / math.sqrt(3 * module.weight[0].numel())
         for prefix, module in net.named_modules()

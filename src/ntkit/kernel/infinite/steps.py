@@ -135,6 +135,22 @@ class Weights(Step):
         )
 
 
+@dataclass(frozen=True)
+class Bias(Step):
+    """A bias of its own for each channel: A' = A + b^2, T' = T + gain.
+
+    Attributes:
+        std: b.
+        gain: what training it adds, by the parametrisation.
+    """
+
+    std: float
+    gain: float
+
+    def run(self, found: list[Covariance], block: Block, sides: tuple[Tensor, Tensor] | None) -> Covariance:  # noqa: D102
+        return found[0].plus(self.std**2, self.gain if block.tangent and self.gain else None)
+
+
 def _affine(values: Tensor, factor: float, constant: float) -> Tensor:
     scaled = factor * values
     return scaled + constant if constant else scaled

@@ -9,6 +9,7 @@ from torch import nn
 
 from ntkit.kernel.infinite import pointwise
 from ntkit.kernel.infinite.nodes.call import RANDOM, Call, plain
+from ntkit.kernel.infinite.nodes.weights import added_bias
 from ntkit.kernel.infinite.values import Applied, Known, Parameter, Value
 
 
@@ -24,6 +25,8 @@ def elementwise(call: Call) -> Value:
     others = [plain(v) for v in operands if not isinstance(v, RANDOM)]
     if len(random) == 2 and not others:
         return _pair(call, name, *random)
+    if name in pointwise.ADDITIONS and len(random) == 1 and len(operands) == 2 and isinstance(others[0], Parameter):
+        return added_bias(call, random[0], others[0])
     if len(random) == 1 and len(operands) == 2 and all(isinstance(v, (int, float)) for v in others):
         found = pointwise.with_number(name, float(others[0]), first=not isinstance(call.args[0], RANDOM))
         if found is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ntkit.kernel.infinite.nodes import functions, normalization, positions, weights
-from ntkit.kernel.infinite.nodes.call import RANDOM, Call
+from ntkit.kernel.infinite.nodes.call import Call
 from ntkit.kernel.infinite.values import Applied, Field, Known, Parameter, Plain, Shape, Value
 
 if TYPE_CHECKING:
@@ -54,11 +54,12 @@ def read(reader: Reader, node: fx.Node) -> Value:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     call = Call(reader, node, module, str(name), args, keywords)
     operands, result = list(_operands((args, keywords))), reader.results[node.name]
-    plain = _is_plain(result)
+    if _is_plain(result):
+        return Plain(result)  # a shape, a number of dimensions, or arithmetic with such
     if all(isinstance(v, (Known, Plain)) for v in operands) and not (module is not None and _has_parameters(module)):
-        return Plain(result) if plain else Known(node)
-    if plain and any(isinstance(v, RANDOM) for v in operands):
-        return Plain(result)  # a shape or a number of dimensions
+        return Known(node)
+    if operands and isinstance(operands[0], Parameter) and call.name in ("t", "T", "mT", "transpose", "getattr"):
+        return weights.transposed(call)
     _refuse_known(call)
     handler = _HANDLERS.get(type(module)) if module is not None else _FUNCTIONS.get(call.name)
     if handler is not None:
@@ -128,6 +129,8 @@ _HANDLERS: dict[type, Callable[[Call], Value]] = {
 }
 _FUNCTIONS: dict[str, Callable[[Call], Value]] = {
     "linear": weights.linear_function,
+    **dict.fromkeys(("matmul", "mm"), weights.product),
+    "addmm": weights.sum_and_product,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), weights.conv_function),
     **dict.fromkeys(
         (f"{kind}avg_pool{rank}d" for kind in ("", "adaptive_") for rank in (1, 2, 3)), positions.pool_function

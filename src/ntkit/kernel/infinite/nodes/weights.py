@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ntkit.kernel.infinite.nodes.call import Call, each
 from ntkit.kernel.infinite.positions import Window
-from ntkit.kernel.infinite.steps import Flattening, Weights
-from ntkit.kernel.infinite.values import Field, Known, Parameter
+from ntkit.kernel.infinite.steps import Bias, Flattening, Weights
+from ntkit.kernel.infinite.values import Field, Known, Parameter, Value, changed
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,42 @@ def linear_module(call: Call) -> Field:
 def linear_function(call: Call) -> Field:
     """`F.linear` with parameters of the module."""
     return _linear(call, call.argument(1, "weight"), call.argument(2, "bias"))
+
+
+def product(call: Call) -> Field:
+    """`x @ w` with a parameter (inputs, outputs)."""
+    return _linear(call, _turned(call, call.argument(1, "other")), None)
+
+
+def sum_and_product(call: Call) -> Field:
+    """`torch.addmm(b, x, w)`."""
+    bias, x, weight = call.args[:3]
+    return _linear(replace(call, args=(x,)), _turned(call, weight), bias)
+
+
+def transposed(call: Call) -> Parameter:
+    """A parameter with its two axes exchanged."""
+    return _turned(call, call.x)
+
+
+def _turned(call: Call, value: Any) -> Parameter:
+    if not isinstance(value, Parameter) or value.tensor.ndim != 2:
+        call.refuse("a product is known with a parameter of two axes only, (inputs, outputs), as weights")
+    return Parameter(value.name, value.tensor.T)
+
+
+def added_bias(call: Call, value: Value, parameter: Parameter) -> Field:
+    """A layer plus a parameter with one number for each channel."""
+    reader, field = call.reader, call.reader.field(value, call.node)
+    ndim, shape = 2 + len(reader.positions[field.step]), tuple(parameter.tensor.shape)
+    aligned = (1,) * (ndim - len(shape)) + shape
+    if field.merged or any(size != 1 for axis, size in enumerate(aligned) if axis != field.channel):
+        call.refuse("a parameter is added that is not one number for each channel")
+    reader.use(parameter.name, call.node)
+    std = reader.law.bias(parameter.name, parameter.tensor, 1)
+    gain = reader.law.parametrization.gains(0.0, std, 1)[1] if parameter.name in reader.trained else 0.0
+    number = reader.add(Bias((field.step,), call.node.name, std, gain), reader.positions[field.step])
+    return changed(field, number, roots=field.roots | {number})
 
 
 def _linear(call: Call, weight: Any, bias: Any) -> Field:
