@@ -360,35 +360,48 @@ def plot_witness(x: Tensor, y: Tensor, names: Sequence[str] = ("X", "Y")) -> str
 
 def plot_power(curve: PowerCurve, level: float = 0.05, *, label: str = "examples of each sample") -> str:
     """How often each test rejected at each point, with bars of one standard error, as `<svg>`."""
-    return plot_rates(list(curve.points), curve.power(level), curve.standard_error(level), level, label=label)
+    panel = Rates("", curve.points, curve.power(level), curve.standard_error(level))
+    return plot_rates([panel], level, label=label)
 
 
-def plot_rates(
-    points: Sequence[Any],
-    power: Mapping[str, Sequence[float] | np.ndarray],
-    errors: Mapping[str, Sequence[float] | np.ndarray],
-    level: float = 0.05,
-    *,
-    label: str,
-    title: str = "",
-    legend: bool = True,
-) -> str:
-    """Rates of rejection with their standard errors; the line of points is the level, as `<svg>`."""
-    with drawn(SIZE, f"Power over {label}, for {', '.join(power)}") as drawing:
-        axes = drawing.axes
-        places = np.arange(len(points))
-        for k, (name, rates) in enumerate(power.items()):
-            axes.errorbar(
-                places + 0.03 * (k - len(power) / 2), rates, errors[name], marker="o", markersize=3, elinewidth=1,
-                color=COLOURS[k % len(COLOURS)], label=name, linewidth=1.4,
-            )  # fmt: skip
-        axes.axhline(level, color=INK, linewidth=1, linestyle=":")
-        axes.set_xticks(places, [str(point) for point in points])
-        axes.set_ylim(-0.03, 1.05)
-        axes.set_xlabel(label)
-        axes.set_ylabel("power")
-        axes.set_title(title)
-        axes.grid()
-        if legend:
-            axes.legend(fontsize=8)
+@dataclass(frozen=True)
+class Rates:
+    """One panel of rates of rejection.
+
+    Attributes:
+        title: above it.
+        points: where the tests were made.
+        power: of each test, at each point.
+        errors: standard errors of that.
+    """
+
+    title: str
+    points: Sequence[Any]
+    power: Mapping[str, Sequence[float] | np.ndarray]
+    errors: Mapping[str, Sequence[float] | np.ndarray]
+
+
+def plot_rates(panels: Sequence[Rates], level: float = 0.05, *, label: str) -> str:
+    """Rates of rejection side by side, with bars of one standard error; the dotted line is the level, as `<svg>`."""
+    size = (SIZE[0] if len(panels) == 1 else 3.2 * len(panels), SIZE[1])
+    with drawn(size, f"Power over {label}, for {', '.join(panels[0].power)}") as drawing:
+        figure: Any = drawing.axes.figure
+        drawing.axes.remove()
+        for place, (axes, panel) in enumerate(
+            zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True)
+        ):
+            axes.patch.set_alpha(0)
+            places = np.arange(len(panel.points))
+            for k, (name, rates) in enumerate(panel.power.items()):
+                axes.errorbar(
+                    places + 0.03 * (k - len(panel.power) / 2), rates, panel.errors[name], marker="o", markersize=3,
+                    elinewidth=1, color=COLOURS[k % len(COLOURS)], label=name, linewidth=1.4,
+                )  # fmt: skip
+            axes.axhline(level, color=INK, linewidth=1, linestyle=":")
+            axes.set_xticks(places, [str(point) for point in panel.points])
+            axes.set(ylim=(-0.03, 1.05), xlabel=label, title=panel.title)
+            axes.grid()
+            if place == 0:
+                axes.set_ylabel("power")
+                axes.legend(fontsize=7.5)
     return drawing.svg
