@@ -20,6 +20,7 @@ from ntkit.errors import InputError, ModelError, NotPositiveDefiniteError, Store
 from ntkit.kernel.base import DenseKernel, Kernel
 from ntkit.kernel.closed import RBF
 from ntkit.kernel.function import Empirical, KernelFunction
+from ntkit.kernel.infinite import InfiniteWidth
 from ntkit.uses import condense
 from ntkit.uses.condense.inducing import kip_gradient
 from ntkit.uses.condense.support import Labelled, balanced
@@ -361,6 +362,36 @@ def test_images_are_condensed_with_a_convolutional_network() -> None:
     )  # fmt: skip
     assert found.records[-1].loss < 0.8 * found.records[0].loss
     assert found.support.x.shape == (C, 1, 4, 4)
+
+
+def infinite(pooled: bool) -> KernelFunction:
+    """A convolutional network of infinite width for images of 4 x 4, with or without pooling over all positions."""
+    end = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 1)] if pooled else [nn.Flatten(), nn.Linear(4, 1)]
+    layers = [nn.Conv2d(1, 1, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(1, 1, 3, padding=1), nn.ReLU(), *end]
+    return InfiniteWidth(nn.Sequential(*layers), weight_std=2**0.5, bias_std=0.1)
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["flat", "pooled"])
+def test_images_are_condensed_with_a_convolutional_kernel_of_infinite_width(pooled: bool) -> None:
+    """The streamed gradient is that of finite differences of the regression's own score, and the points learn."""
+    labels = torch.arange(24) % C
+    x = images(24) + 2 * images(C, 5)[labels]
+    kernel, start = infinite(pooled), condense.random_support((x, labels), 1, generator=seeded())
+    points, away = start.x.clone().requires_grad_(), torch.randn(start.x.shape, dtype=x.dtype, generator=seeded(8))
+    loss = kip_gradient(kernel, points, start.y, Labelled(x, labels, C), ridge=1e-3, memory=20_000)
+
+    def score(step: float) -> float:
+        moved = condense.Support(start.x + step * away, start.y)
+        return condense.fit(kernel, moved, ridge=1e-3).score((x, labels)).loss
+
+    assert points.grad is not None
+    assert loss == pytest.approx(score(0.0), rel=1e-9)
+    assert float((points.grad * away).sum()) == pytest.approx((score(1e-4) - score(-1e-4)) / 2e-4, rel=1e-4)
+    found = condense.kernel_inducing_points(
+        kernel, start, (x, labels), generator=seeded(), held_out=(x, labels),
+        settings=condense.Inducing(steps=8, batch=24, ridge=1e-3),
+    )  # fmt: skip
+    assert found.records[-1].loss < 0.9 * found.records[0].loss
 
 
 # ---------------------------------------------------------------- before and after

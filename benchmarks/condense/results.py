@@ -19,6 +19,7 @@ from benchmarks.condense.fashion import METHODS, STEPS, generator
 from ntkit.uses import condense
 
 DATA = {"jpeg": "CIFAR-10 (JPEG q75), 50,000 targets", "lossless": "first 4,000 of CIFAR-10, 3,500 targets"}
+DATA |= {"augmented": "the same, flipped and shifted"}
 WORDS = {"random": "random images", "k-means": "k-means centres", "LS": "LS: random images, labels solved"}
 WORDS |= {"KIP": "KIP: images learned", "KIP, labels": "KIP: images and labels learned"}
 
@@ -41,7 +42,7 @@ def curve(name: str) -> dict[int, list[float]]:
 def anchor_table() -> list[str]:
     """The published curve, and ours for each seed."""
     curves = {name: curve(name) for name in DATA}
-    rows = ["| step | published | " + " | ".join(DATA.values()) + " |", "|---|---|---|---|"]
+    rows = ["| step | published | " + " | ".join(DATA.values()) + " |", "|---" * (len(DATA) + 2) + "|"]
     for step, published in PUBLISHED.items():
         cells = [", ".join(f"{value:.4f}" for value in found.get(step, [])) for found in curves.values()]
         rows.append(f"| {step} | {published:.4f} | " + " | ".join(cells) + " |")
@@ -82,7 +83,7 @@ def draw(folder: Path, pictures: Path) -> None:
     from benchmarks.scale.data import fashion_mnist
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", width_ratios=[1, 1.6])
-    for name, colour in (("jpeg", "#2f80ed"), ("lossless", "#e07b00")):
+    for name, colour in (("jpeg", "#2f80ed"), ("lossless", "#e07b00"), ("augmented", "#0f9d8a")):
         for k, values in enumerate(np.array(list(curve(name).values())).T):
             label = DATA[name].replace(", ", ",\n") if k == 0 else None
             left.plot(list(curve(name)), values, color=colour, linewidth=1, label=label)
@@ -116,7 +117,7 @@ def draw(folder: Path, pictures: Path) -> None:
             )
     right.set_xticks(place, [f"{per_class} of each class" for per_class in STEPS])
     right.set(ylim=(0.3, 0.95), title="Test accuracy of the kernel, and (pale) of a network trained on the points")
-    right.legend(fontsize=7, ncols=3, loc="upper left")
+    right.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.savefig(pictures / "condense_fashion.svg", metadata={"Date": None})
 
 
