@@ -89,7 +89,8 @@ def test_sums_products_and_multiples_are_entry_by_entry(n: int, m: int, factor: 
     cubic = (0.5 * x.numpy() @ y.numpy().T + 0.3) ** 3
     for k, expected in (
         (RBF1 + CUBIC, rbf + cubic), (RBF1 * CUBIC, rbf * cubic), (factor * RBF1, factor * rbf),
-        (RBF1 * np.float32(0.5), 0.5 * rbf), (RBF1 * CUBIC * RBF1 + 2 * CUBIC, rbf * cubic * rbf + 2 * cubic),
+        (RBF1 * np.float32(0.5), 0.5 * rbf),
+        (np.float64(0.5) * RBF1, 0.5 * rbf), (RBF1 * CUBIC * RBF1 + 2 * CUBIC, rbf * cubic * rbf + 2 * cubic),
     ):  # fmt: skip
         np.testing.assert_allclose(k(x, y).dense(), expected, rtol=1e-10, atol=1e-10)
 
