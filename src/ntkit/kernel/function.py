@@ -39,9 +39,6 @@ class KernelFunction(ABC):
     gradients to its inputs where these ask for them.
     """
 
-    # NumPy's numbers leave a product with a kernel to the kernel
-    __array_ufunc__ = None
-
     @abstractmethod
     def __call__(self, x1: Any, x2: Any = None) -> Kernel:
         """The kernel between examples.
