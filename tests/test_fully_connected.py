@@ -113,6 +113,17 @@ def test_the_diagonal_is_exact(convention, depth, fixed):
     torch.testing.assert_close(function.diagonal(x), kernel.diagonal())
 
 
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_the_diagonal_of_a_family_is_exact(convention):
+    x = normal(300, 7, seed=2) * 10  # with many examples, some cosines of an example with itself are not 1
+    columns = torch.arange(299, -1, -1)
+    for function, matrix in family(x, columns=columns, **convention):
+        diagonal, expected = matrix.flip(1).diagonal(), function.own(x)
+        if function.depth == 1:
+            assert torch.equal(diagonal, expected)
+        torch.testing.assert_close(diagonal, expected, rtol=1e-15, atol=0)
+
+
 def _own(square: float, depth: int, fixed: int, w: float, b: float, size: int) -> float:
     sigma = w * w * square / size + b * b
     theta = 0.0

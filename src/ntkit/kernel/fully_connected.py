@@ -184,7 +184,7 @@ def _members(base: FullyConnected, rows: Tensor, numbers: Tensor, depths: tuple[
             for strip in strips(len(rows), ROWS):
                 after[strip], slope[strip] = base._next(sigma[strip], own[strip], own[numbers])
             own = base._next_own(own)
-            after[place], slope[place] = own[numbers], base.weight_std**2 / 2
+            after[place] = own[numbers]  # so that the next cosine is 1 there, exactly
             sigma = after
             for fixed in range(len(thetas)):  # one by one: an old matrix is gone before the next is made
                 thetas[fixed] = torch.addcmul(sigma, slope, thetas[fixed])
