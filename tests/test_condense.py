@@ -291,6 +291,33 @@ def test_a_killed_run_ends_where_it_would_have(kill_at: int, straight: list[Any]
     assert torch.equal(condense.load_support(tmp_path / "cut" / kept[-1]).x, straight[0])
 
 
+def test_a_run_that_is_kept_at_every_step_goes_on_from_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after a step was written and before its points were looked at: the look is not lost."""
+    from ntkit.solve import checkpoint
+
+    data = clouds(60)
+    start = condense.random_support(data, 1, generator=seeded())
+
+    def go(folder: str, stop: int = -1) -> condense.Condensed:
+        def told(done: int, _: int) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        return condense.kernel_inducing_points(
+            KERNEL, start, data, generator=seeded(1), held_out=data, folder=tmp_path / folder, progress=told,
+            settings=condense.Inducing(steps=9, batch=30, learn_labels=True),
+        )  # fmt: skip
+
+    monkeypatch.setattr(checkpoint, "EVERY", 0.0)
+    straight = go("straight")
+    for stop in (3, 8):
+        with pytest.raises(KeyboardInterrupt):
+            go(str(stop), stop)
+        resumed = go(str(stop))
+        assert torch.equal(resumed.support.x, straight.support.x)
+        assert [repr(record) for record in resumed.records] == [repr(record) for record in straight.records]
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     data = clouds(30)
     start = condense.random_support(data, 1, generator=seeded())
