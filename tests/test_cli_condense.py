@@ -75,6 +75,9 @@ def test_it_writes_the_points_a_page_and_what_was_found(here: Path) -> None:
         assert kept["y"].shape == (6, 3)
         with np.load(here / "data.npz") as given:  # the starting points are examples in the units they came in
             gaps = np.abs(given["x"][None] - kept["x_start"][:, None]).max((2, 3, 4)).min(1)
+            mean, deviation = given["x"].mean(), given["x"].std()
+        slope, offset = np.polyfit(kept["x_scaled"].ravel(), kept["x"].ravel(), 1)
+        assert (slope, offset) == pytest.approx((deviation, mean), rel=0.1)
         assert gaps.max() < 1e-5
         assert np.abs(kept["x"] - kept["x_start"]).max() > 1e-3
         scaled = condense.Support(torch.from_numpy(kept["x_scaled"]), torch.from_numpy(kept["y"]))
