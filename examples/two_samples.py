@@ -11,9 +11,7 @@ import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
 
-from ntkit import SumOfLogits, linearize
-from ntkit.kernel.closed import RBF
-from ntkit.kernel.function import Empirical
+from ntkit import RBF, Empirical, SumOfLogits, linearize
 from ntkit.uses import twosample
 
 generator = torch.Generator().manual_seed(0)

@@ -40,6 +40,7 @@ def witness_test(
 
     Returns:
         Witness values of the examples that were not trained on; `numbers` says which of the pooled sample these are.
+        Its `power` is that of this witness; another cut and another training would give another one.
 
     Raises:
         InputError: if the samples are too small, differ in shape or are not finite, or an argument cannot be used;
