@@ -125,6 +125,21 @@ def test_saved_pickled_copied_and_told_apart(k: FeatureFunction, tmp_path: Any) 
     assert repr(k)
 
 
+def test_identities_tell_the_features_apart() -> None:
+    twice = nn.Linear(3, 2).double()
+    made = [
+        Nystrom(RBF(1.5), Z), Nystrom(RBF(1.5), Y), Nystrom(RBF(1.0), Z), Nystrom(DotProduct(), Z),
+        *(RandomFourier(RBF(1.5), size, generator=draws(seed)) for size, seed in ((12, 0), (12, 1), (14, 0))),
+        RandomFourier(RBF(1.0), 12, generator=draws()), Features(squares), Features(torch.sin), Features(twice),
+        *(Sketched.drawn(tangent(), size, generator=draws(seed)) for size, seed in ((16, 0), (16, 1), (8, 0))),
+    ]  # fmt: skip
+    seen = [repr(sorted(k(X).identity().items())) for k in made]
+    with torch.no_grad():
+        twice.weight.mul_(2)
+    seen.append(repr(sorted(Features(twice)(X).identity().items())))
+    assert len(set(seen)) == len(made) + 1
+
+
 # --- random Fourier features ------------------------------------------------------------------------------------------
 
 
