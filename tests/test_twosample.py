@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import norm
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -23,6 +24,7 @@ from ntkit.tangent.readout import Logits, SumOfLogits
 from ntkit.uses import twosample
 from ntkit.uses.twosample import statistics
 from ntkit.uses.twosample.relabelling import choices, permutation_pvalue, relabelings
+from ntkit.uses.twosample.result import Spread
 
 KERNEL = DotProduct(offset=0.5, degree=2, scale=0.3)
 
@@ -364,6 +366,19 @@ def test_the_spread_of_a_result_is_that_of_fresh_samples(shift: float, most: flo
         variances.append(found.spread.linear + found.spread.quadratic)
     ratio = float(torch.tensor(variances).mean() / torch.tensor(values).var())
     assert 0.7 < ratio < most
+
+
+@pytest.mark.parametrize(("rate", "centre"), [(1.0, 0.0), (0.5, 0.0), (0.5, 0.5)])
+def test_power_of_more_examples_follows_from_how_null_and_spread_shrink(rate: float, centre: float) -> None:
+    null = centre + normal(199) / 10
+    spread = Spread(0.02, 0.01, rate, centre)
+    found = twosample.TestResult(centre + 0.2, 0.05, null, "", (1, 1), spread=spread)
+    for factor in (1.0, 4.0):
+        threshold = centre + (float(null.sort(descending=True).values[9]) - centre) / factor**rate
+        deviation = (0.02 / factor + 0.01 / factor**2) ** 0.5
+        wanted = [norm.cdf((centre + 0.2 + off - threshold) / deviation) for off in (0, -(0.03**0.5), 0.03**0.5)]
+        power = found.power(factor=factor)
+        assert [power.value, power.low, power.high] == pytest.approx(wanted)
 
 
 def test_power_says_what_is_simulated() -> None:

@@ -333,6 +333,19 @@ def test_conformal_pvalues_are_ranks_and_hold_their_level() -> None:
     assert "40 of 40 examples have p <= 0.05 (expected 2.0" in str(far)
 
 
+def test_equal_examples_are_ties() -> None:
+    """Three kinds of examples: whoever is of the rarest kind of the calibration is as unusual as all of these."""
+    kinds = torch.eye(3, dtype=torch.float64)[[0] * 60 + [1] * 30 + [2] * 10] * 0.1
+    found = twosample.outlier_test(
+        kinds[[0, 60, 99]], kinds, kernel=Features(lambda t: t * 0.3), generator=drawn(0)
+    )  # fmt: skip
+    values, counts = (found.calibration * 1e6).round().unique(return_counts=True)
+    assert len(values) == 3
+    wanted = [(1 + int(counts[k:].sum())) / 51 for k in range(3)]
+    assert sorted(found.pvalues.tolist(), reverse=True) == pytest.approx(wanted)
+    assert found.pvalues[0] == 1
+
+
 def test_discoveries_are_those_of_benjamini_and_hochberg() -> None:
     p = torch.tensor([0.6, 0.01, 0.04, 0.03, 0.5], dtype=torch.float64)
     found = twosample.Outliers(p, p, p)

@@ -78,7 +78,7 @@ def pick(found: Found, kind: str, strength: float, test: str) -> Found:
 
 
 def seconds_table(data: str) -> list[str]:
-    """Mean time of one test without a shift; making the kernels of the whole pool counts for the first that needs them."""
+    """Mean time of one test without a shift, the kernels of the whole pool counted where they are first needed."""
     found = read(f"shift_{data}")
     tests = dict.fromkeys(line["test"] for line in found["lines"])
     return [f"{test}: {pick(found, 'none', 0.0, test)['seconds']:.3f} s" for test in tests]

@@ -15,6 +15,7 @@ from ntkit.errors import InputError
 from ntkit.kernel.explicit import FeatureFunction
 from ntkit.kernel.function import KernelFunction
 from ntkit.uses.twosample.pool import feature_rows, finite
+from ntkit.uses.twosample.relabelling import ROUNDING
 from ntkit.uses.twosample.samples import check_level, checked, halves, pooled
 
 if TYPE_CHECKING:
@@ -117,8 +118,8 @@ def outlier_test(
     base = checked(theirs.pick(kept), "reference", least=1)
     calibration = _scores(checked(theirs.pick(apart), "reference", least=1), base, kernel)
     scores = _scores(ours, base, kernel)
-    sorted_scores = calibration.sort().values
-    above = len(calibration) - torch.searchsorted(sorted_scores, scores, side="left")
+    # scores are cosines: those of equal examples may differ by rounding, and are ties
+    above = len(calibration) - torch.searchsorted(calibration.sort().values, scores - ROUNDING, side="left")
     return Outliers(scores, (1 + above).double() / (len(calibration) + 1), calibration)
 
 
