@@ -119,7 +119,7 @@ def _spread(witness: Tensor, values: Tensor, n: int) -> Spread:
 
 @dataclass(frozen=True)
 class Block(Statistic):
-    """The mean of the unbiased MMD over blocks of `size` x and `size` y. Cost: 4 N `size` kernel values.
+    """The mean of the unbiased MMD over blocks of `size` x and `size` y. Cost: 2 N `size` kernel values.
 
     Zaremba, Gretton and Blaschko 2013. Between `Unbiased` and `Linear` in time and in power. Samples are shuffled;
     what is left over, or over in the larger sample, is not used. Relabelings exchange examples inside blocks.
@@ -163,10 +163,11 @@ class Block(Statistic):
 
 @dataclass(frozen=True)
 class Linear(Statistic):
-    """The mean of k(x1, x2) + k(y1, y2) - k(x1, y2) - k(x2, y1) over pairs. Cost: 3 N kernel values; least power.
+    """The mean of k(x1, x2) + k(y1, y2) - k(x1, y2) - k(x2, y1) over pairs: least power.
 
     Gretton et al. 2012, lemma 14. Of four examples the kernel enters through the three ways of pairing them: the
-    statistic is one of these minus another, and a relabeling chooses which. Samples are shuffled.
+    statistic is one of these minus another, and a relabeling chooses which. Samples are shuffled. Cost: 1.5 N kernel
+    values with features; a kernel function is asked for small matrices, of 128 N entries together.
     """
 
     @property
