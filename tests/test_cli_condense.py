@@ -66,6 +66,8 @@ def test_it_writes_the_points_a_page_and_what_was_found(here: Path) -> None:
     ]  # fmt: skip
     assert [record["step"] for record in results["records"]] == [0, 1, 2, 4, 5]
     assert results["rows"][3]["kernel"]["loss"] < results["rows"][0]["kernel"]["loss"]
+    # the run was watched by examples of its own, not by the test
+    assert results["records"][-1]["loss"] != results["rows"][3]["kernel"]["loss"]
     page = (here / "out" / "index.html").read_text()
     assert page.count("<svg") == 2
     assert not (here / "out.part").exists()
