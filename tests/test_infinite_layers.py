@@ -173,6 +173,9 @@ NETWORKS = {
     "normalised": lambda n: seq(
         nn.Linear(5, n), nn.LayerNorm(n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.RMSNorm(n), nn.Linear(n, 3)
     ),
+    "normalised and smooth": lambda n: seq(
+        nn.Linear(5, n), nn.LayerNorm(n), nn.GELU(), nn.Linear(n, n), nn.RMSNorm(n), nn.Tanh(), nn.Linear(n, 3)
+    ),
     "branches": Branches,
     "functional": Functional,
     "by hand": ByHand,
@@ -200,7 +203,7 @@ NETWORKS = {
     "residual": Residual,
     "tokens": Tokens,
 }  # fmt: skip
-FLAT = {"mlp", "smooth", "slopes", "normalised", "branches", "functional", "by hand"}
+FLAT = {"mlp", "smooth", "slopes", "normalised", "normalised and smooth", "branches", "functional", "by hand"}
 
 
 def inputs(name):
