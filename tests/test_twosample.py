@@ -513,6 +513,22 @@ def test_power_curve_counts_rejections_and_goes_on_where_it_stopped(tmp_path: Pa
     assert "power at level 0.05, 25 runs" in str(more)
 
 
+def test_every_run_has_random_numbers_of_its_own_and_can_be_repeated() -> None:
+    def seen(seed: int, points: list[str], tests: list[str]) -> list[float]:
+        numbers: list[float] = []
+
+        def noted(*given: Any) -> Any:
+            numbers.append(float(torch.rand(1, generator=given[-1], dtype=torch.float64)))
+            return (X, Y) if len(given) == 2 else 0.5
+
+        twosample.power_curve(noted, dict.fromkeys(tests, noted), points, runs=3, seed=seed)
+        return numbers
+
+    all_of_them = seen(0, ["a", "b"], ["one", "two"]) + seen(1, ["a", "b"], ["one", "two"])
+    assert len(set(all_of_them)) == 2 * 2 * 3 * 3  # seeds, points, runs; samples and two tests
+    assert set(seen(0, ["b"], ["two"])) < set(all_of_them)
+
+
 def test_runs_of_something_else_are_refused(tmp_path: Path) -> None:
     from ntkit.errors import StoreError
 
