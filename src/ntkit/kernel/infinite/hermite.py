@@ -27,7 +27,7 @@ from ntkit.kernel.infinite.duals import Dual
 from ntkit.tangent.identity import digest
 
 REACH, STEP = 10.0, 0.05  # of the rule, in standard deviations
-TERMS = 96
+TERMS = 192
 # Relative error of a variance from which on it is said.
 TOLERANCE = 1e-7
 _TINY = torch.finfo(torch.float64).tiny
@@ -100,7 +100,7 @@ def _needed(coefficients: Tensor) -> int:
     """Terms up to the last that is more than rounding."""
     size = coefficients.detach().abs().reshape(-1, TERMS).amax(0)
     size = size * torch.arange(TERMS, device=size.device).clamp_min(1).sqrt()
-    kept = (size > 1e-13 * size.max()).nonzero()
+    kept = (size > 1e-9 * size.max()).nonzero()  # they enter as products of two
     return int(kept[-1]) + 1 if len(kept) else 1
 
 
