@@ -350,6 +350,15 @@ class TwoMeans(nn.Module):
         return self.out(torch.relu(self.a(x)) + torch.relu(self.b(x)))
 
 
+class NormalisedSum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b, self.out = nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(3, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.norm(self.a(x)) + self.b(x)))
+
+
 class Decides(nn.Module):
     def __init__(self):
         super().__init__()
@@ -433,6 +442,7 @@ REFUSALS = {
     "two means": (TwoMeans, "mean that is not zero"),
     "not Gaussian": (lambda: seq(nn.Linear(3, 8), nn.Dropout(0.1), nn.Tanh(), nn.Linear(8, 1)), "not Gaussian"),
     "mean": (lambda: seq(nn.Linear(3, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 1)), "LayerNorm.*RMSNorm"),
+    "scale in a sum": (NormalisedSum, "ReLU is applied to a sum.*freeze that weight"),
     "decides": (Decides, "traced"),
     "overwrites": (Overwrites, "used elsewhere"),
     "batch mean": (BatchMean, "one by one"),
@@ -457,6 +467,13 @@ def test_what_has_no_limit_is_refused_with_its_node(name):
     x = torch.randn(4, *((3, 4, 4) if name in OF_IMAGES else (3,)), generator=torch.Generator().manual_seed(0))
     with pytest.raises((ntkit.ModelError, ntkit.InputError), match=words):
         infinite_ntk(make(), x)
+
+
+def test_a_frozen_scale_may_go_into_a_sum():
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    net = NormalisedSum()
+    net.norm.weight.requires_grad_(False)
+    assert infinite_ntk(net, x).shape == (4, 4)
 
 
 @pytest.mark.parametrize(
