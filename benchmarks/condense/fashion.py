@@ -1,6 +1,6 @@
 """Fashion-MNIST in 1, 10 and 50 images per class: learned points against plain ones, with a kernel and a network.
 
-    NTKIT_DATA=... python -m benchmarks.condense.fashion --folder work [--per-class 1 10 50] [--seeds 5 3 2] [--conv]
+    NTKIT_DATA=... python -m benchmarks.condense.fashion --folder work [--per-class 1 10 50] [--seeds 3 3 2] [--conv]
 
 Every seed draws its images, its batches and its networks. "random" are images with their labels, "k-means" the centres
 of every class, "LS" the same random images with solved labels, "KIP" the images moved, "KIP, labels" with their labels
@@ -109,21 +109,25 @@ def write(lines: list[dict[str, Any]]) -> None:
         record(f"fashion-{kernel}", {**facts, "lines": own}, RECORDS)
 
 
+def finished(path: Path) -> set[tuple[str, str, int, int]]:
+    """Read anew for every line, so that sizes can be given to several processes."""
+    return {(found["kernel"], found["method"], found["per_class"], found["seed"]) for found in read(path)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--per-class", type=int, nargs="+", default=[1, 10, 50], choices=list(STEPS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 3, 2], help="for each size")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 3, 2], help="for each size")
     parser.add_argument("--conv", action="store_true")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     path = options.folder / "fashion.jsonl"
-    done = {(found["kernel"], found["method"], found["per_class"], found["seed"]) for found in read(path)}
     data, kernel = fashion_mnist(), "conv" if options.conv else "fc"
     for per_class, seeds in zip(options.per_class, options.seeds, strict=True):
         for seed in range(1, seeds + 1):
             for method in METHODS:
-                if (kernel, method, per_class, seed) not in done:
+                if (kernel, method, per_class, seed) not in finished(path):
                     found = line(kernel, method, data, per_class, seed, options.folder)
                     with path.open("a") as file:
                         file.write(json.dumps(found) + "\n")
