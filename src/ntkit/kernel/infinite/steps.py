@@ -121,18 +121,29 @@ class Weights(Step):
     def run(self, found: list[Covariance], block: Block, sides: tuple[Tensor, Tensor] | None) -> Covariance:  # noqa: D102
         (inner,) = found
         total = inner.map(lambda values: patch_sum(values, self.windows, full=inner.full)) if self.windows else inner
+        # sums over patches are nobody else's, and memory that is used again need not be fetched from the system
+        fresh = bool(self.windows) and not torch.is_grad_enabled()
         share = 1 / math.prod(window.size for window in self.windows)  # of one tap in the mean
         square, constant = self.weight_std**2, self.bias_std**2
-        nngp = _affine(total.nngp, square * share, constant)
-        if not block.tangent or not (self.weight_gain or self.bias_gain):
-            return replace(total, nngp=nngp, ntk=None if total.ntk is None else square * share * total.ntk)
-        if (self.weight_gain, self.bias_gain) == (square, constant):
-            own = nngp  # the NTK parametrisation with all parameters trained
-        else:
-            own = _affine(total.nngp, self.weight_gain * share, self.bias_gain)
-        return replace(
-            total, nngp=nngp, ntk=own if total.ntk is None else torch.add(own, total.ntk, alpha=square * share)
-        )
+        trained = block.tangent and bool(self.weight_gain or self.bias_gain)
+        # in the NTK parametrisation with all parameters trained, both are the same
+        alike = (self.weight_gain, self.bias_gain) == (square, constant)
+        own = _affine(total.nngp, self.weight_gain * share, self.bias_gain) if trained and not alike else None
+        nngp = _affine(total.nngp, square * share, constant, fresh)
+        own = nngp if trained and alike else own
+        ntk = total.ntk
+        if ntk is not None and fresh:
+            ntk.mul_(square * share)
+            ntk = ntk if own is None else ntk.add_(own)
+        elif ntk is not None:
+            ntk = square * share * ntk if own is None else torch.add(own, ntk, alpha=square * share)
+        return replace(total, nngp=nngp, ntk=own if ntk is None else ntk)
+
+
+def _affine(values: Tensor, factor: float, constant: float, fresh: bool = False) -> Tensor:
+    """factor * values + constant, in place where the values are `fresh`."""
+    scaled = values.mul_(factor) if fresh else factor * values
+    return scaled.add_(constant) if constant else scaled
 
 
 @dataclass(frozen=True)
@@ -149,11 +160,6 @@ class Bias(Step):
 
     def run(self, found: list[Covariance], block: Block, sides: tuple[Tensor, Tensor] | None) -> Covariance:  # noqa: D102
         return found[0].plus(self.std**2, self.gain if block.tangent and self.gain else None)
-
-
-def _affine(values: Tensor, factor: float, constant: float) -> Tensor:
-    scaled = factor * values
-    return scaled + constant if constant else scaled
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,9 @@ class Nonlinearity(Step):
         (inner,), derivative = found, found[0].ntk is not None
         assert sides is not None
         nngp, slope = _moments(self.dual, inner, block, sides, derivative=derivative)
-        ntk = slope * inner.ntk if slope is not None and inner.ntk is not None else None
+        ntk = None
+        if slope is not None and inner.ntk is not None:
+            ntk = slope * inner.ntk if torch.is_grad_enabled() else slope.mul_(inner.ntk)
         after = replace(inner, nngp=nngp, ntk=ntk)
         for dual in self.learned if block.tangent else ():
             after = after.plus(0.0, _moments(dual, inner, block, sides, derivative=False)[0])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ntkit.tangent.parameters import Choice
 
 # Numbers that one step holds for a block of pairs: a few such blocks have to fit into a processor's cache.
-BLOCK = 2**17
+BLOCK = 2**16
 # Numbers that a tile on disk costs at most, so that a killed run loses minutes.
 TILE = 2**33
 KINDS = ("ntk", "nngp")
