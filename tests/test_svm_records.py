@@ -30,11 +30,12 @@ def test_the_page_has_what_was_found() -> None:
 def test_the_records_are_whole() -> None:
     runs = results.read()["runs"]
     names, _ = results.matrix(runs, results.MAIN)
-    assert len(names) >= 58
+    assert len(names) == 60
     for method in results.MAIN:
         assert all(len(runs[method][name]["accuracies"]) == 4 for name in names)
-        # nearly all of what is scored has converged: a set of four draws at most has not
-        assert sum(runs[method][name]["stopped_draws"] for name in names) <= 4
+        # what is scored has converged, but for the four draws of one set with the RBF kernel, at C = 8192
+        stopped = {name: runs[method][name]["stopped_draws"] for name in names if runs[method][name]["stopped_draws"]}
+        assert stopped == ({"bank": 4} if method == "rbf" else {})
     seconds = sum(run["seconds"] for method in results.MAIN for run in runs[method].values())
     assert seconds < 2 * 3600  # under an hour on two cores
 
