@@ -76,7 +76,9 @@ def test_few_exact_targets_are_learned_by_heart_unless_they_are_moved() -> None:
         assert (found["targets"], found["test"]) == (anchor.LOSSLESS, 4000 - anchor.LOSSLESS)
         assert np.mean(results.curve(name)[0]) == pytest.approx(0.2426, abs=0.04)
     plain, moved = results.curve("lossless"), results.curve("augmented")
-    assert np.mean(moved[100]) >= 0.45
+    for step, published in anchor.PUBLISHED.items():
+        assert np.mean(moved[step]) == pytest.approx(published, abs=0.02)
+    assert f"{np.mean(moved[100]):.3f} at step 100, still short of 0.45 there" in PAGE  # what was aimed at
     assert np.mean(plain[300]) < np.mean(plain[64])
     assert np.mean(plain[300]) < np.mean(moved[300])
     by_heart = [run["batch_loss"][-1] for run in record("anchor-lossless")["runs"]]

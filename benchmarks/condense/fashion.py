@@ -1,16 +1,17 @@
 """Fashion-MNIST in 1, 10 and 50 images per class: learned points against plain ones, with a kernel and a network.
 
-    NTKIT_DATA=... python -m benchmarks.condense.fashion --folder work [--per-class 1 10 50] [--seeds 3 3 2] [--conv]
+    NTKIT_DATA=... python -m benchmarks.condense.fashion --folder work [--kernel fc] [--per-class 1 10] [--seeds 3 3]
 
 Every seed draws its images, its batches and its networks. "random" are images with their labels, "k-means" the centres
 of every class, "LS" the same random images with solved labels, "KIP" the images moved, "KIP, labels" with their labels
 learned as well. All 60,000 training images are targets; pixels are standardised; ridge 1e-6 tr(K_ss) / n; Adam with a
-rate of 0.04 and class-balanced batches of 5,000 (1,000 with --conv). Nothing is chosen by the 10,000 test images.
+rate of 0.04 and class-balanced batches of 5,000 (1,000 with convolutions). Nothing is chosen by the 10,000 test images.
 
 The kernel is that of one hidden ReLU layer at infinite width; the network has one of 1,024 units in the standard
-parametrisation, trained by SGD on the points: momentum 0.9, batches of 100, L2 1e-3, least squares. With --conv, the
-points are made and judged with the gradient features of a small random convolutional network instead, and judged as
-well with those of another one that was drawn anew.
+parametrisation, trained by SGD on the points: momentum 0.9, batches of 100, L2 1e-3, least squares. With
+`--kernel cntk` the kernel is that of two convolutions at infinite width, with `--kernel conv` the gradient features of
+a small random convolutional network, whose points are judged as well with those of another one that was drawn anew;
+the network is then a convolutional one of 32 and 64 channels.
 
 Finished lines are in folder/fashion.jsonl, states of runs beside it: a killed script goes on.
 """
@@ -37,7 +38,7 @@ RECORDS = Path(__file__).parent / "records"
 METHODS = ("random", "k-means", "LS", "KIP", "KIP, labels")
 STEPS = {1: 300, 10: 300, 50: 150}
 # Targets of a step. Features of networks cost more than an infinite-width kernel.
-BATCH = {"fc": 5000, "conv": 1000}
+BATCH = {"fc": 5000, "cntk": 1000, "conv": 1000}
 TRAINING = condense.Training(steps=1000, learning_rate=0.01)
 
 
@@ -47,7 +48,7 @@ def generator(*numbers: int) -> torch.Generator:
 
 
 def points(
-    method: str, kernel: KernelFunction, data: Images, per_class: int, seed: int, folder: Path
+    method: str, kernel: KernelFunction, batch: int, data: Images, per_class: int, seed: int, folder: Path
 ) -> condense.Support:
     """A support set."""
     train = (data.x_train, data.y_train)
@@ -59,7 +60,6 @@ def points(
         return start
     if method == "LS":
         return condense.label_solve(kernel, start, train).support
-    batch = BATCH["conv" if isinstance(kernel, condense.GradientFeatures) else "fc"]
     settings = condense.Inducing(steps=STEPS[per_class], learn_labels=method == "KIP, labels", batch=batch)
     name = f"{'labels' if settings.learn_labels else 'images'}-{per_class}-{seed}"
     found = condense.kernel_inducing_points(
@@ -73,9 +73,10 @@ def points(
 def line(kernel_name: str, method: str, data: Images, per_class: int, seed: int, folder: Path) -> dict[str, Any]:
     """One method, one size, one seed: with the kernel, and with a network trained on the points."""
     inputs = data.x_train[0].numel()
-    kernel = kernels.fc1(inputs) if kernel_name == "fc" else kernels.conv(seed)
+    made_by = {"fc": partial(kernels.fc1, inputs), "cntk": kernels.cntk, "conv": partial(kernels.conv, seed)}
+    kernel = made_by[kernel_name]()
     test, begin = (data.x_test, data.y_test), time.perf_counter()
-    support = points(method, kernel, data, per_class, seed, folder / kernel_name)
+    support = points(method, kernel, BATCH[kernel_name], data, per_class, seed, folder / kernel_name)
     made = time.perf_counter() - begin
     score = condense.fit(kernel, support).score(test)
     facts: dict[str, Any] = {
@@ -84,9 +85,7 @@ def line(kernel_name: str, method: str, data: Images, per_class: int, seed: int,
     }  # fmt: skip
     if kernel_name == "conv":
         facts["other_draw"] = condense.fit(kernels.conv(seed + 100), support).score(test).accuracy
-        make = partial(_conv_network)
-    else:
-        make = partial(kernels.perceptron, inputs)
+    make = partial(kernels.perceptron, inputs) if kernel_name == "fc" else _conv_network
     network = condense.train_network(make, support, test, generator=generator(seed, per_class, 7), training=TRAINING)
     return {**facts, "network_accuracy": network.accuracy, "network_loss": float(f"{network.loss:.5g}")}
 
@@ -119,11 +118,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--per-class", type=int, nargs="+", default=[1, 10, 50], choices=list(STEPS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[3, 3, 2], help="for each size")
-    parser.add_argument("--conv", action="store_true")
+    parser.add_argument("--kernel", default="fc", choices=list(BATCH))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     path = options.folder / "fashion.jsonl"
-    data, kernel = fashion_mnist(), "conv" if options.conv else "fc"
+    data, kernel = fashion_mnist(), options.kernel
     for per_class, seeds in zip(options.per_class, options.seeds, strict=True):
         for seed in range(1, seeds + 1):
             for method in METHODS:

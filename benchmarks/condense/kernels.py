@@ -23,6 +23,18 @@ def fc1(inputs: int) -> KernelFunction:
     )  # fmt: skip
 
 
+def cntk(size: int = 28) -> KernelFunction:
+    """Infinite width, two convolutions of 3 x 3 on images of half the size, and a flat head."""
+    half = size // 2
+    return InfiniteWidth(
+        nn.Sequential(
+            nn.AvgPool2d(2), nn.Conv2d(1, 1, 3, padding=1), nn.ReLU(), nn.Conv2d(1, 1, 3, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(half**2, 1),
+        ),
+        weight_std=WEIGHT, bias_std=BIAS,
+    )  # fmt: skip
+
+
 def small_conv(seed: int, channels: int = 8, size: int = 28) -> nn.Module:
     """A random network of two convolutions, whose gradient features stand for a convolutional kernel."""
     with torch.random.fork_rng(devices=[]):
