@@ -135,6 +135,32 @@ def measured(case: str) -> dict[str, Any]:
     return json.loads(out.stdout.splitlines()[-1])
 
 
+def table(found: dict[str, Any]) -> list[str]:
+    """A record as rows of Markdown."""
+    fc, images, disk = found["fully_connected"], found["images"], found["on_disk"]
+    threads = found["environment"]["threads"]
+    rows = ["| what | speed | peak memory of the process |", "|---|---|---|"]
+    rows.append(
+        f"| {fc['examples']:,} vectors, {DEPTH} hidden layers of ReLU, {threads} threads | {fc['seconds']:.1f} s, "
+        f"{fc['ratio']:.2f} of the time of numpy | {fc['peak_mb']:,.0f} MB |"
+    )
+    rows.append(
+        f"| the same recursion in numpy, whole matrices | {fc['numpy_seconds']:.1f} s | {fc['numpy_peak_mb']:,.0f} MB |"
+    )
+    for case, one in images.items():
+        kind, size = case.split()
+        head = "global average pooling" if kind == "pooled" else "a flat head"
+        rows.append(
+            f"| images of {size.replace('x', ' x ')}, 3 convolutions and {head}, 1 thread | "
+            f"{one['pairs_per_second']:,.0f} pairs a second | {one['peak_mb']:,.0f} MB |"
+        )
+    rows.append(
+        f"| 200 images of 8 x 8 onto disk, pooled, stopped half way and gone on with | "
+        f"{disk['seconds_until_stopped']:.1f} s and {disk['seconds_after']:.1f} s | |"
+    )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=["numpy", "ntkit", *IMAGES])
