@@ -149,8 +149,8 @@ def table(found: dict[str, Any]) -> list[str]:
     fc, images, disk = found["fully_connected"], found["images"], found["on_disk"]
     rows = ["| what | speed | peak memory of the process |", "|---|---|---|"]
     rows.append(
-        f"| {fc['examples']:,} vectors, {DEPTH} hidden layers of ReLU, {fc['threads']} threads | {fc['seconds']:.1f} s, "
-        f"{fc['ratio']:.2f} of the time of numpy | {fc['peak_mb']:,.0f} MB |"
+        f"| {fc['examples']:,} vectors, {DEPTH} hidden layers of ReLU, {fc['threads']} threads | "
+        f"{fc['seconds']:.1f} s, {fc['ratio']:.2f} of the time of numpy | {fc['peak_mb']:,.0f} MB |"
     )
     rows.append(
         f"| the same recursion in numpy, whole matrices | {fc['numpy_seconds']:.1f} s | {fc['numpy_peak_mb']:,.0f} MB |"
