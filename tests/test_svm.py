@@ -137,12 +137,23 @@ def test_a_relative_C_does_not_see_the_scale_of_the_kernel():
     assert list(machine(0.01, False).n_support_) != list(machine(100.0, False).n_support_)
 
 
-@pytest.mark.parametrize("weights", ["balanced", {0: 1.0, 1: 20.0, 2: 1.0}])
-def test_weights_of_classes(weights):
+@pytest.mark.parametrize(
+    ("labels", "weights"),
+    [
+        (LABELS, "balanced"),
+        (LABELS, {"ash": 1.0, "birch": 20.0, "cedar": 1.0}),
+        (LABELS, {"birch": 20.0}),
+        (CODES + 1, {2: 20.0}),  # not the class of number 2
+        (CODES == 1, {True: 20.0}),
+    ],
+)
+def test_weights_of_classes(labels, weights):
     kernel = (X @ X.T).numpy()
-    expected = SVC(kernel="precomputed", class_weight=weights).fit(kernel, CODES)
-    fitted = NTKClassifier(DotProduct(), head=SVM(relative=False, class_weight=weights)).fit(X, LABELS)
+    expected = SVC(kernel="precomputed", class_weight=weights).fit(kernel, labels)
+    head = SVM(relative=False, class_weight=weights)
+    fitted = NTKClassifier(DotProduct(), head=head).fit(X, labels)
     np.testing.assert_allclose(fitted.dual_coef_, expected.dual_coef_, rtol=1e-6)
+    np.testing.assert_allclose(head.fit(kernel, labels).dual_coef_, expected.dual_coef_, rtol=1e-6)
 
 
 def test_precomputed_and_cross_validation():
@@ -292,6 +303,10 @@ def test_small_data_are_learned():
 # ---------------------------------------------------------------- what is refused
 
 
+def weighted(weights: dict[Any, float]) -> NTKClassifier:
+    return NTKClassifier(RBF(), head=SVM(class_weight=weights))
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -299,6 +314,8 @@ def test_small_data_are_learned():
         (lambda: SVM(math.inf), "C is a positive number"),
         (lambda: SVM(True), "C is a positive number"),
         (lambda: SVM(class_weight="even"), "class_weight is None, 'balanced'"),
+        (lambda: weighted({0: 1.0, 1: 2.0}).fit(X, LABELS), "class_weight names 0, and the classes are 'ash', 'birch'"),
+        (lambda: weighted({"ash": 2.0, "elm": 1.0}).fit(X, LABELS), "class_weight names 'elm'"),
         (lambda: NTKClassifier(net(), head="svm").fit(X, LABELS), r"head is SVM\(C\)"),
         (lambda: NTKClassifier(net(), head=SVM(), trace=False).fit(X, LABELS), "180 rows and y 60 examples. Use trace"),
         (lambda: NTKClassifier(net(), head=SVM(), around_model=True).fit(X, LABELS), "leave around_model off"),

@@ -402,7 +402,8 @@ class NTKClassifier(ClassifierMixin, _NTKEstimator):
 
         Raises:
             InputError: if data, targets or parameters do not fit each other, or there is one class only, or an SVM is
-                asked for on a kernel with several rows per example, or around the model.
+                asked for on a kernel with several rows per example, around the model, or with a weight of a class that
+                is not there.
             ModelError: if the network cannot be linearized.
             NotPositiveDefiniteError: if the ridge is too small, with one that helps.
         """
@@ -432,7 +433,7 @@ class NTKClassifier(ClassifierMixin, _NTKEstimator):
                 "examples. Use trace=True, or a read-out of one scalar such as SumOfLogits()"
             )
         matrix = symmetric_matrix(kernel)
-        self.machine_ = head.fit(matrix.values.cpu().numpy(), codes)
+        self.machine_ = head.fit(matrix.values.cpu().numpy(), codes, self.classes_)
         self.C_, self.relative_C_ = self.machine_.C, self.machine_.C * matrix.mean_diagonal
         self.n_support_, self.support_ = self.machine_.n_support_, self.machine_.support_
         self.dual_coef_, self.intercept_ = self.machine_.dual_coef_, self.machine_.intercept_

@@ -34,13 +34,14 @@ class SVM:
     Attributes:
         C: what an example on the wrong side of its margin costs; large values fit the training data, small ones smooth.
         relative: whether C is in units of 1 / (mean diagonal entry of the training kernel).
-        class_weight: None, "balanced" (C of a class inversely to its frequency), or weights by number of the class.
+        class_weight: None, "balanced" (C of a class inversely to its frequency), or by label what C is multiplied with;
+            labels that are left out have 1.
         max_iter: LIBSVM's steps at most, in each pair of classes; -1 for no limit.
     """
 
     C: float = 1.0
     relative: bool = True
-    class_weight: str | dict[int, float] | None = None
+    class_weight: str | dict[Any, float] | None = None
     max_iter: int = -1
 
     def __post_init__(self) -> None:
@@ -69,16 +70,35 @@ class SVM:
             )
         return float(self.C) / mean
 
-    def fit(self, matrix: np.ndarray, y: np.ndarray) -> SVC:
+    def fit(self, matrix: np.ndarray, y: np.ndarray, classes: np.ndarray | None = None) -> SVC:
         """The machine of a training kernel (N, N), float64, and labels (N,).
 
         Memory: LIBSVM copies the matrix. Cost: between N^2 and N^3, more for a large C and classes that overlap.
+
+        Args:
+            matrix: see above.
+            y: labels; with `classes`, places of the labels among these.
+            classes: all labels, sorted, where y has their places.
+
+        Raises:
+            InputError: if `class_weight` names a label that is not there, or see `absolute`.
         """
+        labels = np.unique(y) if classes is None else classes
         machine = SVC(
-            C=self.absolute(matrix), kernel="precomputed", class_weight=self.class_weight, max_iter=self.max_iter,
-            cache_size=CACHE_MB,
+            C=self.absolute(matrix), kernel="precomputed", class_weight=self._weights(labels, classes is not None),
+            max_iter=self.max_iter, cache_size=CACHE_MB,
         )  # fmt: skip
         return machine.fit(matrix, y)
+
+    def _weights(self, labels: np.ndarray, places: bool) -> str | dict[Any, float] | None:
+        """`class_weight` for LIBSVM: by label, or by place among the labels."""
+        if not isinstance(self.class_weight, dict):
+            return self.class_weight
+        known = {label: place if places else label for place, label in enumerate(labels.tolist())}
+        unknown = [label for label in self.class_weight if label not in known]
+        if unknown:
+            raise InputError(f"class_weight names {unknown[0]!r}, and the classes are {', '.join(map(repr, known))}")
+        return {known[label]: weight for label, weight in self.class_weight.items()}
 
 
 @dataclass(frozen=True)
