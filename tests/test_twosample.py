@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -547,6 +548,15 @@ def test_runs_of_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="not a file of runs"):
         twosample.power_curve(lambda *_: (X, Y), **arguments)
     assert path.read_text() == "a letter to a friend"
+    # whatever it is, a file of something else stays as it is, its last line too
+    (tmp_path / "other.jsonl").write_text(json.dumps({"version": 1, "seed": 5, "about": {}}) + '\n{"point": 1}')
+    (tmp_path / "list.txt").write_text("milk\nbread\nbutter")
+    (tmp_path / "settings.json").write_text('{"width": 5}\n{"depth": 2}')
+    for name, message in (("other.jsonl", "seed differ"), ("list.txt", "not a file"), ("settings.json", "not a file")):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(StoreError, match=message):
+            twosample.power_curve(lambda *_: (X, Y), **{**arguments, "path": tmp_path / name})
+        assert (tmp_path / name).read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,11 @@ class _Journal:
     """Finished runs, in memory and as lines of a file."""
 
     def __init__(self, path: str | os.PathLike[str] | None, head: dict[str, Any]) -> None:
-        """Read what is there. A last line that a kill has cut is left out, and written again."""
+        """Read what is there. A last line that a kill has cut is left out, and written again.
+
+        Raises:
+            StoreError: if the file is not of these runs; it is left as it is then.
+        """
         self.path = None if path is None else Path(path)
         self.runs: dict[tuple[Point, int], dict[str, list[float]]] = {}
         if self.path is None:
@@ -182,33 +186,36 @@ class _Journal:
         head = json.loads(json.dumps(head))
         try:
             content = self.path.read_bytes() if self.path.exists() else b""
-            whole = content[: content.rfind(b"\n") + 1]
-            if not whole:
-                if content and not (json.dumps(head) + "\n").encode().startswith(content):
+            if b"\n" not in content:
+                if not (json.dumps(head) + "\n").encode().startswith(content):
                     raise StoreError(f"{self.path} is not a file of runs: name another")
                 self.path.write_text(json.dumps(head) + "\n", encoding="utf-8")
                 return
+            whole = content[: content.rfind(b"\n") + 1]
+            self._read(whole, head)
             if whole != content:
                 os.truncate(self.path, len(whole))
         except OSError as error:
             raise StoreError(f"{self.path} cannot be used ({error})") from error
-        lines = self._lines(whole)
-        theirs = next(lines)
+
+    def _read(self, content: bytes, head: dict[str, Any]) -> None:
+        """Take in whole lines.
+
+        Raises:
+            StoreError: if they are of other runs, or damaged.
+        """
+        first, *lines = content.decode("utf-8", "replace").splitlines()
+        theirs = _parsed(first)
+        if theirs is None or "about" not in theirs:
+            raise StoreError(f"{self.path} is not a file of runs: name another")
         if theirs != head:
             parts = [key for key in head if theirs.get(key) != head[key]]
             raise StoreError(f"{self.path} holds runs of something else, {', '.join(parts)} differ: name another file")
-        for line in lines:
-            self.runs.setdefault((line["point"], line["run"]), {}).update(line["found"])
-
-    def _lines(self, content: bytes) -> Iterator[dict[str, Any]]:
-        for number, text in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
-            try:
-                found = json.loads(text)
-            except ValueError:
-                found = None
-            if not isinstance(found, dict) or not (number == 1 or found.keys() >= {"point", "run", "found"}):
+        for number, text in enumerate(lines, 2):
+            line = _parsed(text)
+            if line is None or not line.keys() >= {"point", "run", "found"}:
                 raise StoreError(f"{self.path} is damaged in line {number}: delete that line, or the file")
-            yield found
+            self.runs.setdefault((line["point"], line["run"]), {}).update(line["found"])
 
     def add(self, point: Point, run: int, found: dict[str, list[float]]) -> None:
         """Keep a run; it is on disk when this returns."""
@@ -220,3 +227,12 @@ class _Journal:
                 file.write(json.dumps({"point": point, "run": run, "found": found}) + "\n")
         except OSError as error:
             raise StoreError(f"{self.path} cannot be written ({error}). What was finished before is kept") from error
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    """A line of a file, or None if it is not an object of JSON."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
