@@ -12,8 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 from ntkit.cli import app
+from ntkit.cli.terminal import Terminal
 from ntkit.errors import InputError
-from ntkit.report.condensing import parse_kernel, plot_condensing, plot_support
+from ntkit.report.condensing import Condensing, parse_kernel, plot_condensing, plot_support, run_condense
 from ntkit.uses import condense
 
 NETS = """
@@ -179,6 +180,62 @@ def test_a_folder_that_is_there_is_kept(here: Path) -> None:
     code, text = run("data.npz")
     assert code == 2
     assert "the output folder condensed exists" in text
+
+
+def test_a_state_folder_of_somebody_else_is_left_alone(here: Path) -> None:
+    (here / "out.part").mkdir()
+    thesis = here / "out.part" / "thesis.txt"
+    thesis.write_text("x")
+    code, text = run("flat.npz", "--per-class", "1", *QUICK, "--out", "out")
+    assert code == 2, text
+    assert "holds thesis.txt and no state of a run" in text
+    assert [path.name for path in thesis.parent.iterdir()] == ["thesis.txt"]
+    assert not (here / "out").exists()
+    thesis.unlink()
+    thesis.parent.rmdir()
+    thesis.parent.write_text("a file")
+    code, text = run("flat.npz", "--per-class", "1", *QUICK, "--out", "out")
+    assert code == 2
+    assert "out.part is a file" in text
+
+
+def test_what_was_laid_into_the_state_folder_stays(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ntkit.report import condensing
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(condensing, "write_folder", full)
+        run("flat.npz", "--per-class", "1", *QUICK, "--out", "out")
+    (here / "out.part" / "thesis.txt").write_text("x")
+    code, text = run("flat.npz", "--per-class", "1", *QUICK, "--out", "out")
+    assert code == 0, text
+    assert [path.name for path in (here / "out.part").iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_killed_before_its_first_state_begins_again(here: Path) -> None:
+    """The points of step 0 are written before the state."""
+    (here / "out.part").mkdir()
+    for name in ("step-0000000.safetensors", ".step-0000000.safetensors.17", "state.safetensors.partial"):
+        (here / "out.part" / name).write_bytes(b"torn")
+    code, text = run("flat.npz", "--per-class", "1", *QUICK, "--out", "out")
+    assert code == 0, text
+    assert not (here / "out.part").exists()
+
+
+def test_the_folder_one_is_in(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "inside").mkdir()
+    monkeypatch.chdir(here / "inside")
+    code, text = run("../flat.npz", "--per-class", "1", *QUICK, "--out", ".", "--force")
+    assert code == 0, text
+    assert (here / "inside" / "support.npz").exists()
+    assert not (here / "inside.part").exists()
+
+
+def test_the_root_is_no_folder_for_results() -> None:
+    with pytest.raises(InputError, match="no place beside it"):
+        run_condense(Path("/"), Condensing(Path("none.npz"), 1), force=True, listener=Terminal())
 
 
 def test_pictures() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-import shutil
+import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,13 @@ from ntkit.errors import InputError, ModelError
 from ntkit.kernel.closed import RBF
 from ntkit.kernel.infinite import InfiniteWidth
 from ntkit.report.files import as_json, check_folder, replacing, write_folder
-from ntkit.report.inputs import Cut, Factory, count_outputs, load_data, load_factory
+from ntkit.report.inputs import Cut, Data, Factory, count_outputs, load_data, load_factory
 from ntkit.report.page import Card, Figure, Page, Section, Table, render
 from ntkit.report.pictures import INK, SIZE, drawn
 from ntkit.report.provenance import provenance
 from ntkit.report.words import count, number, percent
 from ntkit.uses import condense
+from ntkit.uses.condense.storage import check_own, remove_own
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -147,17 +149,17 @@ def run_condense(folder: Path, own: Condensing, *, force: bool = False, listener
         listener: is told what is being done.
 
     Raises:
-        InputError: if anything the user named cannot be used; nothing has been computed then.
+        InputError: if anything the user named cannot be used, or FOLDER.part holds files and no state of a run; nothing
+            has been computed then.
         StoreError: if FOLDER.part is of another run, or cannot be written.
     """
     check_folder(folder, force=force)
+    folder, work = _places(folder)
     start = time.perf_counter()
     if not 0 < own.validation < 1:
         raise InputError(f"the share of validation examples lies between 0 and 1: got --validation {own.validation}")
     kernel_of = parse_kernel(own.kernel, seed=own.cut.seed)
-    data = load_data(own.data, own.cut, torch.float32)
-    if data.y_train.is_floating_point() or not data.x_train.is_floating_point():
-        raise InputError("condensing takes floating point examples with class numbers (integers) as y")
+    data = _load(own)
     classes = int(torch.cat([data.y_train, data.y_test]).max()) + 1
     generator = torch.Generator().manual_seed(own.cut.seed)
     order = torch.randperm(len(data.x_train), generator=generator)
@@ -181,7 +183,6 @@ def run_condense(folder: Path, own: Condensing, *, force: bool = False, listener
         raise InputError(f"the test examples have {classes} classes, the training examples {drawn_points.classes}")
 
     listener.step("moving the points")
-    work = folder.with_name(folder.name + ".part")
     found = condense.kernel_inducing_points(
         kernel, drawn_points, train, generator=generator, settings=own.settings, held_out=validation, folder=work,
         progress=listener.part,
@@ -217,8 +218,26 @@ def run_condense(folder: Path, own: Condensing, *, force: bool = False, listener
     contents |= {} if grid is None else {"images.svg": _standalone(grid)}
     contents |= {"results.json": as_json(results), "index.html": render(_page(own, report, data.said, grid, seconds))}
     write_folder(folder, contents, force=force)
-    shutil.rmtree(work, ignore_errors=True)
+    with suppress(OSError):  # all that was wanted is written
+        remove_own(work, "support.npz")
     return report
+
+
+def _places(folder: Path) -> tuple[Path, Path]:
+    """The folder by its full name, for "." has none, and where the state lies."""
+    whole = Path(os.path.abspath(folder))
+    if not whole.name:
+        raise InputError(f"the output folder {whole} has no place beside it: choose another with --out")
+    work = whole.with_name(whole.name + ".part")
+    check_own(work)
+    return whole, work
+
+
+def _load(own: Condensing) -> Data:
+    data = load_data(own.data, own.cut, torch.float32)
+    if data.y_train.is_floating_point() or not data.x_train.is_floating_point():
+        raise InputError("condensing takes floating point examples with class numbers (integers) as y")
+    return data
 
 
 def _trained(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 # Points whose kernel a folder is bound to, and the digits of it that are the same on another machine.
 PROBES, DIGITS = 16, 5
+# Files of a run, whole or on the way to it; and those that a kill before the first state leaves.
+FILES = re.compile(r"state\.safetensors(\.partial)?|step-\d{7,}\.safetensors|\.step-\d{7,}\.safetensors\.\d+")
+FIRST = re.compile(r"state\.safetensors\.partial|step-0{7}\.safetensors|\.step-0{7}\.safetensors\.\d+")
 
 
 class Folder:
@@ -112,6 +116,38 @@ class Folder:
     def steps(self) -> dict[int, Path]:
         """The files of the recorded steps."""
         return {int(path.stem.removeprefix("step-")): path for path in sorted(self.path.glob("step-*.safetensors"))}
+
+
+def check_own(path: Path) -> None:
+    """Refuse a folder that is there and holds files, but no state of a run: it is somebody else's.
+
+    Raises:
+        InputError: if it does, or if it is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file, and the place where the state of the run is kept: move it away")
+    if not path.is_dir() or (path / "state.safetensors").is_file():
+        return
+    foreign = sorted(found.name for found in path.iterdir() if not FIRST.fullmatch(found.name))
+    if foreign:
+        raise InputError(
+            f"the folder {path}, where the state of the run is kept, holds {foreign[0]} and no state of a run: move it "
+            "away, or write to another folder"
+        )
+
+
+def remove_own(path: Path, *more: str) -> None:
+    """Delete the files of a run, and the folder if nothing else is in it.
+
+    Args:
+        path: the folder.
+        more: names of other files that are to go.
+    """
+    for found in path.iterdir():
+        if found.is_file() and (FILES.fullmatch(found.name) or found.name in more):
+            found.unlink()
+    if not any(path.iterdir()):
+        path.rmdir()
 
 
 def _recorded(step: int, **numbers: str) -> Recorded:
