@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import wilcoxon
 from sklearn.svm import SVC
 
 from benchmarks.svm import fewshot, results, uci
@@ -56,6 +57,22 @@ def test_the_critical_difference_is_that_of_the_tables() -> None:
     # Demsar 2006, table 5: q = 2.343 for three and 2.569 for four methods at 5%
     assert results.nemenyi(3, 60) == pytest.approx(2.343 * np.sqrt(3 * 4 / (6 * 60)), rel=1e-3)
     assert results.nemenyi(4, 20) == pytest.approx(2.569 * np.sqrt(4 * 5 / (6 * 20)), rel=1e-3)
+
+
+def test_both_comparisons_are_counted() -> None:
+    def verdict(gaps: np.ndarray) -> str:
+        """Where the first method is before both others by so much, set by set."""
+        columns = {"ntk": gaps / 1000, "rbf": np.zeros(20), "forest": np.zeros(20)}
+        runs = {m: {f"{k:02}": {"accuracies": [v]} for k, v in enumerate(of)} for m, of in columns.items()}
+        return results.verdict(runs, results.MAIN)
+
+    gaps = np.arange(1.0, 21.0)
+    assert verdict(gaps).endswith("NTK, SVM differs beyond chance from RBF, SVM and random forest")
+    gaps[[*range(8), 13]] *= -1
+    alone = float(wilcoxon(gaps).pvalue)
+    assert 0.025 < alone < 0.05  # beyond chance alone, and not as one of two
+    assert f"against RBF, SVM {2 * alone:.2g} (won 11, lost 9), random forest {2 * alone:.2g} (won" in verdict(gaps)
+    assert verdict(gaps).endswith("NTK, SVM differs beyond chance from none")
 
 
 @needs_data

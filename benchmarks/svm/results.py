@@ -21,6 +21,7 @@ import numpy as np
 from scipy.stats import friedmanchisquare, rankdata, studentized_range, wilcoxon
 
 from benchmarks.scale.record import record
+from ntkit.uses.active.comparison import holm
 
 RECORDS = Path(__file__).parent / "records"
 PICTURE = Path(__file__).parent / "picture.svg"
@@ -134,18 +135,21 @@ def uci_table(runs: dict[str, Any], methods: Sequence[str]) -> list[str]:
     return rows
 
 
-def verdict(runs: dict[str, Any], methods: Sequence[str]) -> str:
-    """Whether the first of the methods differs from the others beyond chance."""
+def verdict(runs: dict[str, Any], methods: Sequence[str], level: float = 0.05) -> str:
+    """Whether the first of the methods differs from the others beyond chance, all of these comparisons being made."""
     names, accuracies = matrix(runs, methods)
+    first, others = accuracies[:, 0], list(accuracies.T[1:])
+    called = [NAMES[other.removesuffix(" clean")] for other in methods[1:]]
+    corrected = holm([signed_rank(first, other) for other in others])
     beside = ", ".join(
-        f"{NAMES[other.removesuffix(' clean')]} {signed_rank(accuracies[:, 0], accuracies[:, k]):.2g} "
-        f"(won {(accuracies[:, 0] > accuracies[:, k]).sum()}, lost {(accuracies[:, 0] < accuracies[:, k]).sum()})"
-        for k, other in enumerate(methods)
-        if k
+        f"{name} {p:.2g} (won {(first > other).sum()}, lost {(first < other).sum()})"
+        for name, p, other in zip(called, corrected, others, strict=True)
     )
+    beyond = [name for name, p in zip(called, corrected, strict=True) if p < level]
     return (
-        f"Friedman p = {friedman(accuracies):.2g}; critical difference of mean ranks (Nemenyi, 5%) "
-        f"{nemenyi(len(methods), len(names)):.2f}; Wilcoxon p against {beside}"
+        f"Friedman p = {friedman(accuracies):.2g}; critical difference of mean ranks (Nemenyi, {level:.0%}) "
+        f"{nemenyi(len(methods), len(names), level):.2f}; Wilcoxon p with Holm's correction against {beside}: set by "
+        f"set, {NAMES[methods[0].removesuffix(' clean')]} differs beyond chance from {' and '.join(beyond) or 'none'}"
     )
 
 
