@@ -123,6 +123,28 @@ def test_without_test_examples_and_with_fewer_training_examples(here: Path) -> N
     assert "30 of 60 examples" in (here / "svm" / "index.html").read_text()
 
 
+def test_predictions_of_an_earlier_run_do_not_stay_beside_other_results(here: Path) -> None:
+    quick = ("train.csv", "--depths", "1", "--folds", "2")
+    assert run(*quick, "--test", "test.csv")[0] == 0
+    (here / "svm" / "notes.txt").write_text("mine")
+    assert len(predictions(here / "svm")) == len(TEST)
+    assert run(*quick, "--force")[0] == 0
+    assert {path.name for path in (here / "svm").iterdir()} == {"index.html", "results.json", "notes.txt"}
+    (here / "svm" / "predictions.csv").write_text("mine")  # those of no run
+    assert run(*quick, "--force")[0] == 0
+    assert (here / "svm" / "predictions.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize("results", [None, "[]", "{", '{"test_examples": 3}'])
+def test_files_beside_foreign_results_stay(here: Path, results: str | None) -> None:
+    (here / "svm").mkdir()
+    (here / "svm" / "predictions.csv").write_text("mine")
+    if results is not None:
+        (here / "svm" / "results.json").write_text(results)
+    assert run("train.csv", "--depths", "1", "--folds", "2", "--force")[0] == 0
+    assert (here / "svm" / "predictions.csv").read_text() == "mine"
+
+
 def test_the_folder_is_not_overwritten_unasked(here: Path) -> None:
     (here / "svm").mkdir()
     assert run("train.csv")[0] == 2

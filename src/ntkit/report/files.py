@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ntkit.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
 
 def check_folder(folder: Path, *, force: bool) -> None:
@@ -58,16 +58,27 @@ def check_file(path: Path, suffix: str, *, force: bool) -> None:
     _check_writable(path)
 
 
-def write_folder(folder: Path, contents: Mapping[str, str | Path], *, force: bool) -> None:
+def write_folder(
+    folder: Path, contents: Mapping[str, str | Path], *, force: bool, outdated: Collection[str] = ()
+) -> None:
     """Write text, and copies of files, into a folder.
 
     A new folder appears whole; in an old one each file is replaced whole, in the order in which they are given.
+
+    Args:
+        folder: see above.
+        contents: by name of the file.
+        force: see `check_folder`.
+        outdated: names of files that an earlier run has written there. What this one does not write again is removed
+            first, so that it never lies beside results of another run.
 
     Raises:
         InputError: if the folder cannot be used, see `check_folder`.
     """
     check_folder(folder, force=force)
     if folder.is_dir():
+        for name in set(outdated) - set(contents):
+            (folder / name).unlink(missing_ok=True)
         for name, found in contents.items():
             with replacing(folder / name) as file:
                 file.write(_bytes(found))

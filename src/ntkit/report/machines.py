@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -88,7 +89,7 @@ def run_svm(folder: Path, own: Small, *, force: bool = False, listener: Listener
     """Search, predict the test examples, and write index.html, results.json and predictions.csv.
 
     Args:
-        folder: is made; it may exist only with `force`.
+        folder: is made; it may exist only with `force`. Predictions of an earlier run are removed with its results.
         own: the data.
         force: see above.
         listener: is told what is being done.
@@ -140,8 +141,18 @@ def run_svm(folder: Path, own: Small, *, force: bool = False, listener: Listener
     if test is not None and found.predictions is not None:
         contents["predictions.csv"] = _predictions(found.predictions, test)
     text = render(_page(own, found, len(training.x), len(classes), len(splits), seconds))
-    write_folder(folder, {**contents, "index.html": text}, force=force)
+    write_folder(folder, {**contents, "index.html": text}, force=force, outdated=_written_earlier(folder))
     return found
+
+
+def _written_earlier(folder: Path) -> tuple[str, ...]:
+    """The predictions in a folder, if they are those of its results; a file of this name may be somebody else's."""
+    try:
+        earlier = json.loads((folder / "results.json").read_text())
+    except (OSError, ValueError):
+        return ()
+    ours = isinstance(earlier, dict) and "rbf_test_accuracy" in earlier and bool(earlier.get("test_examples"))
+    return ("predictions.csv",) if ours else ()
 
 
 def _chosen(n: int, own: Small) -> np.ndarray:
