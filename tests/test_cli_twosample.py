@@ -93,6 +93,21 @@ def test_csv_gives_what_npz_gives(here: Path) -> None:
     assert max(npz["witness"][0]["example"]) > 30
 
 
+@pytest.mark.parametrize("options", [("--kernel", "rbf"), (), ("--infinite",), ("--statistic", "witness")])
+def test_small_differences_of_large_numbers_are_seen(here: Path, options: tuple[str, ...]) -> None:
+    """Seconds since 1970: float32 knows them to 128 s only."""
+    for name in "ab":
+        x = np.load(here / f"{name}.npz")["x"]
+        np.savetxt(here / f"late_{name}.csv", x + 1.7e9, fmt="%.17g", delimiter=",")
+    found = []
+    for number, files in enumerate((("a.npz", "b.npz"), ("late_a.csv", "late_b.csv"))):
+        code, text = run(*files, *options, "--permutations", "99", "--out", f"out{number}")
+        assert code == 0, text
+        found.append(results(here / f"out{number}"))
+    assert found[0]["pvalue"] == found[1]["pvalue"] <= 0.05
+    assert found[1]["statistic"] == pytest.approx(found[0]["statistic"], rel=1e-3)
+
+
 @pytest.mark.parametrize("statistic", ["unbiased", "block:5", "linear", "witness", "training:0.0001"])
 def test_networks_and_statistics(here: Path, statistic: str) -> None:
     options = ("--kernel", "testing_nets:net", "--statistic", statistic, "--permutations", "99")
@@ -165,6 +180,9 @@ def test_images_are_compared_by_a_convolutional_network_and_shown(here: Path) ->
         (("nan.csv", "a.csv"), "not finite"),
         (("tokens.npz", "a.npz"), "token numbers"),
         (("pixels.npz", "a.npz"), "uint8, raw pixels"),
+        (("last.npz", "last.npz"), "(8, 8, 3) look as if their channels came last"),
+        (("last.npz", "last.npz", "--array", "grey"), "(8, 8, 1) look as if their channels came last"),
+        (("huge.csv", "huge.csv", "--kernel", "testing_nets:net"), "float32, the network's type, cannot hold"),
         (("a.npz", "b.npz", "--out", "taken"), "--force"),
     ],
 )
@@ -175,6 +193,8 @@ def test_bad_input_is_said_in_one_line_and_leaves_nothing(here: Path, arguments:
     (here / "nan.csv").write_text("1,2,3\n1,nan,3\n1,2,3\n1,2,3\n")
     np.savez(here / "tokens.npz", x=np.arange(12).reshape(4, 3))
     np.savez(here / "pixels.npz", x=np.zeros((4, 3), np.uint8))
+    np.savez(here / "last.npz", x=np.ones((6, 8, 8, 3)), grey=np.ones((6, 8, 8, 1)))
+    (here / "huge.csv").write_text("1,1e300,3\n" * 6)
     (here / "taken").mkdir()
     before = {path.name for path in here.iterdir()}
     code, text = run(*arguments)

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN = "#2f80ed", "#e07b00", "#0f9d8a"
 COLOURS = ("#8b5cf6", "#2f80ed", "#0f9d8a", "#8a9a2b", "#d6457f", "#e07b00", "#7d8590")
 STATISTICS = "unbiased, block:SIZE, linear, witness, training or training:RATE"
+# Of a picture: grey, colours, colours and transparency.
+CHANNELS = {1, 3, 4}
 # Most examples of each side that are shown.
 SHOWN = 8
 
@@ -149,7 +151,7 @@ def run_twosample(folder: Path, own: Comparing, *, force: bool = False, listener
     if own.most < 4:
         raise InputError(f"a test needs four examples of each sample: got --most {own.most}")
     start, generator = time.perf_counter(), torch.Generator().manual_seed(own.seed)
-    samples = [load_sample(path, own.array, torch.float32) for path in (own.first, own.second)]
+    samples = [load_sample(path, own.array, torch.float64) for path in (own.first, own.second)]
     if samples[0].shape[1:] != samples[1].shape[1:]:
         shapes = " and ".join(str(tuple(sample.shape[1:])) for sample in samples)
         raise InputError(f"{own.first} and {own.second} hold examples of different shapes: {shapes}")
@@ -192,22 +194,29 @@ def _test(
             "a network of infinite width is not trained: leave out --weights and the statistics witness and training"
         )
     if own.kernel == "rbf" and not trained:
-        return rbf_test(x, y, statistic=statistic, **options), "RBF kernel with the median bandwidth"
+        # distances of large numbers lose their digits, and do not change when all examples move
+        centre = torch.cat([x, y]).mean(0)
+        found = rbf_test(x - centre, y - centre, statistic=statistic, **options)
+        return found, "RBF kernel with the median bandwidth"
     model, x, y, said = _network(own, x, y, generator)
+    if not own.infinite:
+        x, y = x.float(), y.float()
+        if not bool(x.isfinite().all() and y.isfinite().all()):
+            raise InputError("the samples have entries that float32, the network's type, cannot hold: rescale them")
     if trained:
         witness = ZeroTime(model) if statistic.rate is None else OnlineTraining(model, statistic.rate)
         return witness_test(x, y, witness=witness, **options), f"tangent kernel of {said}"
     if own.infinite:
         from ntkit.kernel.infinite import InfiniteWidth
 
-        kernel, x, y, said = InfiniteWidth(model.double()), x.double(), y.double(), f"infinitely wide: {said}"
+        kernel, said = InfiniteWidth(model.double()), f"infinitely wide: {said}"
     else:
         kernel = Empirical(linearize(model, readout=SumOfLogits()))
     return two_sample_test(x, y, kernel=kernel, statistic=statistic, **options), f"tangent kernel of {said}"
 
 
 def _network(own: Comparing, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[nn.Module, Tensor, Tensor, str]:
-    """The network, examples as it takes them, and its name.
+    """The network, examples in the form that it takes but still in float64, and its name.
 
     Raises:
         InputError: if the network cannot be made.
@@ -221,6 +230,11 @@ def _network(own: Comparing, x: Tensor, y: Tensor, generator: torch.Generator) -
         raise InputError("weights are those of a network of your own: name it with --kernel MODULE:FACTORY")
     image = x.ndim == 4 or (x.ndim == 3 and min(x.shape[1:]) >= 4)
     convolutional = own.kernel == "conv" or (own.kernel is None and image)
+    if convolutional and x.ndim == 4 and x.shape[3] in CHANNELS and x.shape[1] not in CHANNELS:
+        raise InputError(
+            f"images of shape {tuple(x.shape[1:])} look as if their channels came last: a convolutional network takes "
+            "(N, channels, height, width), which is x.transpose(0, 3, 1, 2) in numpy"
+        )
     if convolutional and x.ndim == 3:
         x, y = x[:, None], y[:, None]
     # the scale of the pooled sample says nothing about which example belongs where
