@@ -189,6 +189,23 @@ def test_features_and_their_kernel_give_the_same(statistic: Any) -> None:
 
 
 @pytest.mark.parametrize("statistic", FORMS, ids=lambda form: form.name)
+def test_where_features_have_their_origin_does_not_matter(statistic: Any) -> None:
+    """Numbers with a large offset, of which products keep nothing but the offset."""
+    x, y = normal(13, 3), normal(16, 3, seed=1) + 1
+    here, far = (
+        twosample.two_sample_test(
+            x + offset, y + offset, kernel=Features(nn.Identity()), statistic=statistic, permutations=30,
+            generator=drawn(2),
+        )
+        for offset in (0.0, 1e8)
+    )  # fmt: skip
+    assert far.statistic == pytest.approx(here.statistic, rel=1e-5)
+    assert torch.allclose(far.null, here.null, rtol=1e-5, atol=1e-5)
+    assert far.pvalue == here.pvalue
+    assert far.power().value == pytest.approx(here.power().value, rel=1e-3)
+
+
+@pytest.mark.parametrize("statistic", FORMS, ids=lambda form: form.name)
 @pytest.mark.parametrize("source", ["kernel", "features"])
 def test_little_memory_gives_the_same(statistic: Any, source: str) -> None:
     """Strips of the kernel and columns of the relabelings, down to one at a time."""

@@ -30,9 +30,12 @@ class Pool(ABC):
 
     Attributes:
         size: N.
+        removed: a, (N,), where the inner products are K_ij - a_i - a_j and a constant more or less; None if they are
+            K_ij. No MMD feels that, but a witness does.
     """
 
     size: int
+    removed: Tensor | None = None
 
     @abstractmethod
     def quadratic(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,11 +139,13 @@ class FunctionPool(Pool):
 
 
 class FeaturePool(Pool):
-    """Features of the pooled sample, (N, D)."""
+    """Features of the pooled sample, (N, D), whose mean is taken off: sums over large numbers would lose the rest."""
 
     def __init__(self, features: Tensor, memory: int | None = None) -> None:
         """Of a matrix in float64."""
-        self._features = features
+        centre = features.mean(0)
+        self._features = features - centre
+        self.removed = (self._features @ centre).cpu()
         self._given = memory
         self.size = len(features)
 

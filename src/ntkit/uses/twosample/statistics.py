@@ -88,7 +88,12 @@ class Unbiased(Statistic):
         others[:n] -= 1
         rest = (n + m - 1) - others
         witness = toward / others - (rows - toward) / rest
-        return Found(values, _spread(witness, values, n), (n, m), witness)
+        spread = _spread(witness, values, n)
+        if pool.removed is not None:
+            ours = labels[:, 0].double()
+            own, whole = pool.removed * ours, pool.removed @ ours
+            witness = witness + (whole - own) / others - (pool.removed.sum() - whole - pool.removed + own) / rest
+        return Found(values, spread, (n, m), witness)
 
 
 def discrepancy(within: Tensor, touched: Tensor, total: Tensor, n: int, m: int) -> Tensor:
