@@ -51,12 +51,30 @@ class Linear(Dual):
 
 @dataclass(frozen=True)
 class PiecewiseLinear(Dual):
-    """g(z) = below z for z < 0, above z for z > 0: ReLU is (0, 1), the absolute value (-1, 1)."""
+    """g(z) = below z for z < 0, above z for z > 0: ReLU is (0, 1), the absolute value (-1, 1).
+
+    Attributes:
+        below, above: the slopes.
+        at_zero: the derivative that PyTorch takes at 0, where units are that have no variance; None for `below`.
+    """
 
     below: float = 0.0
     above: float = 1.0
+    at_zero: float | None = None
 
-    def __call__(self, a: Tensor, b: Tensor, c: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:
+    @property
+    def _kink(self) -> float:
+        return self.below if self.at_zero is None else self.at_zero
+
+    def __call__(self, a: Tensor, b: Tensor, c: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        k, slope = self._by_angle(a, b, c, derivative)
+        if slope is not None and (bool((a == 0).any()) or bool((b == 0).any())):
+            half = self._kink * (self.below + self.above) / 2
+            slope = torch.where((a == 0) ^ (b == 0), half, slope)
+            slope = torch.where((a == 0) & (b == 0), self._kink**2, slope)
+        return k, slope
+
+    def _by_angle(self, a: Tensor, b: Tensor, c: Tensor, derivative: bool) -> tuple[Tensor, Tensor | None]:
         """By the angle t between u and v: E[relu relu] = (sqrt(ab - c^2) + (pi - t) c) / (2 pi)."""
         jump, product = (self.above - self.below) ** 2, self.below * self.above
         if torch.is_grad_enabled() and any(t.requires_grad for t in (a, b, c)):
@@ -77,7 +95,7 @@ class PiecewiseLinear(Dual):
 
     def coincident(self, a: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:  # noqa: D102
         mean = (self.below**2 + self.above**2) / 2
-        return mean * a, torch.full_like(a, mean) if derivative else None
+        return mean * a, torch.where(a == 0, self._kink**2, mean).to(a) if derivative else None
 
 
 @dataclass(frozen=True)
@@ -114,8 +132,23 @@ class Sine(Dual):
     odd = True
 
     def __call__(self, a: Tensor, b: Tensor, c: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:  # noqa: D102
-        damped = torch.exp(-(a + b) / 2)
-        return damped * torch.sinh(c), damped * torch.cosh(c) if derivative else None
+        odd, even = _waves(a, b, c)
+        return odd, even if derivative else None
+
+
+def _waves(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(-(a + b) / 2) times sinh(c) and cosh(c), without the overflow of either."""
+    up, down = torch.exp(c - (a + b) / 2), torch.exp(-c - (a + b) / 2)
+    return (up - down) / 2, (up + down) / 2
+
+
+@dataclass(frozen=True)
+class Exponential(Dual):
+    """g(z) = exp(z)."""
+
+    def __call__(self, a: Tensor, b: Tensor, c: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:  # noqa: D102
+        k = torch.exp((a + b) / 2 + c)
+        return k, k.clone() if derivative else None
 
 
 @dataclass(frozen=True)
@@ -123,8 +156,8 @@ class Cosine(Dual):
     """g(z) = cos(z)."""
 
     def __call__(self, a: Tensor, b: Tensor, c: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:  # noqa: D102
-        damped = torch.exp(-(a + b) / 2)
-        return damped * torch.cosh(c), damped * torch.sinh(c) if derivative else None
+        odd, even = _waves(a, b, c)
+        return even, odd if derivative else None
 
 
 @dataclass(frozen=True)

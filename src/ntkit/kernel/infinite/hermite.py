@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ntkit.errors import FidelityWarning
+from ntkit.errors import FidelityWarning, ModelError
 from ntkit.kernel.infinite.duals import Dual
 from ntkit.tangent.identity import digest
 
@@ -30,7 +30,7 @@ REACH, STEP = 10.0, 0.05  # of the rule, in standard deviations
 TERMS = 192
 # Relative error of a variance from which on it is said.
 TOLERANCE = 1e-7
-_TINY = torch.finfo(torch.float64).tiny
+_TINY = 1e-200  # whose root is still a number that another one can be divided by
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class HermiteSeries(Dual):
         """Horner's scheme over the terms. Cost: 2 operations per term and entry, 4 with the derivative."""
         left, right = self._coefficients(a), self._coefficients(b)
         size = max(_needed(left), _needed(right))
-        scale = (a * b).clamp_min(_TINY).sqrt()
+        scale = a.clamp_min(_TINY).sqrt() * b.clamp_min(_TINY).sqrt()
         rho = (c / scale).clamp(-1, 1)
-        terms = [left[..., k] * right[..., k] for k in range(size)]
         k, slope = torch.zeros_like(rho), torch.zeros_like(rho)
         for number in reversed(range(size)):
-            k = torch.addcmul(terms[number], k, rho)
+            term = left[..., number] * right[..., number]
+            k = torch.addcmul(term, k, rho)
             if derivative and number:
-                slope = torch.addcmul(number * terms[number], slope, rho)
+                slope = torch.addcmul(number * term, slope, rho)
         return k, slope / scale if derivative else None
 
     def coincident(self, a: Tensor, *, derivative: bool) -> tuple[Tensor, Tensor | None]:
@@ -79,7 +79,11 @@ class HermiteSeries(Dual):
         return self.function(a.clamp_min(_TINY).sqrt()[..., None] * nodes) @ weighted
 
     def _say_error(self, a: Tensor, values: Tensor) -> None:
-        """Compare the variance with the sum of its terms, and with the same rule at every other node."""
+        """Compare the variance with the sum of its terms, and with the same rule at every other node.
+
+        Raises:
+            ModelError: if the function is not finite.
+        """
         every = max(1, a.numel() // 64)
         _, weights, _ = _rule(a.device)
         squares = values.reshape(-1, values.shape[-1])[::every].square()
@@ -87,6 +91,8 @@ class HermiteSeries(Dual):
         cut = exact - self._coefficients(a.reshape(-1)[::every]).square().sum(-1)
         coarse = exact - 2 * squares[:, ::2] @ weights[::2]
         error = float(torch.maximum(cut.abs(), coarse.abs()).div(exact).max())
+        if not math.isfinite(error):
+            raise ModelError(f"{self.name} is not finite for all units of a layer: it has no infinite-width limit here")
         if error > TOLERANCE:
             warnings.warn(
                 f"{self.name} has no closed form here, and {TERMS} terms of its Hermite series leave a relative error "

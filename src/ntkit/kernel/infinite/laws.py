@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from ntkit.errors import InputError
+from ntkit.errors import InputError, ModelError
 
 # Standard errors within which values count as drawn by PyTorch's default, uniform in +- 1 / sqrt(fan_in).
 DEVIATIONS = 4.0
@@ -67,7 +67,7 @@ class Law:
         given = _given(self.weight_std, name)
         if given is not None:
             return given
-        return math.sqrt(fan_in * variance(values, fan_in))
+        return math.sqrt(fan_in * variance(values, fan_in, name))
 
     def bias(self, name: str, values: Tensor | None, fan_in: int) -> float:
         """b of one layer; 0 where it has none."""
@@ -78,19 +78,28 @@ class Law:
             return given
         if self.weight_std is not None and self.bias_std is None:
             return 0.0
-        return math.sqrt(variance(values, fan_in))
+        return math.sqrt(variance(values, fan_in, name))
 
 
-def variance(values: Tensor, fan_in: int) -> float:
+def variance(values: Tensor, fan_in: int, name: str = "") -> float:
     """The second moment that some values were drawn with.
 
     Values that PyTorch's default initialisation could well have drawn have its variance, 1 / (3 fan_in), exactly:
     within its bounds, and with a mean square within some standard errors of it. Others have their own mean square.
+
+    Raises:
+        ModelError: if their mean is not zero, within its error.
     """
     found = values.detach().double()
     square, bound = float(found.square().mean()), 1 / math.sqrt(fan_in)
     default = 1 / (3 * fan_in)
     error = math.sqrt(0.8 / found.numel())  # relative, of a mean of squares of uniform numbers
+    size = found.numel()
+    if size > 1 and abs(float(found.mean())) > DEVIATIONS * max(float(found.std()), 1e-12) / math.sqrt(size):
+        raise ModelError(
+            f"the values of {name!r} have a mean of {float(found.mean()):.3g}, and so are not drawn around zero: a "
+            "limit is known for such draws only; give weight_std and bias_std to take the module as drawn anew"
+        )
     if float(found.abs().max()) <= bound * (1 + 1e-6) and abs(square / default - 1) <= DEVIATIONS * error:
         return default
     return square

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ntkit.kernel.infinite.duals import GELU, Cosine, Dual, Erf, Linear, PiecewiseLinear, Rescaled, Sine
+from ntkit.kernel.infinite.duals import GELU, Cosine, Dual, Erf, Exponential, Linear, PiecewiseLinear, Rescaled, Sine
 from ntkit.kernel.infinite.hermite import HermiteSeries
 
 
@@ -105,7 +105,8 @@ _CLOSED = {
     "erf": Pointwise(torch.erf, "erf", Erf()),
     "sin": Pointwise(torch.sin, "sine", Sine()),
     "cos": Pointwise(torch.cos, "cosine", Cosine()),
-    "abs": Pointwise(torch.abs, "absolute value", PiecewiseLinear(-1.0, 1.0)),
+    "exp": Pointwise(torch.exp, "exponential", Exponential()),
+    "abs": Pointwise(torch.abs, "absolute value", PiecewiseLinear(-1.0, 1.0, at_zero=0.0)),
     "neg": times(-1.0),
     "positive": IDENTITY,
     "contiguous": IDENTITY,
@@ -113,14 +114,14 @@ _CLOSED = {
 }
 # Functions of torch and torch.nn.functional and methods of tensors, by name, that act on each entry by itself.
 _NUMERIC = {
-    "asinh", "atan", "arctan", "celu", "clamp", "clamp_max", "clamp_min", "clip", "cosh", "elu", "erfc", "exp", "exp2",
-    "expit", "expm1", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "log1p", "logsigmoid", "mish", "pow",
+    "asinh", "atan", "arctan", "celu", "clamp", "clamp_max", "clamp_min", "clip", "cosh", "elu", "erfc", "exp2",
+    "expit", "expm1", "hardsigmoid", "hardswish", "hardtanh", "log1p", "logsigmoid", "mish", "pow",
     "relu6", "selu", "sigmoid", "silu", "sinc", "sinh", "softplus", "softshrink", "softsign", "square", "tanh",
-    "tanhshrink", "threshold", "gelu", "float_power", "logit",
+    "tanhshrink", "gelu", "float_power", "logit",
 }  # fmt: skip
 _MODULES = (
-    nn.CELU, nn.ELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LogSigmoid, nn.Mish, nn.ReLU6,
-    nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold,
+    nn.CELU, nn.ELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LogSigmoid, nn.Mish, nn.ReLU6,
+    nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink,
 )  # fmt: skip
 ADDITIONS = ("add", "iadd", "sub", "isub")
 PRODUCTS = ("mul", "imul", "multiply", "truediv", "itruediv", "div", "divide")
@@ -138,14 +139,14 @@ def of_module(module: nn.Module, *, trained: bool) -> Pointwise | None:
         return leaky((module.lower + module.upper) / 2)
     if type(module) is nn.GELU:
         return _GELU if module.approximate == "none" else Pointwise(_fresh(module), "GELU by tanh")
-    if type(module) is nn.Identity or (isinstance(module, _DROPOUTS) and not module.training):
+    if type(module) is nn.Identity or (isinstance(module, DROPOUTS) and not module.training):
         return IDENTITY
     if type(module) in _MODULES:
         return Pointwise(_fresh(module), type(module).__name__)
     return None
 
 
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def _fresh(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:

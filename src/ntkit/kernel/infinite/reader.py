@@ -41,6 +41,7 @@ class Reader:
         Raises:
             ModelError: if it cannot be traced or run.
         """
+        model = _copied(model)  # tracing leaves constants on the module that it goes through
         self.model, self.law, self.trained = model, law, trained
         self.names = parameters_named(model)
         self.modules = dict(model.named_modules())
@@ -153,6 +154,8 @@ class Reader:
             self.inputs.append(known.node)
         number = self.inputs.index(known.node)
         shape = self.shape(known.node)
+        if not shape or shape[0] != self.batch.size:
+            self.refuse(known.node, "it is the same for all examples: a kernel needs a row for each")
         channel %= len(shape)
         for step, found in enumerate(self.steps):
             if isinstance(found, Inputs) and (found.number, found.channel) == (number, channel):
@@ -164,10 +167,14 @@ class Reader:
         """An elementwise function of hidden units."""
         if isinstance(value, Applied):
             try:
-                return Applied(value.field, function.after(value.function))
+                combined = function.after(value.function)
             except ValueError as error:
                 self.refuse(node, str(error))
-        field = self.field(value, node)
+            return self.applied(value.field, combined, node)
+        return self.applied(self.field(value, node), function, node)
+
+    def applied(self, field: Field, function: pointwise.Pointwise, node: fx.Node) -> Applied:
+        """The same, if the units are such that a function of them is known."""
         if not field.gaussian and function.slope is None:
             self.refuse(
                 node,
@@ -205,6 +212,7 @@ class Reader:
             all(field.centred for field in fields),
             first.merged,
             entangled=entangled,
+            mixed=any(field.mixed for field in fields),
         )
 
     def use(self, name: str, node: fx.Node) -> None:
@@ -232,13 +240,25 @@ class Reader:
         graph.output(tuple(places[node] for node in self.inputs))
         device = self.batch.arguments[0].device
         prepare = copy.deepcopy(fx.GraphModule(self.traced, graph)).double().to(device)
-        arguments = [as_double(t) for t in self.batch.arguments]
-        together = prepare(*arguments)
-        alone = zip(*(prepare(*(t[i : i + 1] for t in arguments)) for i in range(len(arguments[0]))), strict=True)
-        for node, both, each in zip(self.inputs, together, alone, strict=True):
+        arguments = [_unlike(as_double(t)) for t in self.batch.arguments]
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            together, again = (prepare(*(t.clone() for t in arguments)) for _ in range(2))
+            rows = range(len(arguments[0]))
+            alone = zip(*(prepare(*(t[i : i + 1].clone() for t in arguments)) for i in rows), strict=True)
+        for node, both, repeated, each in zip(self.inputs, together, again, alone, strict=True):
+            if not torch.equal(both, repeated):
+                self.refuse(node, "what it makes of the inputs is random")
             if not torch.allclose(both, torch.cat(each)):
                 self.refuse(node, "it treats the examples of a batch together: a kernel needs them one by one")
         return prepare
+
+
+def _unlike(t: Tensor) -> Tensor:
+    """Two examples that differ, whatever was given: the second is moved by as much as the first is large."""
+    if not t.is_floating_point():
+        return t
+    noise = torch.randn(t[1:].shape, generator=torch.Generator().manual_seed(0), dtype=t.dtype).to(t.device)
+    return torch.cat([t[:1], t[1:] + (t[:1].abs().mean() + 1) * noise])
 
 
 def as_double(t: Tensor) -> Tensor:
@@ -268,12 +288,43 @@ def _trace(model: nn.Module) -> fx.GraphModule:
             f"{hooked[0]!r} has forward hooks, which an infinite-width limit cannot see: remove them (weight "
             "normalisation and spectral normalisation of the old kind are hooks, too)"
         )
+    tracer = _Tracer()
     try:
-        return fx.symbolic_trace(model)
+        with torch.enable_grad():
+            traced = fx.GraphModule(model, tracer.trace(model))
     except Exception as error:
         raise ModelError(
             f"the module cannot be traced by torch.fx ({type(error).__name__}: {error}): an infinite-width limit needs "
             "a forward method whose path does not depend on the values of tensors"
+        ) from error
+    if tracer.without_gradients:
+        raise ModelError(
+            f"part of the forward method runs without gradients (torch.no_grad, at {tracer.without_gradients[0]!r}), "
+            "which a traced graph does not show: take that out, and leave parameters out with parameters=..."
+        )
+    return traced
+
+
+class _Tracer(fx.Tracer):
+    """Traces, and notes what is called while gradients are off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.without_gradients: list[str] = []
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, *args, **kwargs)
+        if kind.startswith("call") and not torch.is_grad_enabled():
+            self.without_gradients.append(node.name)
+        return node
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(
+            f"the module cannot be copied ({type(error).__name__}: {error}), and it is not to be changed"
         ) from error
 
 

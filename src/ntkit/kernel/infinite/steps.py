@@ -286,19 +286,18 @@ class Flattening(Step):
 
 @dataclass(frozen=True)
 class Normalization(Step):
-    """Layer normalization: A' = g^2 A / sqrt((v + eps)(v' + eps)) + h^2, by the variances v, and T likewise.
+    """Layer normalization: A' = g^2 A / sqrt((v + eps)(v' + eps)), by the variances v, and T likewise.
 
     Attributes:
         over: axes of positions over which the variance is a mean as well.
         eps: of the layer.
-        scale, shift: root mean squares g, h of its weight and bias.
+        scale: its weight g, the same in all channels.
         shift_gain: 1 where the bias is trained. What a trained weight adds depends on the layer that follows.
     """
 
     over: tuple[int, ...]
     eps: float
     scale: float = 1.0
-    shift: float = 0.0
     shift_gain: float = 0.0
     by_variance = True
 
@@ -309,7 +308,7 @@ class Normalization(Step):
         factor = block.left(left, inner.full) * block.right(right, inner.full)
         normal = inner.map(lambda values: factor * values)
         after = normal.map(lambda values: self.scale**2 * values)
-        return after.plus(self.shift**2, self.shift_gain if block.tangent and self.shift_gain else None)
+        return after.plus(0.0, self.shift_gain) if block.tangent and self.shift_gain else after
 
     def _inverse(self, variances: Tensor) -> Tensor:
         if self.over:

@@ -48,7 +48,8 @@ class Field:
         merged: whether positions have become channels (behind a flatten).
         scale: of a trained weight per channel in a normalisation layer just before, whose part of the tangent kernel is
             still to come: it depends on the function that follows. None where there is none.
-        entangled: whether such a part has gone into a sum with another layer.
+        entangled: whether such a part has gone into a sum with another layer, or through another normalisation.
+        mixed: whether the channels are of several kinds (behind a concatenation).
     """
 
     step: int
@@ -59,6 +60,7 @@ class Field:
     merged: bool = False
     scale: float | None = None
     entangled: bool = False
+    mixed: bool = False
 
 
 @dataclass(frozen=True)

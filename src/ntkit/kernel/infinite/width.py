@@ -107,7 +107,6 @@ class InfiniteWidth(KernelFunction):
         bias_std: Deviations = None,
         parametrization: Parametrization | None = None,
         parameters: Choice | None = None,
-        memory: int | None = None,
     ) -> None:
         """Note the module; it is read when the first examples come, for their shape.
 
@@ -118,7 +117,6 @@ class InfiniteWidth(KernelFunction):
             bias_std: b.
             parametrization: what is trained.
             parameters: which parameters are trained.
-            memory: bytes of working space that a single block may take.
 
         Raises:
             InputError: if an argument cannot be used.
@@ -135,7 +133,6 @@ class InfiniteWidth(KernelFunction):
         self.model, self.kind = model, kind
         self.law = Law(checked(weight_std, "weight_std"), checked(bias_std, "bias_std"), parametrization)
         self.trained = frozenset(select(model, parameters).names) if kind == "ntk" else frozenset()
-        self.memory = memory
         self._programs: dict[tuple, Program] = {}
 
     def __call__(self, x1: Any, x2: Any = None) -> InfiniteKernel:
@@ -163,10 +160,15 @@ class InfiniteWidth(KernelFunction):
             raise InputError(
                 "an infinite-width kernel takes tensors in the order of the module's arguments: got a dict"
             )
-        key = _kinds(batch), next(batch.tensors()).device
+        key = _kinds(batch), next(batch.tensors()).device, self._state()
         if key not in self._programs:
             self._programs[key] = Reader(self.model, self.law, self.trained, batch).program()
         return self._programs[key]
+
+    def _state(self) -> tuple:
+        """What changes when somebody trains the module, or puts it into another mode."""
+        values = tuple((t.data_ptr(), t._version) for t in (*self.model.parameters(), *self.model.buffers()))
+        return values, tuple(module.training for module in self.model.modules())
 
     def listing(self, x: Any) -> str:
         """The steps in words, one line each: which layers were read, with which variances, for examples like `x`.
@@ -274,6 +276,9 @@ class InfiniteKernel(Kernel):
 
     def _tiles(self, rows: slice, cols: slice, tangent: bool) -> tuple[Tensor, Tensor]:
         (r0, r1), (c0, c1) = bounds(rows, self.shape[0]), bounds(cols, self.shape[1])
+        if r0 == r1 or c0 == c1:
+            empty = self._empty(r1 - r0, c1 - c0)
+            return empty, empty
         left = self._prepared(self._rows, r0, r1)
         same = self._symmetric and (r0, r1) == (c0, c1)
         right = left if same else self._prepared(self._cols, c0, c1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ntkit.kernel.infinite import pointwise
 from ntkit.kernel.infinite.nodes.call import RANDOM, Call, plain
@@ -70,17 +70,25 @@ def _activation(call: Call) -> Value:
     return call.reader.apply(call.x, found, call.node)
 
 
+_VIEWS = {
+    "contiguous", "dropout", "flatten", "permute", "reshape", "squeeze", "swapaxes", "transpose", "unsqueeze", "view",
+}  # fmt: skip
+
+
 def _pair(call: Call, name: str, left: Value, right: Value) -> Value:
     """Two random values: functions of the same units, or the sum of two layers."""
     reader = call.reader
     both = [
         v if isinstance(v, Applied) else Applied(reader.field(v, call.node), pointwise.IDENTITY) for v in (left, right)
     ]
-    if both[0].field == both[1].field and (both[0].field.gaussian or all(v.function.slope is not None for v in both)):
+    if both[0].field == both[1].field:
         found = pointwise.together(name, both[0].function, both[1].function)
         if found is not None:
-            return Applied(both[0].field, found)
+            return reader.applied(both[0].field, found, call.node)
     if name in pointwise.ADDITIONS:
+        shapes = {reader.shape(node) for node in call.node.all_input_nodes}
+        if shapes != {reader.shape(call.node)}:
+            call.refuse("it adds layers of different shapes, one of which is repeated")
         return reader.total((left, right), call.node)
     return reader.refuse(call.node, "a product of two layers is not Gaussian")
 
@@ -91,5 +99,21 @@ def _require_sole_user(call: Call) -> None:
     Raises:
         ModelError: if somebody else reads it.
     """
-    if len(call.first.users) > 1:
-        call.refuse("it writes into a tensor that is used elsewhere, too: use the form that is not in place")
+    node: fx.Node = call.first
+    while True:
+        if isinstance(call.reader.values[node], Known):
+            call.refuse("it writes into its inputs: use the form that is not in place")
+        if len(node.users) > 1:
+            call.refuse("it writes into a tensor that is used elsewhere, too: use the form that is not in place")
+        if not _shares_memory(call, node):
+            return
+        node = node.all_input_nodes[0]
+
+
+def _shares_memory(call: Call, node: fx.Node) -> bool:
+    """Whether a node may give the memory of its input under another name."""
+    if node.op == "call_module":
+        module = call.reader.modules[str(node.target)]
+        return isinstance(module, (nn.Identity, nn.Flatten, *pointwise.DROPOUTS)) or getattr(module, "inplace", False)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op.startswith("call") and (name in _VIEWS or name.endswith("_"))

@@ -141,4 +141,4 @@ def concatenated(call: Call) -> Field:
     step = Mixture(tuple(f.step for f in fields), call.node.name, shares)
     number = reader.add(step, reader.positions[first.step])
     roots = frozenset().union(*(f.roots for f in fields))
-    return Field(number, first.channel, roots, gaussian=False, centred=all(f.centred for f in fields))
+    return Field(number, first.channel, roots, gaussian=False, centred=all(f.centred for f in fields), mixed=True)

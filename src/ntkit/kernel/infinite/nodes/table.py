@@ -57,6 +57,10 @@ def read(reader: Reader, node: fx.Node) -> Value:
     if _is_plain(result):
         return Plain(result)  # a shape, a number of dimensions, or arithmetic with such
     if all(isinstance(v, (Known, Plain)) for v in operands) and not (module is not None and _has_parameters(module)):
+        if operands and (
+            call.name.rstrip("_") != call.name or call.name in _IN_PLACE or getattr(module, "inplace", False)
+        ):
+            call.refuse("it writes into its inputs: use the form that is not in place")
         return Known(node)
     if operands and isinstance(operands[0], Parameter) and call.name in ("t", "T", "mT", "transpose", "getattr"):
         return weights.transposed(call)
@@ -65,6 +69,9 @@ def read(reader: Reader, node: fx.Node) -> Value:
     if handler is not None:
         return handler(call)
     return functions.elementwise(call)
+
+
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ipow"}
 
 
 def _operands(value: Any) -> Iterator[Value]:

@@ -80,12 +80,16 @@ def product(call: Call) -> Field:
 
 def sum_and_product(call: Call) -> Field:
     """`torch.addmm(b, x, w)`."""
-    bias, x, weight = call.args[:3]
+    if len(call.args) != 3 or call.keywords:
+        call.refuse("it is known without beta and alpha only")
+    bias, x, weight = call.args
     return _linear(replace(call, args=(x,)), _turned(call, weight), bias)
 
 
 def transposed(call: Call) -> Parameter:
     """A parameter with its two axes exchanged."""
+    if call.name == "getattr" and call.args[1] not in ("T", "mT"):
+        call.refuse(f"it takes {call.args[1]!r} of a parameter")
     return _turned(call, call.x)
 
 
@@ -97,16 +101,19 @@ def _turned(call: Call, value: Any) -> Parameter:
 
 def added_bias(call: Call, value: Value, parameter: Parameter) -> Field:
     """A layer plus a parameter with one number for each channel."""
-    reader, field = call.reader, call.reader.field(value, call.node)
-    ndim, shape = 2 + len(reader.positions[field.step]), tuple(parameter.tensor.shape)
-    aligned = (1,) * (ndim - len(shape)) + shape
-    if field.merged or any(size != 1 for axis, size in enumerate(aligned) if axis != field.channel):
+    reader, before = call.reader, call.reader.field(value, call.node)
+    field = reader.whole(value, call.node)
+    full, shape = reader.shape(call.node), tuple(parameter.tensor.shape)
+    aligned = (1,) * (len(full) - len(shape)) + shape
+    wanted = tuple(size if axis == field.channel else 1 for axis, size in enumerate(full))
+    if field.merged or aligned != wanted:
         call.refuse("a parameter is added that is not one number for each channel")
     reader.use(parameter.name, call.node)
     std = reader.law.bias(parameter.name, parameter.tensor, 1)
     gain = reader.law.parametrization.gains(0.0, std, 1)[1] if parameter.name in reader.trained else 0.0
     number = reader.add(Bias((field.step,), call.node.name, std, gain), reader.positions[field.step])
-    return changed(field, number, roots=field.roots | {number})
+    entangled = before.scale is not None or before.entangled
+    return changed(field, number, roots=field.roots | {number}, entangled=entangled)
 
 
 def _linear(call: Call, weight: Any, bias: Any) -> Field:
@@ -176,6 +183,8 @@ def _conv(
             call.refuse(
                 "a depthwise convolution sees one channel, however wide the network: its units are not Gaussian"
             )
+        if groups > 1 and field.mixed:
+            call.refuse("groups behind a concatenation hold channels of different kinds")
         source = field.step
     windows = _windows(reader.positions[source], sizes, stride, padding, dilation, mode)
     return _weights(call, layer, source, windows, 1)
