@@ -175,6 +175,28 @@ def test_pipeline_grid_search_clone_and_pickle():
     assert clone(NTKClassifier(FullyConnected(2), head=SVM(3.0))).head == SVM(3.0)
 
 
+def test_the_C_of_the_head_can_be_searched():
+    given = SVM()
+    machine = NTKClassifier(FullyConnected(2), head=given)
+    found = GridSearchCV(machine, {"head__C": [1e-4, 10.0]}, cv=3, error_score="raise").fit(X, LABELS)
+    expected = [cross_val_score(NTKClassifier(FullyConnected(2), head=SVM(c)), X, LABELS, cv=3) for c in (1e-4, 10.0)]
+    np.testing.assert_allclose(found.cv_results_["mean_test_score"], np.mean(expected, axis=1))
+    assert found.best_params_ == {"head__C": 10.0}
+    assert found.best_estimator_.head == SVM(10.0)
+    assert machine.head is given
+    assert given == SVM()  # heads do not change: others may hold the same one
+    steps = make_pipeline(StandardScaler(), clone(machine)).set_params(ntkclassifier__head__class_weight="balanced")
+    assert steps[-1].head == SVM(class_weight="balanced")
+    params = machine.get_params()
+    assert {name: value for name, value in params.items() if name.startswith("head__")} == {
+        "head__C": 1.0, "head__relative": True, "head__class_weight": None, "head__max_iter": -1,
+    }  # fmt: skip
+    assert not any("__" in name for name in machine.get_params(deep=False))
+    assert machine.set_params(head__C=3.0, head=SVM(2.0, relative=False), ridge=0.5).head == SVM(3.0, relative=False)
+    assert machine.ridge == 0.5
+    assert not any("__" in name for name in machine.set_params(head=None).get_params())
+
+
 # ---------------------------------------------------------------- kernel functions in the place of a network
 
 
@@ -316,6 +338,9 @@ def weighted(weights: dict[Any, float]) -> NTKClassifier:
         (lambda: SVM(class_weight="even"), "class_weight is None, 'balanced'"),
         (lambda: weighted({0: 1.0, 1: 2.0}).fit(X, LABELS), "class_weight names 0, and the classes are 'ash', 'birch'"),
         (lambda: weighted({"ash": 2.0, "elm": 1.0}).fit(X, LABELS), "class_weight names 'elm'"),
+        (lambda: NTKClassifier(RBF(), head=SVM()).set_params(head__c=1.0), "no head__c .* has C, relative, class_w"),
+        (lambda: NTKClassifier(RBF(), head=SVM()).set_params(head__C=0.0), "C is a positive number: got 0.0"),
+        (lambda: NTKClassifier(RBF()).set_params(head__C=1.0), r"head__C needs head=SVM\(\): got None"),
         (lambda: NTKClassifier(net(), head="svm").fit(X, LABELS), r"head is SVM\(C\)"),
         (lambda: NTKClassifier(net(), head=SVM(), trace=False).fit(X, LABELS), "180 rows and y 60 examples. Use trace"),
         (lambda: NTKClassifier(net(), head=SVM(), around_model=True).fit(X, LABELS), "leave around_model off"),

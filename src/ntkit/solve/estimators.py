@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import numpy as np
@@ -315,7 +315,7 @@ class NTKRegressor(MultiOutputMixin, RegressorMixin, _NTKEstimator):
             ModelError: if the network cannot be linearized.
             NotPositiveDefiniteError: if the ridge is too small, with one that helps.
         """
-        y = validate_data(self, "no_validation", _as_array(y), multi_output=True, y_numeric=True)
+        y = validate_data(self, "no_validation", as_array(y), multi_output=True, y_numeric=True)
         x = self._read_inputs(X, reset=True)
         self._vector = y.ndim == 1
         self._fit(x, np.asarray(y, dtype=np.float64).reshape(len(y), -1))
@@ -397,6 +397,34 @@ class NTKClassifier(ClassifierMixin, _NTKEstimator):
         self.memory = memory
         self.random_state = random_state
 
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The arguments by name; with `deep` those of an SVM too, as head__C and so on."""
+        found = super().get_params(deep=deep)
+        if deep and isinstance(self.head, SVM):
+            found |= {f"head__{part.name}": getattr(self.head, part.name) for part in fields(self.head)}
+        return found
+
+    def set_params(self, **params: Any) -> NTKClassifier:
+        """Change arguments, as in scikit-learn; head__C and the others put a new SVM in the place of the old.
+
+        Raises:
+            InputError: if the head has no such argument, or cannot have this value.
+        """
+        of_head = {name.removeprefix("head__"): params.pop(name) for name in [*params] if name.startswith("head__")}
+        super().set_params(**params)
+        if not of_head:
+            return self
+        known = [part.name for part in fields(self.head)] if isinstance(self.head, SVM) else []
+        unknown = [name for name in of_head if name not in known]
+        if unknown:
+            raise InputError(
+                f"there is no head__{unknown[0]} of head={self.head!r}: an SVM has {', '.join(known)}"
+                if known
+                else f"head__{unknown[0]} needs head=SVM(): got {self.head!r}"
+            )
+        self.head = replace(cast(SVM, self.head), **of_head)
+        return self
+
     def fit(self, X: Any, y: Any) -> NTKClassifier:
         """Compute the kernel and solve for the classes y of shape (N,).
 
@@ -407,7 +435,7 @@ class NTKClassifier(ClassifierMixin, _NTKEstimator):
             ModelError: if the network cannot be linearized.
             NotPositiveDefiniteError: if the ridge is too small, with one that helps.
         """
-        y = validate_data(self, "no_validation", _as_array(y))
+        y = validate_data(self, "no_validation", as_array(y))
         x = self._read_inputs(X, reset=True)
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
@@ -505,6 +533,6 @@ def _as_input_of(network: nn.Module, x: Any) -> Any:
     return x
 
 
-def _as_array(y: Any) -> Any:
-    """Targets that came as a tensor, as an array."""
-    return y.detach().cpu().numpy() if isinstance(y, Tensor) else y
+def as_array(values: Any) -> Any:
+    """What came as a tensor, as an array."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values

@@ -18,11 +18,10 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import BaseCrossValidator, StratifiedKFold
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
-from torch import Tensor
 
 from ntkit.errors import InputError
 from ntkit.kernel.fully_connected import FullyConnected, family
-from ntkit.solve.estimators import NTKClassifier
+from ntkit.solve.estimators import NTKClassifier, as_array
 from ntkit.solve.svm import DEFAULT_CS, SVM, search
 
 Split = tuple[np.ndarray, np.ndarray]
@@ -85,7 +84,7 @@ class NTKSVMSearch(ClassifierMixin, BaseEstimator):
         Raises:
             InputError: if an argument cannot be used, or there is one class only.
         """
-        X, y = validate_data(self, _as_array(X), _as_array(y), dtype=np.float64)
+        X, y = validate_data(self, as_array(X), as_array(y), dtype=np.float64)
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
@@ -124,7 +123,7 @@ class NTKSVMSearch(ClassifierMixin, BaseEstimator):
 
     def _read(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        return np.asarray(validate_data(self, _as_array(X), reset=False, dtype=np.float64))
+        return np.asarray(validate_data(self, as_array(X), reset=False, dtype=np.float64))
 
 
 def held_out(
@@ -167,8 +166,3 @@ def held_out(
     if any(int(part.max()) >= len(codes) or int(part.min()) < 0 for part in parts):
         raise InputError(f"a split of cv names an example that is not there: there are {len(codes)}")
     return splits
-
-
-def _as_array(values: Any) -> Any:
-    """What came as a tensor, as an array."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
