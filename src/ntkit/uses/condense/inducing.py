@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,8 @@ class Inducing:
         batch: targets of one step, class-balanced; all there are where there are fewer.
         learn_labels: whether the targets of the support set move as well.
         ridge: in units of the mean diagonal entry of K_ss.
-        augment: what is done to every batch of targets, in this order.
-        record: steps that are recorded besides 0, 1, 2, 4, ... and the last.
+        augment: what is done to every batch of targets, in this order; a sequence.
+        record: steps that are recorded besides 0, 1, 2, 4, ... and the last; none beyond it.
         patience: with examples held out, end after so many recorded steps without a better accuracy on them, and give
             back the best; None to watch only.
     """
@@ -50,7 +51,7 @@ class Inducing:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check the numbers and the changes.
 
         Raises:
             InputError: if one cannot be used.
@@ -61,11 +62,21 @@ class Inducing:
         if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
             raise InputError(f"learning_rate is a positive number: got {self.learning_rate}")
         checked_ridge(self.ridge)
+        if not isinstance(self.augment, Sequence) or not all(
+            isinstance(change, Augmentation) for change in self.augment
+        ):
+            raise InputError(f"augment is a sequence of changes, such as (Flip(), Shift(2)): got {self.augment!r}")
+        steps = tuple(self.record) if isinstance(self.record, Iterable) else ()
+        whole = all(isinstance(step, Integral) and not isinstance(step, bool) for step in steps)
+        if not isinstance(self.record, Iterable) or not whole or not all(0 <= step <= self.steps for step in steps):
+            raise InputError(f"record is a list of steps, whole numbers from 0 to {self.steps}: got {self.record!r}")
+        # of numpy's integers as well, which no state on disk can be named by
+        object.__setattr__(self, "record", tuple(int(step) for step in steps))
 
     def recorded(self) -> tuple[int, ...]:
         """The steps at which the points are looked at and written down."""
         powers = [0, *(2**k for k in range(self.steps.bit_length()) if 2**k < self.steps), self.steps]
-        return tuple(sorted({*powers, *(step for step in self.record if 0 <= step <= self.steps)}))
+        return tuple(sorted({*powers, *self.record}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +129,14 @@ def kernel_inducing_points(
 
     Raises:
         InputError: if anything does not fit; nothing has been computed then.
-        ModelError: if the kernel carries no gradients to the points, or the loss is no longer finite.
+        ModelError: if the kernel carries no gradients to the points (nothing has been computed then), or the loss is no
+            longer finite.
         NotPositiveDefiniteError: if K_ss + lambda I becomes singular in float64.
         StoreError: if the folder holds a run of something else.
     """
     own = settings or Inducing()
+    if not isinstance(generator, torch.Generator):
+        raise InputError(f"generator is a torch.Generator, torch.Generator().manual_seed(0): got {generator!r}")
     targets = Labelled.of(data, classes=start.classes)
     rows = targets.rows()
     seen = None if held_out is None else Labelled.of(held_out, classes=start.classes, named="the examples held out")
@@ -134,6 +148,7 @@ def kernel_inducing_points(
             )
     if own.patience is not None and seen is None:
         raise InputError("patience asks for examples held out: give held_out=(x, labels)")
+    _try(kernel, start, targets, own, generator)
 
     x, y = (t.detach().clone() for t in (start.x, start.y))
     moved = [x.requires_grad_(), y.requires_grad_()] if own.learn_labels else [x.requires_grad_()]
@@ -175,6 +190,48 @@ def kernel_inducing_points(
     return Condensed(best[1], start, best[0], tuple(course.records), course.step < own.steps)
 
 
+def _try(kernel: KernelFunction, start: Support, targets: Labelled, own: Inducing, generator: torch.Generator) -> None:
+    """A step with two points and two targets, so that what cannot be done is said before a folder is made.
+
+    The generator stays where it is.
+
+    Raises:
+        InputError: if the targets cannot be augmented, or the kernel is of another shape.
+        ModelError: if the kernel carries no gradients to the points.
+    """
+    spare = torch.Generator(generator.device)
+    spare.set_state(generator.get_state())
+    batch = targets.x[:2]
+    for change in own.augment:
+        changed = change(batch, spare)
+        if changed.shape != batch.shape:
+            raise InputError(
+                f"augmentation keeps the shape of examples: {change!r} makes {tuple(changed.shape)} of "
+                f"{tuple(batch.shape)}"
+            )
+        batch = changed
+    x = start.x[:2].detach().clone()
+    with torch.no_grad():
+        regularised(kernel, x, own.ridge)  # these two refuse what is of another shape
+        block(kernel, batch, x)
+    x.requires_grad_()
+    try:
+        found = regularised(kernel, x, own.ridge)[0], block(kernel, batch, x)
+    except InputError as error:  # some kernels say so themselves
+        raise ModelError(_without_gradients(kernel)) from error
+    for entries in found:
+        # a kernel may have gradients to parameters of its own alone
+        if not entries.requires_grad or torch.autograd.grad(entries.sum(), x, allow_unused=True)[0] is None:
+            raise ModelError(_without_gradients(kernel))
+
+
+def _without_gradients(kernel: KernelFunction) -> str:
+    return (
+        f"the kernel carries no gradients to its examples: {type(kernel).__name__} is not differentiable. Take an "
+        "infinite-width kernel, RBF, or GradientFeatures of a network"
+    )
+
+
 def kip_gradient(
     kernel: KernelFunction, x: Tensor, y: Tensor, batch: Labelled, *, ridge: float = RIDGE, memory: int | None = None
 ) -> float:
@@ -185,10 +242,7 @@ def kip_gradient(
     """
     matrix, absolute = regularised(kernel, x, ridge)
     if not matrix.requires_grad:
-        raise ModelError(
-            f"the kernel carries no gradients to its examples: {type(kernel).__name__} is not differentiable. Take an "
-            "infinite-width kernel, RBF, or GradientFeatures of a network"
-        )
+        raise ModelError(_without_gradients(kernel))
     coefficients = torch.cholesky_solve(y, lower(matrix, absolute))
     held = coefficients.detach().requires_grad_()
     total, scale = 0.0, 1 / (2 * len(batch.x) * batch.classes)
