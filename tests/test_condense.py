@@ -560,6 +560,37 @@ def test_a_network_learns_from_the_points() -> None:
     assert not few.model.training
 
 
+def test_dropout_is_drawn_from_the_generator() -> None:
+    data = clouds(30)
+    support = condense.random_support(data, 1, generator=seeded(4))
+
+    def train(seed: int, elsewhere: int) -> condense.Transferred:
+        torch.manual_seed(elsewhere)
+        state = torch.random.get_rng_state()
+        found = condense.train_network(
+            lambda: nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, C)), support, data,
+            generator=seeded(seed), training=condense.Training(steps=20),
+        )  # fmt: skip
+        assert torch.equal(torch.random.get_rng_state(), state)
+        return found
+
+    with torch.random.fork_rng(devices=[]):
+        first, again, other = train(1, 0), train(1, 7), train(2, 0)
+    assert first.loss == again.loss
+    assert first.loss != other.loss
+
+
+def test_training_takes_numbers_it_can_use() -> None:
+    for settings, words in (
+        ({"steps": 1.5}, "steps is a whole number, 1 or more: got 1.5"), ({"steps": True}, "steps is a whole"),
+        ({"batch": 0}, "batch is a whole number"), ({"learning_rate": math.inf}, "learning_rate is positive and finite"),
+        ({"learning_rate": math.nan}, "learning_rate is positive"), ({"learning_rate": 0}, "learning_rate is positive"),
+        ({"momentum": -0.1}, "momentum is a finite number"), ({"decay": math.inf}, "decay is a finite number"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            condense.Training(**settings)
+
+
 def test_decay_and_momentum_are_those_of_sgd() -> None:
     """Three steps of one linear layer on two points, by hand: v = m v + g + d w; w -= r v."""
     support = condense.Support(torch.eye(2, dtype=torch.float64), torch.tensor([[1.0, -1.0], [0.0, 2.0]]).double())
@@ -656,6 +687,89 @@ def test_what_cannot_be_used_is_refused_in_words() -> None:
         condense.Standardised.fit(torch.ones(5, 1, 2, 2))
     with pytest.raises(InputError, match="regularisation is a positive"):
         condense.ZCA.fit(images(5), regularisation=0)
+
+
+class OwnGradients(KernelFunction):
+    """Gradients to a parameter, none to the examples."""
+
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def __call__(self, x1: Any, x2: Any = None) -> Kernel:
+        return DenseKernel(self.scale * KERNEL(x1, x2).dense().detach(), symmetric=x2 is None)
+
+
+class Cropped(condense.Augmentation):
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return x[:, 1:]
+
+
+def test_what_is_refused_has_made_no_folder(tmp_path: Path) -> None:
+    data = clouds(30)
+    start = condense.random_support(data, 1, generator=seeded())
+    generator = seeded(1)
+    empirical = Empirical(ntkit.linearize(nn.Linear(4, 1).double()))
+
+    def kip(kernel: KernelFunction, *augment: condense.Augmentation) -> condense.Condensed:
+        return condense.kernel_inducing_points(
+            kernel, start, data, generator=generator, folder=tmp_path / "run", held_out=data,
+            settings=condense.Inducing(steps=3, batch=12, augment=augment),
+        )  # fmt: skip
+
+    for kernel in (empirical, Constant(), OwnGradients()):
+        with pytest.raises(ModelError, match=f"{type(kernel).__name__} is not differentiable"):
+            kip(kernel)
+    with pytest.raises(InputError, match="images to augment are"):
+        kip(KERNEL, condense.Flip())
+    with pytest.raises(InputError, match=r"keeps the shape of examples: .* makes \(2, 3\) of \(2, 4\)"):
+        kip(KERNEL, Cropped())
+    assert not (tmp_path / "run").exists()
+    assert torch.equal(generator.get_state(), seeded(1).get_state())
+    kip(KERNEL)  # corrected, in the same folder
+    assert (tmp_path / "run" / "state.safetensors").exists()
+
+
+def test_trying_augmentation_draws_no_random_numbers() -> None:
+    """The first batch that is changed is drawn from the generator as it was given."""
+    states = []
+
+    class Watched(condense.Augmentation):
+        def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+            states.append((len(x), generator.get_state()))
+            return x + 0 * torch.rand(len(x), 1, generator=generator)
+
+    data = clouds(30)
+    start = condense.random_support(data, 1, generator=seeded())
+    settings = condense.Inducing(steps=1, batch=12, augment=(Watched(),))
+    condense.kernel_inducing_points(KERNEL, start, data, generator=seeded(1), settings=settings)
+    expected = seeded(1)
+    balanced(Labelled.of(data).rows(), 12, expected)
+    assert [size for size, _ in states] == [2, 12]
+    assert torch.equal(states[1][1], expected.get_state())
+
+
+def test_steps_to_record_are_whole_numbers_of_any_kind(tmp_path: Path) -> None:
+    data = clouds(30)
+    start = condense.random_support(data, 1, generator=seeded())
+    for record in ([np.int64(3), np.int64(5)], np.array([3, 5]), range(3, 6, 2), (3, 5)):
+        settings = condense.Inducing(steps=6, batch=12, record=record)  # pyright: ignore[reportArgumentType]
+        assert [*map(type, settings.recorded())] == [int] * 7
+        found = condense.kernel_inducing_points(
+            KERNEL, start, data, generator=seeded(1), settings=settings, folder=tmp_path / "one"
+        )  # the same run in all four ways
+        assert [seen.step for seen in found.records] == [0, 1, 2, 3, 4, 5, 6]
+    for record in ([7], [-1], [1.0], [True], 3, ["3"]):
+        with pytest.raises(InputError, match="record is a list of steps, whole numbers from 0 to 6"):
+            condense.Inducing(steps=6, record=record)  # pyright: ignore[reportArgumentType]
+
+
+def test_changes_and_the_generator_are_what_they_are_called() -> None:
+    for augment in (condense.Flip(), (condense.Flip,), "flip", None):
+        with pytest.raises(InputError, match="augment is a sequence of changes"):
+            condense.Inducing(augment=augment)  # pyright: ignore[reportArgumentType]
+    data = clouds(30)
+    start = condense.random_support(data, 1, generator=seeded())
+    with pytest.raises(InputError, match=r"generator is a torch\.Generator"):
+        condense.kernel_inducing_points(KERNEL, start, data, generator=None)  # pyright: ignore[reportArgumentType]
 
 
 def test_what_is_no_support_set_is_not_read(tmp_path: Path) -> None:

@@ -37,11 +37,14 @@ class Training:
         Raises:
             InputError: if one cannot be used.
         """
-        if self.steps < 1 or self.batch < 1 or not self.learning_rate > 0:
-            raise InputError(
-                f"steps and batch are 1 or more, learning_rate is positive: got {self.steps}, {self.batch}, "
-                f"{self.learning_rate}"
-            )
+        for name, value in (("steps", self.steps), ("batch", self.batch)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is a whole number, 1 or more: got {value!r}")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"learning_rate is positive and finite: got {self.learning_rate}")
+        for name, value in (("momentum", self.momentum), ("decay", self.decay)):
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name} is a finite number, 0 or more: got {value}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +78,11 @@ def train_network(
     """Train a network on the targets of a support set by least squares, and test it.
 
     Args:
-        make: gives a network whose output is (n, C). It is called with torch's global generator seeded from
-            `generator`, and that generator is put back.
+        make: gives a network whose output is (n, C). It is called, and trained, with torch's global generator (of
+            dropout) seeded from `generator`; that generator is put back.
         support: what is trained on.
         test: examples (N, ...) and class numbers (N,).
-        generator: of the weights and of the order.
+        generator: of the weights, of the order, and of what the network draws.
         training: see `Training`.
         progress: is told (steps done, in all).
 
@@ -89,27 +92,15 @@ def train_network(
     """
     own = training or Training()
     found = Labelled.of(test, classes=support.classes, named="the test examples")
-    with torch.random.fork_rng(devices=[]):
+    # what makes the weights, and dropout, draw from the global generators, whose seeds are set together
+    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(torch.randint(2**31 - 1, (), generator=generator)))
         model = make()
-    dtype = next(model.parameters()).dtype
-    x, y = support.x.to(dtype), support.y.to(dtype)
-    with torch.no_grad():
-        shape = tuple(model.train()(x[:2]).shape)
-    if shape != (len(x[:2]), support.classes):
-        raise ModelError(f"the network gives (n, {support.classes}), one output for each class: got {shape}")
-    optimizer = torch.optim.SGD(model.parameters(), own.learning_rate, own.momentum, weight_decay=own.decay)
-    for step in range(own.steps):
-        chosen = slice(None)
-        if len(x) > own.batch:
-            chosen = torch.randperm(len(x), generator=generator)[: own.batch]
-        loss = _loss(model(x[chosen]), y[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if progress is not None:
-            progress(step + 1, own.steps)
-    optimizer.zero_grad(set_to_none=True)
+        dtype = next(model.parameters()).dtype
+        x, y = support.x.to(dtype), support.y.to(dtype)
+        _train(model, x, y, own, generator, progress)
+    model.zero_grad(set_to_none=True)
     model.eval()
     with torch.no_grad():
         said = torch.cat([model(part.to(dtype)) for part in found.x.split(1000)]).double()
@@ -124,6 +115,31 @@ def train_network(
         loss=float(_loss(said, centred(found.labels, found.classes))) / found.classes,
         train_loss=float(_loss(kept, support.y.double())) / support.classes,
     )
+
+
+def _train(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    own: Training,
+    generator: torch.Generator,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    with torch.no_grad():
+        shape = tuple(model.train()(x[:2]).shape)
+    if shape != (len(x[:2]), y.shape[1]):
+        raise ModelError(f"the network gives (n, {y.shape[1]}), one output for each class: got {shape}")
+    optimizer = torch.optim.SGD(model.parameters(), own.learning_rate, own.momentum, weight_decay=own.decay)
+    for step in range(own.steps):
+        chosen = slice(None)
+        if len(x) > own.batch:
+            chosen = torch.randperm(len(x), generator=generator)[: own.batch]
+        loss = _loss(model(x[chosen]), y[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if progress is not None:
+            progress(step + 1, own.steps)
 
 
 def _loss(said: Tensor, wanted: Tensor) -> Tensor:
