@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -574,6 +575,75 @@ def test_runs_of_something_else_are_refused(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=message):
             twosample.power_curve(lambda *_: (X, Y), **{**arguments, "path": tmp_path / name})
         assert (tmp_path / name).read_bytes() == before
+
+
+def shifted(shift: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda _, generator: (X, X + shift * torch.rand(1, generator=generator))
+
+
+def constant(pvalue: float) -> Callable[..., float]:
+    return lambda *_: pvalue
+
+
+def test_runs_of_other_code_are_refused_unless_it_is_said_what_they_are(tmp_path: Path) -> None:
+    from ntkit.errors import StoreError
+
+    path, points = tmp_path / "runs.jsonl", ["a"]
+
+    def again(draw: Any, tests: Any, **more: Any) -> list[float]:
+        curve = twosample.power_curve(draw, tests, points, runs=2, path=path, **more)
+        return [float(found[0, 0]) for found in curve.pvalues.values()]
+
+    assert again(shifted(1.0), {"one": constant(0.5)}) == [0.5]
+    assert again(shifted(1.0), {"one": constant(0.5), "two": constant(0.25)}) == [0.5, 0.25]
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="draw differ"):
+        again(shifted(2.0), {"one": constant(0.5)})
+    for name in ("one", "two"):  # a test that came later, too
+        with pytest.raises(StoreError, match=f"other code under the name {name}: "):
+            again(shifted(1.0), {name: constant(0.125)})
+        with pytest.raises(StoreError, match="other code"):
+            again(shifted(1.0), {name: uniform})
+    assert path.read_bytes() == before
+    assert again(shifted(2.0), {"one": constant(0.125)}, about={}) == [0.5]
+    # a file of an older version does not say it
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    del lines[0]["draw"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines if "code" not in line))
+    assert again(shifted(2.0), {"one": constant(0.125), "three": constant(1.0)}) == [0.5, 1.0]
+    with pytest.raises(StoreError, match="under the name three"):
+        again(shifted(2.0), {"three": constant(0.0)})
+
+
+def test_a_test_called_draw_has_random_numbers_of_its_own() -> None:
+    """The others keep those that they have always had: files of runs go on."""
+    seen: dict[str, float] = {}
+
+    def noted(name: str) -> Callable[..., Any]:
+        def note(*given: Any) -> Any:
+            seen[name] = float(torch.rand(1, generator=given[-1], dtype=torch.float64))
+            return (X, Y) if name == "data" else 0.5
+
+        return note
+
+    twosample.power_curve(noted("data"), {"draw": noted("draw"), "RBF": noted("RBF")}, ["a"], runs=1)
+    assert len(set(seen.values())) == 3
+    for name, key in (("data", "draw"), ("RBF", "RBF")):
+        number = int.from_bytes(hashlib.sha256(json.dumps([0, "a", 0, key]).encode()).digest()[:8], "big") >> 1
+        assert seen[name] == float(torch.rand(1, generator=drawn(number), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("pvalue", [math.nan, 1.5, -0.1])
+def test_what_is_no_pvalue_is_refused(tmp_path: Path, pvalue: float) -> None:
+    from ntkit.errors import StoreError
+
+    path = tmp_path / "runs.jsonl"
+    with pytest.raises(InputError, match=f"'odd' gave p = {pvalue} at 0.0, run 0"):
+        twosample.power_curve(gaussian, {"odd": constant(pvalue)}, [0.0], runs=2, path=path, about={})
+    with path.open("a") as file:  # kept when it was not
+        file.write(json.dumps({"point": 0.0, "run": 0, "found": {"odd": [pvalue, 0.1]}}) + "\n")
+    with pytest.raises(StoreError, match="no p-value in line 2"):
+        twosample.power_curve(gaussian, {"odd": constant(pvalue)}, [0.0], runs=2, path=path, about={})
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 
 from ntkit.errors import InputError, StoreError
 from ntkit.tangent.examples import Examples
+from ntkit.tangent.identity import describe, digest
 from ntkit.uses.twosample.result import TestResult
 from ntkit.uses.twosample.samples import check_level
 
@@ -131,18 +132,25 @@ def power_curve(
         runs: at each point.
         seed: of everything.
         path: a file of finished runs, one a line; the same call goes on there after a kill. None keeps nothing.
-        about: what `draw` and the tests are, in plain words and numbers: a file of something else is refused.
+        about: what `draw` and the tests are, in plain words and numbers: a file of something else is refused. By
+            default that is their code, what it names and the values they carry (`ntkit.tangent.identity`); a file that
+            does not say it, as of older versions, is taken to be right.
         progress: called with (runs done, runs in all).
 
     Raises:
-        InputError: if an argument cannot be used.
+        InputError: if an argument cannot be used, or a test gives what is no p-value; finished runs are kept.
         StoreError: if the file is of other runs, damaged, or cannot be written.
     """
     if not isinstance(runs, int) or runs < 1:
         raise InputError(f"runs is a positive whole number: got {runs!r}")
     if not tests or not points or len(set(points)) < len(points):
         raise InputError("a power curve needs one test and one point at least, every point once")
-    journal = _Journal(path, {"version": VERSION, "seed": seed, "about": dict(about or {})})
+    head = {"version": VERSION, "seed": seed, "about": dict(about or {})}
+    code: dict[str, str] = {}
+    if path is not None and about is None:
+        head["draw"] = _code(draw)
+        code = {name: _code(test) for name, test in tests.items()}
+    journal = _Journal(path, head, code)
     wanted = [(point, run) for point in points for run in range(runs)]
     for done, (point, run) in enumerate(wanted):
         missing = [name for name in tests if name not in journal.runs.get((point, run), {})]
@@ -151,8 +159,10 @@ def power_curve(
             found = {}
             for name in missing:
                 start = time.perf_counter()
-                result = tests[name](x, y, _generator(seed, point, run, name))
+                result = tests[name](x, y, _generator(seed, point, run, *_stream(name)))
                 pvalue = result.pvalue if isinstance(result, TestResult) else float(result)
+                if not 0 <= pvalue <= 1:
+                    raise InputError(f"the test {name!r} gave p = {pvalue} at {point!r}, run {run}: not from 0 to 1")
                 found[name] = [pvalue, round(time.perf_counter() - start, 6)]
             journal.add(point, run, found)
         if progress is not None:
@@ -164,6 +174,15 @@ def power_curve(
     )  # fmt: skip
 
 
+def _code(function: Any) -> str:
+    return digest([describe(function)])[:16]
+
+
+def _stream(name: str) -> tuple[str, ...]:
+    """What tells the generator of a test from the others; "draw" is what that of the data is called."""
+    return (name, "test") if name == "draw" else (name,)
+
+
 def _generator(*key: Any) -> torch.Generator:
     """A generator of its own for everything that has a name."""
     number = hashlib.sha256(json.dumps(key).encode()).digest()[:8]
@@ -173,30 +192,46 @@ def _generator(*key: Any) -> torch.Generator:
 class _Journal:
     """Finished runs, in memory and as lines of a file."""
 
-    def __init__(self, path: str | os.PathLike[str] | None, head: dict[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, head: dict[str, Any], code: dict[str, str]) -> None:
         """Read what is there. A last line that a kill has cut is left out, and written again.
+
+        Args:
+            path: of the file, or None.
+            head: its first line.
+            code: what each test does; empty if that is not to be compared.
 
         Raises:
             StoreError: if the file is not of these runs; it is left as it is then.
         """
         self.path = None if path is None else Path(path)
         self.runs: dict[tuple[Point, int], dict[str, list[float]]] = {}
+        self.code: dict[str, str] = {}
         if self.path is None:
             return
         head = json.loads(json.dumps(head))
         try:
             content = self.path.read_bytes() if self.path.exists() else b""
-            if b"\n" not in content:
-                if not (json.dumps(head) + "\n").encode().startswith(content):
-                    raise StoreError(f"{self.path} is not a file of runs: name another")
-                self.path.write_text(json.dumps(head) + "\n", encoding="utf-8")
-                return
             whole = content[: content.rfind(b"\n") + 1]
-            self._read(whole, head)
-            if whole != content:
+            if whole:
+                self._read(whole, head)
+            elif not (json.dumps(head) + "\n").encode().startswith(content):
+                raise StoreError(f"{self.path} is not a file of runs: name another")
+            changed = [name for name in code if self.code.get(name, code[name]) != code[name]]
+            if changed:
+                raise StoreError(
+                    f"{self.path} holds runs of other code under the name {', '.join(changed)}: name another file. If "
+                    "it computes the same, about={} goes on"
+                )
+            if not whole:
+                self.path.write_text(json.dumps(head) + "\n", encoding="utf-8")
+            elif whole != content:
                 os.truncate(self.path, len(whole))
         except OSError as error:
             raise StoreError(f"{self.path} cannot be used ({error})") from error
+        known = self.code.keys() | {name for found in self.runs.values() for name in found}
+        new = {name: words for name, words in code.items() if name not in known}
+        if new:
+            self._write({"code": new})
 
     def _read(self, content: bytes, head: dict[str, Any]) -> None:
         """Take in whole lines.
@@ -208,23 +243,32 @@ class _Journal:
         theirs = _parsed(first)
         if theirs is None or "about" not in theirs:
             raise StoreError(f"{self.path} is not a file of runs: name another")
-        if theirs != head:
-            parts = [key for key in head if theirs.get(key) != head[key]]
+        theirs = {"draw": head.get("draw"), **theirs}  # older files do not say it
+        parts = [key for key in head if theirs.get(key) != head[key]]
+        if parts:
             raise StoreError(f"{self.path} holds runs of something else, {', '.join(parts)} differ: name another file")
         for number, text in enumerate(lines, 2):
             line = _parsed(text)
+            if line is not None and line.keys() == {"code"}:
+                self.code.update(line["code"])
+                continue
             if line is None or not line.keys() >= {"point", "run", "found"}:
                 raise StoreError(f"{self.path} is damaged in line {number}: delete that line, or the file")
+            if not all(0 <= pvalue <= 1 for pvalue, _ in line["found"].values()):
+                raise StoreError(f"{self.path} holds what is no p-value in line {number}: delete that line")
             self.runs.setdefault((line["point"], line["run"]), {}).update(line["found"])
 
     def add(self, point: Point, run: int, found: dict[str, list[float]]) -> None:
         """Keep a run; it is on disk when this returns."""
         self.runs.setdefault((point, run), {}).update(found)
-        if self.path is None:
-            return
+        if self.path is not None:
+            self._write({"point": point, "run": run, "found": found})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        assert self.path is not None
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"point": point, "run": run, "found": found}) + "\n")
+                file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise StoreError(f"{self.path} cannot be written ({error}). What was finished before is kept") from error
 
