@@ -583,7 +583,7 @@ def test_dropout_is_drawn_from_the_generator() -> None:
 def test_training_takes_numbers_it_can_use() -> None:
     for settings, words in (
         ({"steps": 1.5}, "steps is a whole number, 1 or more: got 1.5"), ({"steps": True}, "steps is a whole"),
-        ({"batch": 0}, "batch is a whole number"), ({"learning_rate": math.inf}, "learning_rate is positive and finite"),
+        ({"batch": 0}, "batch is a whole"), ({"learning_rate": math.inf}, "learning_rate is positive and finite"),
         ({"learning_rate": math.nan}, "learning_rate is positive"), ({"learning_rate": 0}, "learning_rate is positive"),
         ({"momentum": -0.1}, "momentum is a finite number"), ({"decay": math.inf}, "decay is a finite number"),
     ):  # fmt: skip
