@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import ntkit
 from ntkit.errors import InputError
 from ntkit.kernel.closed import RBF, DotProduct
+from ntkit.kernel.explicit import FeatureFunction, RandomFourier
 from ntkit.kernel.fully_connected import FullyConnected
 from ntkit.kernel.function import Empirical, KernelFunction
 
@@ -93,6 +94,25 @@ def test_sums_products_and_multiples_are_entry_by_entry(n: int, m: int, factor: 
         (np.float64(0.5) * RBF1, 0.5 * rbf), (RBF1 * CUBIC * RBF1 + 2 * CUBIC, rbf * cubic * rbf + 2 * cubic),
     ):  # fmt: skip
         np.testing.assert_allclose(k(x, y).dense(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_sums_of_lists_quotients_and_powers() -> None:
+    a, b = RBF1(X, Y).dense(), CUBIC(X, Y).dense()
+    torch.testing.assert_close(sum([RBF1, CUBIC, RBF1])(X, Y).dense(), 2 * a + b)
+    assert 0 + RBF1 is RBF1
+    torch.testing.assert_close((CUBIC / 4)(X, Y).dense(), b / 4)
+    torch.testing.assert_close((CUBIC / np.float64(0.3)).diagonal(X), CUBIC.diagonal(X) / 0.3)
+    assert CUBIC**1 is CUBIC
+    for power in (2, 3, np.int64(5), 8):
+        torch.testing.assert_close((CUBIC**power)(X, Y).dense(), b ** int(power))
+        torch.testing.assert_close((CUBIC**power).diagonal(X), CUBIC.diagonal(X) ** int(power))
+
+
+def test_features_stay_at_hand_in_sums_and_quotients() -> None:
+    phi = RandomFourier(RBF1, 8, generator=torch.Generator().manual_seed(0))
+    for made, expected in ((sum([phi, phi]), 2 * phi), (phi / 4, 0.25 * phi)):
+        assert isinstance(made, FeatureFunction)
+        torch.testing.assert_close(made(X, Y).dense(), expected(X, Y).dense())
 
 
 def test_matrices_multiply_too() -> None:
@@ -215,6 +235,21 @@ def test_refusals() -> None:
     for operation in (lambda: RBF1 + 1.0, lambda: RBF1 * "2", lambda: RBF1 * True, lambda: "2" * RBF1):
         with pytest.raises(TypeError):
             operation()
+    for operation in (
+        lambda: 1.0 + RBF1,
+        lambda: False + RBF1,
+        lambda: RBF1 / "2",
+        lambda: RBF1**0.5,
+        lambda: 2 / RBF1,
+    ):
+        with pytest.raises(TypeError):
+            operation()
+    for divisor in (0, -2.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="divided by a number"):
+            RBF1 / divisor
+    for power in (0, -1):
+        with pytest.raises(InputError, match=f"needs 1 or more: got {power}"):
+            RBF1**power
     with pytest.raises(InputError, match=r"cannot add kernels .* \(14, 14\) and \(7, 7\), with 2 and 1 rows"):
         (SEVERAL + RBF1)(X)
     with pytest.raises(InputError, match="cannot multiply kernels"):

@@ -8,6 +8,7 @@ What needs kernels between samples that are not known yet (a classifier on new p
 support points that move) takes one of these. New ones are made of old ones:
 
     k + other, 2.0 * k, k * other     # other features beside these, longer ones, all products of two
+    sum([k, other]), k / 2.0, k**2    # the same in other words
     k.normalised(), k.centred(on=x)   # features of length one, features less their mean over x
 
 and by conditioning on data (`ntkit.solve.conditioned`) and approximation (`ntkit.kernel.explicit`).
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -65,6 +66,27 @@ class KernelFunction(ABC):
     def __rmul__(self, factor: float) -> KernelFunction:
         """A number times the kernel."""
         return self * factor
+
+    def __radd__(self, other: float) -> KernelFunction:
+        """0 plus the kernel is the kernel, so that `sum` adds several."""
+        return self if is_number(other) and other == 0 else NotImplemented
+
+    def __truediv__(self, divisor: float) -> KernelFunction:
+        """The kernel divided by a positive number."""
+        if not is_number(divisor):
+            return NotImplemented
+        if not 0 < float(divisor) < math.inf:
+            raise InputError(f"a kernel divided by a number is one for positive numbers: got {divisor!r}")
+        return self * (1 / float(divisor))
+
+    def __pow__(self, power: int) -> KernelFunction:
+        """The product of so many copies of the kernel, a whole number from 1 on; each of them is computed."""
+        if not isinstance(power, Integral) or isinstance(power, bool):
+            return NotImplemented
+        if power < 1:
+            raise InputError(f"a kernel to the power of a whole number needs 1 or more: got {power}")
+        half = int(power) // 2
+        return self**half * self ** (int(power) - half) if half else self
 
     def normalised(self) -> KernelFunction:
         """k(x, y) / sqrt(k(x, x) k(y, y)): the cosine of the angle between features, 1 for an example with itself.
