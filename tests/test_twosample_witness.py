@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -408,6 +409,16 @@ def test_classifier_test_is_accuracy_on_the_other_half(n: int, m: int) -> None:
         assert found.power().high <= 1
     else:
         with pytest.raises(InputError, match="one size: got 20 and 30"):
+            twosample.binomial_pvalue(found)
+
+
+def test_the_binomial_pvalue_is_of_accuracies_alone() -> None:
+    x, y = normal(20, 3), normal(20, 3, seed=1)
+    for found in (
+        twosample.rbf_test(x, y, permutations=9, generator=drawn(0)),
+        twosample.witness_test(x, y, witness=twosample.KernelWitness(RBF()), permutations=9, generator=drawn(0)),
+    ):
+        with pytest.raises(InputError, match=f"result of classifier_test: got one of {re.escape(found.name)}"):
             twosample.binomial_pvalue(found)
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from ntkit.uses.twosample.statistics import Statistic
 
+ACCURACY = "accuracy of a classifier"
+
 
 def rbf_test(
     x: Tensor,
@@ -107,7 +109,7 @@ def classifier_test(
     statistic, null = (1 + found.statistic) / 2, (1 + found.null) / 2
     spread = None if found.spread is None else Spread(found.spread.linear / 4, centre=0.5)
     return TestResult(
-        statistic, permutation_pvalue(statistic, null), null, "accuracy of a classifier", found.sizes, found.witness,
+        statistic, permutation_pvalue(statistic, null), null, ACCURACY, found.sizes, found.witness,
         found.numbers, spread,
     )  # fmt: skip
 
@@ -116,8 +118,11 @@ def binomial_pvalue(result: TestResult) -> float:
     """The p-value of a `classifier_test` if each held-out example were a toss of a fair coin.
 
     Raises:
-        InputError: if the two samples are not equally large: guessing the larger one is right more often then.
+        InputError: if it is the result of another test, or the two samples are not equally large: guessing the larger
+            one is right more often then.
     """
+    if result.name != ACCURACY:
+        raise InputError(f"the binomial p-value is for a result of classifier_test: got one of {result.name}")
     n, m = result.sizes
     if n != m:
         raise InputError(f"the binomial p-value is for samples of one size: got {n} and {m}; take result.pvalue")
