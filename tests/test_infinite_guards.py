@@ -15,6 +15,14 @@ X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.fl
 ROWS = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # (N, channels, positions)
 
 
+def relu(x):
+    """Not the one of torch."""
+    return x * (x > 1)
+
+
+torch.fx.wrap("relu")
+
+
 class Net(nn.Module):
     """Layers a, b, c of five inputs and four units, a read-out, and a forward of one's own."""
 
@@ -105,6 +113,8 @@ REFUSED = {
     "one unit for all": (lambda s, x: s.a(x) + s.d(x), {}, X, "one of which is repeated"),
     "random inputs": (lambda s, x: s.a(F.dropout(x, 0.5)), {}, X, "random"),
     "data of a parameter": (lambda s, x: F.relu(F.linear(x, s.a.weight.data)), {}, X, "of a parameter"),
+    "a number of the batch": (lambda s, x: s.a(x) * x.abs().max().item(), {}, X, "makes a number of the examples"),
+    "a function of one's own": (lambda s, x: relu(s.a(x)), {}, X, "function of its own"),
     "a root": (lambda s, x: s.a(x) ** 0.5, {}, X, "not finite"),
     "dropped positions": (
         lambda s, x: s.p(s.conv(x).transpose(1, 2)).mean(1), {"p": nn.Dropout1d(0.4)}, ROWS, "not the channels",

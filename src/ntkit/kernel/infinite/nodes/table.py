@@ -54,6 +54,8 @@ def read(reader: Reader, node: fx.Node) -> Value:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     call = Call(reader, node, module, str(name), args, keywords)
     operands, result = list(_operands((args, keywords))), reader.results[node.name]
+    if call.name in ("item", "tolist") and operands:
+        call.refuse("it makes a number of the examples' values, which a graph keeps for all others")
     if _is_plain(result):
         return Plain(result)  # a shape, a number of dimensions, or arithmetic with such
     if all(isinstance(v, (Known, Plain)) for v in operands) and not (module is not None and _has_parameters(module)):
@@ -65,12 +67,17 @@ def read(reader: Reader, node: fx.Node) -> Value:
     if operands and isinstance(operands[0], Parameter) and call.name in ("t", "T", "mT", "transpose", "getattr"):
         return weights.transposed(call)
     _refuse_known(call)
+    home = getattr(node.target, "__module__", None) if node.op == "call_function" else None
+    if home is not None and home.partition(".")[0] not in _KNOWN_HOMES:
+        call.refuse(f"{home}.{call.name} is a function of its own, which is not traced")
     handler = _HANDLERS.get(type(module)) if module is not None else _FUNCTIONS.get(call.name)
     if handler is not None:
         return handler(call)
     return functions.elementwise(call)
 
 
+# Where functions come from that are known by their names.
+_KNOWN_HOMES = {"torch", "_operator", "builtins", "math"}
 _IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ipow"}
 
 
