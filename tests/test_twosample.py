@@ -24,7 +24,7 @@ from ntkit.kernel.function import Empirical, KernelFunction
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits, SumOfLogits
 from ntkit.uses import twosample
-from ntkit.uses.twosample import statistics
+from ntkit.uses.twosample import relabelling, statistics
 from ntkit.uses.twosample.relabelling import choices, permutation_pvalue, relabelings
 from ntkit.uses.twosample.result import Spread
 
@@ -74,6 +74,24 @@ def test_choices_do_not_depend_on_how_many_are_drawn_at_once() -> None:
     together, generator = choices(6, 2, 3, 50, drawn(1)), drawn(1)
     apart = torch.cat([choices(some, 2, 3, 50, generator) for some in (1, 3, 2)])
     assert torch.equal(together, apart)
+
+
+def test_choices_are_drawn_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorting takes 24 bytes for each number: never for all of them, and the choices are the same."""
+    whole = choices(3, 2, 3, 50, drawn(1))
+    order = torch.rand(3, 50, 5, generator=drawn(1), dtype=torch.float64).argsort(2)
+    assert torch.equal(whole, torch.zeros(3, 50, 5, dtype=torch.bool).scatter(2, order[..., :2], True))
+    sizes, rand = [], torch.rand
+
+    def counted(*shape: int, **options: Any) -> Tensor:
+        sizes.append(math.prod(shape))
+        return rand(*shape, **options)
+
+    monkeypatch.setattr(relabelling, "TOGETHER", 37)
+    monkeypatch.setattr(torch, "rand", counted)
+    assert torch.equal(choices(3, 2, 3, 50, drawn(1)), whole)
+    assert sum(sizes) == 3 * 50 * 5
+    assert max(sizes) <= 37
 
 
 def test_the_pvalue_counts_ties_and_itself() -> None:
