@@ -308,6 +308,25 @@ def test_folds_are_stratified_and_fit_the_smallest_sets():
     assert len(held_out(5, np.zeros((4, 1)), np.array([0, 0, 0, 1]))) == 2  # the third would train on one class
 
 
+def test_no_cv_is_five_folds_and_integers_of_numpy_are_integers():
+    expected = NTKSVMSearch((1, 2), (0.1, 1.0), cv=5).fit(X, LABELS)
+    for cv in (None, np.int64(5)):
+        found = NTKSVMSearch(np.arange(1, 3), np.array([0.1, 1.0]), cv=cv).fit(X, LABELS)
+        np.testing.assert_array_equal(found.scores_, expected.scores_)
+        assert found.best_params_ == expected.best_params_
+        assert type(found.best_params_["depth"]) is int
+    assert SVM(max_iter=np.int64(7)) == SVM(max_iter=7)
+
+
+def test_a_splitter_may_score_what_it_trained_on():
+    class Whole:
+        def split(self, x, y):
+            yield np.arange(len(x)), np.arange(len(x))
+
+    found = NTKSVMSearch((3,), (1e4,), cv=Whole(), relative=False).fit(X, LABELS)
+    assert found.best_score_ == found.classifier_.score(X, LABELS)
+
+
 def test_random_state_shuffles():
     a, b, c = (NTKSVMSearch((2,), (1.0,), random_state=seed).fit(X, CODES).best_score_ for seed in (0, 0, 1))
     assert a == b
@@ -341,6 +360,10 @@ def weighted(weights: dict[Any, float]) -> NTKClassifier:
         (lambda: NTKClassifier(RBF(), head=SVM()).set_params(head__c=1.0), "no head__c .* has C, relative, class_w"),
         (lambda: NTKClassifier(RBF(), head=SVM()).set_params(head__C=0.0), "C is a positive number: got 0.0"),
         (lambda: NTKClassifier(RBF()).set_params(head__C=1.0), r"head__C needs head=SVM\(\): got None"),
+        (lambda: SVM(max_iter="x"), "max_iter is a number of steps, 1 or more, or -1 for no limit: got 'x'"),
+        (lambda: SVM(max_iter=0), "max_iter"),
+        (lambda: SVM(max_iter=-2), "max_iter"),
+        (lambda: SVM(max_iter=True), "max_iter"),
         (lambda: NTKClassifier(net(), head="svm").fit(X, LABELS), r"head is SVM\(C\)"),
         (lambda: NTKClassifier(net(), head=SVM(), trace=False).fit(X, LABELS), "180 rows and y 60 examples. Use trace"),
         (lambda: NTKClassifier(net(), head=SVM(), around_model=True).fit(X, LABELS), "leave around_model off"),
@@ -354,6 +377,17 @@ def weighted(weights: dict[Any, float]) -> NTKClassifier:
         (lambda: NTKSVMSearch(depths=(2, 1)).fit(X, LABELS), "ascending"),
         (lambda: NTKSVMSearch(Cs=(1.0, 0.1)).fit(X, LABELS), "values of C are ascending"),
         (lambda: NTKSVMSearch(Cs=()).fit(X, LABELS), "C is a positive number: got none"),
+        (lambda: NTKSVMSearch(Cs=1.0).fit(X, LABELS), "values of C are a list of positive numbers: got 1.0"),
+        (lambda: NTKSVMSearch(Cs="1").fit(X, LABELS), "values of C are a list"),
+        (lambda: NTKSVMSearch(depths=3).fit(X, LABELS), "depths are ascending numbers .* got 3"),
+        (lambda: NTKSVMSearch(depths="123").fit(X, LABELS), "depths are ascending numbers .* got '123'"),
+        (lambda: NTKSVMSearch(depths=(1, 2.5)).fit(X, LABELS), "depths are ascending numbers"),
+        (lambda: NTKSVMSearch(cv=True).fit(X, LABELS), "cv is a number of folds"),
+        (lambda: NTKSVMSearch(cv=np.int64(1)).fit(X, LABELS), "cv is a number of folds, 2 or more"),
+        (
+            lambda: NTKSVMSearch(cv=[(range(40), range(40, 60)), (range(40), range(38, 60))]).fit(X, LABELS),
+            "2 examples both to train on and held out, such as 38",
+        ),
         (lambda: NTKSVMSearch(cv=1).fit(X, LABELS), "cv is a number of folds"),
         (lambda: NTKSVMSearch(cv=2).fit(X[:2], LABELS[:2]), "cv is a number of folds"),
         (lambda: NTKSVMSearch(cv="half").fit(X, LABELS), "cv is a number of folds, a scikit-learn splitter"),

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,12 @@ class SVM:
         """Check the numbers.
 
         Raises:
-            InputError: if C is not positive.
+            InputError: if C is not positive, or another argument cannot be used.
         """
         require_cs([self.C])
+        steps = self.max_iter
+        if not isinstance(steps, Integral) or isinstance(steps, bool) or (steps < 1 and steps != -1):
+            raise InputError(f"max_iter is a number of steps, 1 or more, or -1 for no limit: got {steps!r}")
         if self.class_weight not in (None, "balanced") and not isinstance(self.class_weight, dict):
             raise InputError(f"class_weight is None, 'balanced' or a dict: got {self.class_weight!r}")
 
@@ -218,6 +221,8 @@ def require_cs(Cs: Sequence[float]) -> tuple[float, ...]:
     Raises:
         InputError: if there are none, or one is not a positive number.
     """
+    if isinstance(Cs, str) or not isinstance(Cs, Iterable):
+        raise InputError(f"the values of C are a list of positive numbers: got {Cs!r}")
     values = list(Cs)
     if not values or any(isinstance(c, bool) or not isinstance(c, Real) or not 0 < float(c) < math.inf for c in values):
         raise InputError(f"C is a positive number: got {', '.join(map(repr, values)) or 'none'}")

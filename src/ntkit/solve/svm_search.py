@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from ntkit.errors import InputError
 from ntkit.kernel.fully_connected import FullyConnected, family
 from ntkit.solve.estimators import NTKClassifier, as_array
-from ntkit.solve.svm import DEFAULT_CS, SVM, search
+from ntkit.solve.svm import DEFAULT_CS, SVM, require_cs, search
 
 Split = tuple[np.ndarray, np.ndarray]
+FOLDS = 5  # scikit-learn's own number
 
 
 class NTKSVMSearch(ClassifierMixin, BaseEstimator):
@@ -36,8 +38,9 @@ class NTKSVMSearch(ClassifierMixin, BaseEstimator):
     Args:
         depths: numbers of linear layers to try, ascending; 1 is a linear model.
         Cs: values of C to try, ascending.
-        cv: how examples are held out: a number of stratified folds, fewer where a class has fewer examples; a
-            scikit-learn splitter, `PredefinedSplit` for one cut of your own; or a list of (training, held-out) numbers.
+        cv: how examples are held out: a number of stratified folds, None for 5, fewer where a class has fewer examples;
+            a scikit-learn splitter, `PredefinedSplit` for one cut of your own; or a list of (training, held-out)
+            numbers, which have none in common.
         relative: whether C is in units of 1 / (mean diagonal entry of the training kernel), as in `SVM`.
         weight_std: of the weights, as in `FullyConnected`.
         bias_std: of the biases.
@@ -60,7 +63,7 @@ class NTKSVMSearch(ClassifierMixin, BaseEstimator):
         depths: Sequence[int] = (1, 2, 3, 4, 5),
         Cs: Sequence[float] = DEFAULT_CS,
         *,
-        cv: int | BaseCrossValidator | Sequence[Split] = 5,
+        cv: int | BaseCrossValidator | Sequence[Split] | None = 5,
         relative: bool = True,
         weight_std: float = math.sqrt(2),
         bias_std: float = 0.0,
@@ -89,21 +92,22 @@ class NTKSVMSearch(ClassifierMixin, BaseEstimator):
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise InputError(f"a classifier needs at least two classes: y has one class, {self.classes_[0]!r}")
+        depths, cs = _depths(self.depths), require_cs(self.Cs)
         splits = held_out(self.cv, X, codes, self.random_state)
         columns = np.unique(np.concatenate([train for train, _ in splits]))
         members = family(
-            torch.tensor(X), tuple(self.depths), columns=torch.from_numpy(columns), weight_std=self.weight_std,
+            torch.tensor(X), depths, columns=torch.from_numpy(columns), weight_std=self.weight_std,
             bias_std=self.bias_std, scaled_inputs=self.scaled_inputs,
         )  # fmt: skip
         kernels = (((m.function.depth, m.function.fixed), m.matrix.numpy()) for m in members)
-        every, tell = sum(self.depths), self.progress
+        every, tell = sum(depths), self.progress
         self.grid_ = search(
-            kernels, codes, splits, self.Cs, columns=columns, relative=self.relative,
+            kernels, codes, splits, cs, columns=columns, relative=self.relative,
             progress=None if tell is None else lambda done: tell(done, every),
         )  # fmt: skip
-        self.scores_ = np.full((len(self.depths), max(self.depths), len(self.Cs)), np.nan)
+        self.scores_ = np.full((len(depths), max(depths), len(cs)), np.nan)
         for (depth, fixed), row in zip(self.grid_.labels, self.grid_.accuracies, strict=True):
-            self.scores_[list(self.depths).index(depth), fixed] = row
+            self.scores_[depths.index(depth), fixed] = row
         (depth, fixed), c = self.grid_.best
         self.best_params_ = {"depth": depth, "fixed": fixed, "C": c}
         self.best_score_ = self.grid_.best_accuracy
@@ -126,8 +130,15 @@ class NTKSVMSearch(ClassifierMixin, BaseEstimator):
         return np.asarray(validate_data(self, as_array(X), reset=False, dtype=np.float64))
 
 
+def _depths(depths: Sequence[int]) -> tuple[Any, ...]:
+    """Depths as a tuple, NumPy's integers as Python's; `family` looks at the numbers."""
+    if isinstance(depths, str) or not isinstance(depths, Iterable):
+        raise InputError(f"depths are ascending numbers of linear layers, such as (1, 2, 3): got {depths!r}")
+    return tuple(int(depth) if isinstance(depth, np.integer) else depth for depth in depths)
+
+
 def held_out(
-    cv: int | BaseCrossValidator | Sequence[Split],
+    cv: int | BaseCrossValidator | Sequence[Split] | None,
     X: np.ndarray,
     codes: np.ndarray,
     random_state: int | np.random.RandomState | None = 0,
@@ -135,10 +146,12 @@ def held_out(
     """Training and held-out examples of every split, as numbers.
 
     Raises:
-        InputError: if there are too few examples to hold some out, or `cv` is something else.
+        InputError: if there are too few examples to hold some out, an example of a list is trained on and held out, or
+            `cv` is something else.
     """
-    if isinstance(cv, int) and not isinstance(cv, bool):
-        folds = min(cv, int(np.bincount(codes).max()))
+    cv = FOLDS if cv is None else cv
+    if isinstance(cv, Integral) and not isinstance(cv, bool):
+        folds = min(int(cv), int(np.bincount(codes).max()))
         if folds < 2:
             raise InputError(f"cv is a number of folds, 2 or more, with a class of as many examples: got {cv!r}")
         cutter = StratifiedKFold(folds, shuffle=True, random_state=random_state)
@@ -152,8 +165,9 @@ def held_out(
             )
         return splits
     found: Any = cv
-    if hasattr(cv, "split") and not isinstance(cv, str):
-        found = cv.split(X, codes)  # pyright: ignore[reportAttributeAccessIssue]
+    splitter = hasattr(cv, "split") and not isinstance(cv, str)
+    if splitter:
+        found = found.split(X, codes)
     try:
         splits = [(np.asarray(train), np.asarray(held)) for train, held in found]
     except (TypeError, ValueError) as error:
@@ -165,4 +179,11 @@ def held_out(
         raise InputError("every split of cv has numbers of training and of held-out examples, and at least one of each")
     if any(int(part.max()) >= len(codes) or int(part.min()) < 0 for part in parts):
         raise InputError(f"a split of cv names an example that is not there: there are {len(codes)}")
+    for train, held in [] if splitter else splits:  # a splitter may mean it
+        shared = np.intersect1d(train, held)
+        if len(shared):
+            raise InputError(
+                f"a split of cv has {len(shared)} examples both to train on and held out, such as {shared[0]}: their "
+                "accuracy says nothing of new ones"
+            )
     return splits
