@@ -42,7 +42,8 @@ def two_sample_test(
         statistic: `Unbiased()` by default; `Block(size)` and `Linear()` are faster and find less.
         permutations: B. The smallest p-value is 1 / (B + 1).
         generator: draws the relabelings.
-        memory: bytes of working space; an eighth of the machine's by default.
+        memory: bytes of working space; an eighth of the machine's by default. Beside it relabelings are kept, a byte
+            for each example and permutation (two, and 200 MB, while they are drawn).
 
     Returns:
         With `Unbiased()` every example has a witness value.
