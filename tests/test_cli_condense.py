@@ -46,6 +46,18 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez(tmp_path / "targets.npz", x=x, y=np.eye(3, dtype=np.float32)[y])
     np.savez(tmp_path / "pixels.npz", x=(x > 0).astype(np.uint8), y=y)
     np.savez(tmp_path / "more.npz", x_train=x, y_train=y, x_test=x, y_test=y + 1)
+    words = np.array(["10", "9", "2"])[y]
+    for name, table in {
+        "table.csv": [(*row, word) for row, word in zip(x.reshape(180, 16), words, strict=True)],
+        "named.csv": [
+            (*(f"f{k}" for k in range(8)), "kind", *(f"f{k}" for k in range(8, 16))),
+            *((*row[:8], "cba"[c], *row[8:]) for row, c in zip(x.reshape(180, 16), y, strict=True)),
+        ],
+        "torn.csv": [(1, 2, "a"), (3, "", "b")],
+        "one.csv": [(1, 2, "a"), (3, 4, "a")],
+        "short.csv": [(1, 2, "a"), (3, 4, "b"), (5, 6, "a")],
+    }.items():
+        (tmp_path / name).write_text("\n".join(",".join(map(str, line)) for line in table))
     return tmp_path
 
 
@@ -121,6 +133,51 @@ def test_it_goes_on_after_a_page_that_could_not_be_written(here: Path, monkeypat
     assert (here / "out" / "index.html").read_text().count("<svg") == 1
 
 
+def test_tables_are_read_as_by_svm(here: Path) -> None:
+    """The rows of a table are the vectors of flat.npz, and are cut as those are."""
+    with np.load(here / "flat.npz") as given:
+        x, y = given["x"], given["y"]
+    kept = {}
+    for name, more in {
+        "flat.npz": (), "table.csv": (), "named.csv": ("--label-column", "kind"), "ninth.csv": ("--label-column", "9"),
+    }.items():  # fmt: skip
+        if name == "ninth.csv":
+            lines = (here / "named.csv").read_text().splitlines()
+            (here / name).write_text("\n".join(lines[1:]))
+        code, text = run(name, "--per-class", "2", *QUICK, *more, "--out", name.replace(".", "-"))
+        assert code == 0, text
+        with np.load(here / name.replace(".", "-") / "support.npz") as found:
+            kept[name] = dict(found)
+        gaps = np.abs(x[None] - kept[name]["x_start"][:, None]).max(2)
+        assert gaps.min(1).max() < 1e-5  # rows of the table, in their units
+        names = kept[name].get("classes", np.arange(3).astype(str))
+        real = {"table.csv": np.array(["10", "9", "2"]), "flat.npz": np.arange(3).astype(str)}
+        wanted = real.get(name, np.array([*"cba"]))[y[gaps.argmin(1)]]
+        assert names[kept[name]["labels"]].tolist() == wanted.tolist()
+    assert "classes" not in kept["flat.npz"]
+    assert kept["table.csv"]["classes"].tolist() == ["2", "9", "10"]  # whole numbers in their order
+    assert kept["named.csv"]["classes"].tolist() == ["a", "b", "c"]
+    np.testing.assert_array_equal(kept["named.csv"]["x"], kept["ninth.csv"]["x"])
+    text = (here / "table-csv" / "index.html").read_text()
+    assert "the rows of table.csv, cut at random (seed 0)" in text
+
+
+def test_columns_of_a_table_are_brought_to_one_scale(here: Path) -> None:
+    draw = np.random.default_rng(1)
+    y = np.arange(120) % 2
+    x = np.stack([draw.normal(size=120) + 3 * y, 1e4 * draw.normal(size=120), np.full(120, 5.0)], axis=1)
+    (here / "units.csv").write_text("\n".join(f"{','.join(map(str, row))},{c}" for row, c in zip(x, y, strict=True)))
+    code, text = run("units.csv", "--per-class", "5", *QUICK)
+    assert code == 0, text
+    rows = json.loads((here / "condensed" / "results.json").read_text())["rows"]
+    assert rows[3]["kernel"]["accuracy"] > 0.8  # the second column, all noise, would drown the first
+    with np.load(here / "condensed" / "support.npz") as kept:
+        for column in (0, 1):
+            slope, offset = np.polyfit(kept["x_scaled"][:, column], kept["x"][:, column], 1)
+            assert slope == pytest.approx(x[:, column].std(), rel=0.1)
+            assert offset == pytest.approx(x[:, column].mean(), abs=0.2 * slope)
+
+
 @pytest.mark.parametrize(
     "kernel",
     ["fc:2", "rbf", "infinite:condensed_nets:flat", "finite:condensed_nets:flat"],
@@ -150,6 +207,12 @@ def test_whitened_images_and_patience(here: Path) -> None:
     ("arguments", "words"),
     [
         (("none.npz",), "there is no file of data none.npz"),
+        (("none.csv",), "there is no file of data none.csv"),
+        (("torn.csv",), "example 2 has '' where a feature is expected"),
+        (("one.csv",), "one.csv has one class only"),
+        (("short.csv",), "two training and two test examples: got 2 and 1"),
+        (("named.csv", "--label-column", "x"), "named.csv has no column 'x'"),
+        (("data.npz", "--label-column", "y"), "leave --label-column out"),
         (("targets.npz",), "class numbers (integers) as y"),
         (("pixels.npz",), "uint8, raw pixels"),
         (("more.npz",), "the test examples have 4 classes, the training examples 3"),

@@ -13,7 +13,10 @@ import typer
 from ntkit.cli.options import ForceOption, SeedOption
 from ntkit.cli.terminal import Terminal, in_plain_words, needs_report, say
 
-DATA_HELP = "x_train, y_train, x_test, y_test (or x and y, cut at random); x: floating point, y: class numbers."
+DATA_HELP = (
+    ".npz: x_train, y_train, x_test, y_test (or x and y, cut at random); x: floating point, y: class numbers. .csv: a "
+    "line of numbers and a class for each example, cut at random; a first line of words names the columns."
+)
 KERNEL_HELP = (
     "fc:DEPTH (infinite width, so many hidden ReLU layers), rbf, infinite:MODULE:FACTORY (your module at infinite "
     "width) or finite:MODULE:FACTORY (gradient features of your network as it is drawn)."
@@ -21,7 +24,15 @@ KERNEL_HELP = (
 
 
 def condense(
-    data: Annotated[Path, typer.Argument(metavar="DATA.npz", help=DATA_HELP, show_default=False)],
+    data: Annotated[Path, typer.Argument(metavar="DATA.npz|DATA.csv", help=DATA_HELP, show_default=False)],
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=".csv: the column with the classes, by its name or number from 1. Default: the last.",
+            show_default=False,
+        ),
+    ] = None,
     per_class: Annotated[int, typer.Option(help="Points of each class.", min=1)] = 10,
     kernel: Annotated[str, typer.Option(metavar="KERNEL", help=KERNEL_HELP)] = "fc:1",
     steps: Annotated[int, typer.Option(help="Of Adam.", min=1)] = 300,
@@ -77,7 +88,7 @@ def condense(
         own = Condensing(
             data=data, per_class=per_class, kernel=kernel, cut=Cut(train, test, None, seed), validation=validation,
             zca=zca, network=None if network is None else load_factory(network),
-            training=Training(network_steps, network_rate),
+            label=label_column, training=Training(network_steps, network_rate),
             settings=Inducing(
                 steps, learning_rate, batch, learn_labels, ridge, patience=patience,
                 augment=(*((Flip(),) if flip else ()), *((Shift(shift),) if shift else ())),

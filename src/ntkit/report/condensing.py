@@ -20,7 +20,8 @@ from ntkit.errors import InputError, ModelError
 from ntkit.kernel.closed import RBF
 from ntkit.kernel.infinite import InfiniteWidth
 from ntkit.report.files import as_json, check_folder, replacing, write_folder
-from ntkit.report.inputs import Cut, Data, Factory, count_outputs, load_data, load_factory
+from ntkit.report.inputs import Cut, Data, Factory, count_outputs, cut_at_random, load_data, load_factory
+from ntkit.report.labelled import load_training
 from ntkit.report.page import Card, Figure, Page, Section, Table, render
 from ntkit.report.pictures import INK, SIZE, drawn
 from ntkit.report.provenance import provenance
@@ -49,15 +50,16 @@ class Condensing:
     """A data set, and what is to stand for it.
 
     Attributes:
-        data: `.npz` file.
+        data: `.npz` file, or the table of a `.csv` file, whose rows are vectors.
         per_class: points of each class.
         kernel: as it is written on the command line, see `parse_kernel`.
         settings: of the run.
         cut: how many examples are used.
         validation: share of the training examples that is held out, to watch the run and to stop it.
-        zca: whether images are whitened; standardised by channel without it.
+        zca: whether images are whitened; without it they are standardised by channel, and tables by column.
         network: makes what is trained on the points; None for one hidden layer.
         training: of that network.
+        label: column of the table with the classes, its name or number from 1; None for the last one.
     """
 
     data: Path
@@ -69,6 +71,7 @@ class Condensing:
     zca: bool = False
     network: Factory | None = None
     training: condense.Training = field(default_factory=partial(condense.Training, steps=1000))
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,14 +162,13 @@ def run_condense(folder: Path, own: Condensing, *, force: bool = False, listener
     if not 0 < own.validation < 1:
         raise InputError(f"the share of validation examples lies between 0 and 1: got --validation {own.validation}")
     kernel_of = parse_kernel(own.kernel, seed=own.cut.seed)
-    data = _load(own)
+    data, names = _load(own)
     classes = int(torch.cat([data.y_train, data.y_test]).max()) + 1
     generator = torch.Generator().manual_seed(own.cut.seed)
     order = torch.randperm(len(data.x_train), generator=generator)
     held = max(1, round(own.validation * len(order)))
-    scale = condense.ZCA.fit(data.x_train[order[held:]]) if own.zca else condense.Standardised.fit(
-        data.x_train[order[held:]]
-    )  # fmt: skip
+    aim = data.x_train[order[held:]]
+    scale = condense.ZCA.fit(aim) if own.zca else condense.Standardised.fit(aim, columns=names is not None)
     x = scale(data.x_train)
     train = (x[order[held:]], data.y_train[order[held:]])
     validation = (x[order[:held]], data.y_train[order[:held]])
@@ -214,7 +216,7 @@ def run_condense(folder: Path, own: Condensing, *, force: bool = False, listener
         "data": data.said, "kernel": own.kernel, "per_class": own.per_class, "step": found.step,
         "stopped": found.stopped, "rows": rows, "records": found.records, "seconds": seconds, "made": provenance(),
     }  # fmt: skip
-    contents: dict[str, Any] = {"support.npz": _written(work / "support.npz", found, scale)}
+    contents: dict[str, Any] = {"support.npz": _written(work / "support.npz", found, scale, names)}
     contents |= {} if grid is None else {"images.svg": _standalone(grid)}
     contents |= {"results.json": as_json(results), "index.html": render(_page(own, report, data.said, grid, seconds))}
     write_folder(folder, contents, force=force)
@@ -233,11 +235,36 @@ def _places(folder: Path) -> tuple[Path, Path]:
     return whole, work
 
 
-def _load(own: Condensing) -> Data:
+def _load(own: Condensing) -> tuple[Data, np.ndarray | None]:
+    """The data, and what its classes are called where the file is a table."""
+    if own.data.suffix == ".csv":
+        return _table(own)
+    if own.label is not None:
+        raise InputError(
+            f"{own.data} is not a .csv file: its classes are the array y_train or y, leave --label-column out"
+        )
     data = load_data(own.data, own.cut, torch.float32)
     if data.y_train.is_floating_point() or not data.x_train.is_floating_point():
         raise InputError("condensing takes floating point examples with class numbers (integers) as y")
-    return data
+    return data, None
+
+
+def _table(own: Condensing) -> tuple[Data, np.ndarray]:
+    """Rows as vectors, cut at random; classes are numbered in their order, of whole numbers in that of numbers."""
+    found = load_training(own.data, own.label)
+    y = np.asarray(found.y)
+    with suppress(ValueError, OverflowError):  # words
+        y = y.astype(np.int64)
+    names, numbers = np.unique(y, return_inverse=True)
+    x = torch.from_numpy(found.x).float()
+    if not x.isfinite().all():
+        raise InputError(f"{own.data} has numbers past float32, 3e38: scale them")
+    data = cut_at_random(x, torch.from_numpy(numbers), own.cut, f"the rows of {own.data.name}")
+    if min(len(data.x_train), len(data.x_test)) < 2:
+        raise InputError(
+            f"condensing needs two training and two test examples: got {len(data.x_train)} and {len(data.x_test)}"
+        )
+    return data, names.astype(str)
 
 
 def _trained(
@@ -264,12 +291,18 @@ def _network(own: Condensing, x: Tensor, classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), WIDTH), nn.ReLU(), nn.Linear(WIDTH, classes))
 
 
-def _written(path: Path, found: condense.Condensed, scale: condense.ZCA | condense.Standardised) -> Path:
+def _written(
+    path: Path, found: condense.Condensed, scale: condense.ZCA | condense.Standardised, names: np.ndarray | None
+) -> Path:
+    arrays = {
+        "x": scale.inverse(found.support.x).numpy(), "x_scaled": found.support.x.numpy(),
+        "y": found.support.y.numpy(), "labels": found.start.y.argmax(1).numpy(),
+        "x_start": scale.inverse(found.start.x).numpy(),
+    }  # fmt: skip
+    if names is not None:
+        arrays["classes"] = names
     buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer, x=scale.inverse(found.support.x).numpy(), x_scaled=found.support.x.numpy(), y=found.support.y.numpy(),
-        labels=found.start.y.argmax(1).numpy(), x_start=scale.inverse(found.start.x).numpy(),
-    )  # fmt: skip
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     with replacing(path) as file:
         file.write(buffer.getvalue())
     return path

@@ -308,16 +308,9 @@ def _cut(arrays: Arrays, path: Path, cut: Cut, dtype: torch.dtype) -> Data:
     generator = torch.Generator().manual_seed(cut.seed)
     names = ("x_train", "y_train", "x_test", "y_test")
     if {"x", "y"} <= arrays.names and not set(names) <= arrays.names:
-        share = 0.2 if cut.test_share is None else cut.test_share
-        if not 0 < share < 1:
-            raise InputError(f"the share of test examples lies between 0 and 1: got --test-share {share}")
         x, y = arrays.examples("x", dtype), arrays.targets("y", dtype)
         _same_length(x, y, "x", "y")
-        order = torch.randperm(len(x), generator=generator)
-        last = len(x) - max(1, round(share * len(x)))
-        train, test = order[:last][: cut.train], order[last:][: cut.test]
-        said = f"x and y of {path.name}, cut at random (seed {cut.seed})"
-        return Data(x[train], y[train], x[test], y[test], said)
+        return cut_at_random(x, y, cut, f"x and y of {path.name}")
     if not set(names) <= arrays.names:
         raise InputError(
             f"{path} holds the arrays {', '.join(sorted(arrays.names)) or 'none'}: expected x_train, y_train, x_test "
@@ -342,6 +335,21 @@ def _cut(arrays: Arrays, path: Path, cut: Cut, dtype: torch.dtype) -> Data:
     test, said_test = _limited(len(x_test), cut.test, generator)
     said = f"{said_train} training and {said_test} test examples of {path.name}"
     return Data(x_train[train], y_train[train], x_test[test], y_test[test], said)
+
+
+def cut_at_random(x: Tensor, y: Tensor, cut: Cut, named: str) -> Data:
+    """Examples that are not cut yet, cut into training and test examples; `named` says whose they are.
+
+    Raises:
+        InputError: if the share of test examples is none.
+    """
+    share = 0.2 if cut.test_share is None else cut.test_share
+    if not 0 < share < 1:
+        raise InputError(f"the share of test examples lies between 0 and 1: got --test-share {share}")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(cut.seed))
+    last = len(x) - max(1, round(share * len(x)))
+    train, test = order[:last][: cut.train], order[last:][: cut.test]
+    return Data(x[train], y[train], x[test], y[test], f"{named}, cut at random (seed {cut.seed})")
 
 
 def load_examples(path: Path, name: str | None, dtype: torch.dtype) -> Tensor:

@@ -26,13 +26,21 @@ class Standardised:
     deviation: Tensor
 
     @classmethod
-    def fit(cls, x: Tensor) -> Standardised:
+    def fit(cls, x: Tensor, *, columns: bool = False) -> Standardised:
         """Estimate both on training examples, (N, C, H, W) or (N, D).
+
+        Args:
+            x: the examples.
+            columns: whether vectors are lines of a table, whose columns are in units of their own: each is then brought
+                to its scale alone, and one that is constant to zero.
 
         Raises:
             InputError: if they are none, or constant.
         """
         _examples(x)
+        if columns and x.ndim == 2:
+            deviation = x.double().std(0)
+            return cls(x.double().mean(0), torch.where(deviation > 0, deviation, 1.0))
         axes = [0, *range(2, x.ndim)] if x.ndim > 2 else [0, 1]
         mean, deviation = x.double().mean(axes, keepdim=True)[0], x.double().std(axes, keepdim=True)[0]
         if not (deviation > 0).all():
