@@ -184,6 +184,7 @@ def test_the_C_of_the_head_can_be_searched():
     assert found.best_params_ == {"head__C": 10.0}
     assert found.best_estimator_.head == SVM(10.0)
     assert machine.head is given
+    assert clone(machine).set_params(head=given, head__C=7.0).head == SVM(7.0)
     assert given == SVM()  # heads do not change: others may hold the same one
     steps = make_pipeline(StandardScaler(), clone(machine)).set_params(ntkclassifier__head__class_weight="balanced")
     assert steps[-1].head == SVM(class_weight="balanced")
