@@ -236,9 +236,11 @@ def _named(code: CodeType) -> set[str]:
     return {name for part in _inner(code) for name in part.co_names}
 
 
-def _stored(code: CodeType, operation: str) -> Iterator[str]:
+@functools.lru_cache(maxsize=16384)  # large libraries are gone through again for each of their classes
+def _stored(code: CodeType, operation: str) -> frozenset[str]:
     """What is assigned to by an operation of Python's own machine."""
-    return (step.argval for part in _inner(code) for step in dis.get_instructions(part) if step.opname == operation)
+    steps = (step for part in _inner(code) for step in dis.get_instructions(part))
+    return frozenset(step.argval for step in steps if step.opname == operation)
 
 
 def _code_digest(code: CodeType) -> str:
