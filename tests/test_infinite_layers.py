@@ -193,7 +193,8 @@ NETWORKS = {
         nn.Linear(16 * n, 3),
     ),
     "groups": lambda n: seq(
-        nn.Conv2d(3, n, 3, padding=1), nn.GroupNorm(2, n), nn.ReLU(), nn.Conv2d(n, n, 3), nn.LayerNorm([n, 2, 2], elementwise_affine=False),
+        nn.Conv2d(3, n, 3, padding=1), nn.GroupNorm(2, n), nn.ReLU(), nn.Conv2d(n, n, 3),
+        nn.LayerNorm([n, 2, 2], elementwise_affine=False),
         nn.ReLU(), nn.Flatten(), nn.Linear(4 * n, 3),
     ),
     "line": lambda n: seq(
