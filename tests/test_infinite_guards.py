@@ -83,7 +83,7 @@ REFUSED = {
     "a scaled sum": (lambda s, x: torch.tanh(0.8 * (s.n(s.a(x)) + 0.3 * s.b(x))), {"n": nn.LayerNorm(4)}, X, "freeze"),
     "a bias of its own": (
         lambda s, x: torch.tanh(s.n(s.a(x)) + s.p),
-        {"n": nn.LayerNorm(4, bias=False), "p": nn.Parameter(torch.randn(4))}, X, "freeze",
+        {"n": nn.LayerNorm(4, bias=False), "p": nn.Parameter(torch.tensor([0.5, -0.3, 0.2, -0.4]))}, X, "freeze",
     ),
     "a number for each position": (
         lambda s, x: s.n(s.conv(x)).mean(-1), {"n": nn.LayerNorm([4, 4])}, ROWS, "each position",
@@ -179,6 +179,15 @@ def test_exponentials_have_a_closed_form():
     own = first.diagonal()
     k = torch.exp((own[:, None] + own) / 2 + first)
     torch.testing.assert_close(infinite_ntk(net, X, weight_std=1.0), k + k * first)
+
+
+def test_few_values_around_zero_are_taken_for_what_they_are():
+    for seed in range(200):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2))
+        for p in net.parameters():
+            nn.init.normal_(p)
+        InfiniteWidth(net)(X)
 
 
 def test_empty_tiles_are_empty():

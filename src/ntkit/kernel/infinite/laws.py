@@ -17,12 +17,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from scipy.special import stdtrit
 from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError
 
 # Standard errors within which values count as drawn by PyTorch's default, uniform in +- 1 / sqrt(fan_in).
 DEVIATIONS = 4.0
+# Of values drawn around zero that are taken for others, on either side.
+CHANCE = 5e-6
 Deviations = float | Mapping[str, float] | None
 
 
@@ -95,7 +98,8 @@ def variance(values: Tensor, fan_in: int, name: str = "") -> float:
     default = 1 / (3 * fan_in)
     error = math.sqrt(0.8 / found.numel())  # relative, of a mean of squares of uniform numbers
     size = found.numel()
-    if size > 1 and abs(float(found.mean())) > DEVIATIONS * max(float(found.std()), 1e-12) / math.sqrt(size):
+    # by Student's distribution, for a layer may have a few values only
+    if size > 1 and abs(float(found.mean())) > -stdtrit(size - 1, CHANCE) * float(found.std()) / math.sqrt(size):
         raise ModelError(
             f"the values of {name!r} have a mean of {float(found.mean()):.3g}, and so are not drawn around zero: a "
             "limit is known for such draws only; give weight_std and bias_std to take the module as drawn anew"
