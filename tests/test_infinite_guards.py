@@ -168,6 +168,15 @@ def test_a_zero_row_without_biases_has_the_derivative_that_pytorch_takes_there()
         assert bool(((mean - limit).abs() <= 5 * error + 0.01 * limit.max()).all()), (act, mean, limit)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_the_same_padding_of_an_even_kernel_is_longer_behind():
+    torch.manual_seed(0)
+    same = nn.Sequential(nn.Conv1d(2, 4, 4, padding="same"), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1))
+    padded = nn.Sequential(nn.ConstantPad1d((1, 2), 0.0), nn.Conv1d(2, 4, 4), *same[1:])
+    found = [infinite_ntk(net, ROWS, weight_std=1.0, bias_std=0.1) for net in (same, padded)]
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_fast_waves_stay_finite():
     net = Net(lambda s, x: torch.sin(30 * s.a(x)))
     assert bool(infinite_ntk(net, X, weight_std=1.0).isfinite().all())

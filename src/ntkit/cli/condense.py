@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ntkit.cli.options import ForceOption, SeedOption
+from ntkit.cli.options import ForceOption, LabelColumnOption, SeedOption
 from ntkit.cli.terminal import Terminal, in_plain_words, needs_report, say
 
 DATA_HELP = (
@@ -25,14 +25,7 @@ KERNEL_HELP = (
 
 def condense(
     data: Annotated[Path, typer.Argument(metavar="DATA.npz|DATA.csv", help=DATA_HELP, show_default=False)],
-    label_column: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help=".csv: the column with the classes, by its name or number from 1. Default: the last.",
-            show_default=False,
-        ),
-    ] = None,
+    label_column: LabelColumnOption = None,
     per_class: Annotated[int, typer.Option(help="Points of each class.", min=1)] = 10,
     kernel: Annotated[str, typer.Option(metavar="KERNEL", help=KERNEL_HELP)] = "fc:1",
     steps: Annotated[int, typer.Option(help="Of Adam.", min=1)] = 300,

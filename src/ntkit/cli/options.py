@@ -46,3 +46,11 @@ ColsOption = Annotated[
     typer.Option(metavar="NAME", help="Array of the columns. Default: the rows again.", show_default=False),
 ]
 TraceOption = Annotated[bool, typer.Option("--trace", help="Average over the scalars of an example: one row for each.")]
+LabelColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=".csv: the column with the classes, by its name or number from 1. Default: the last.",
+        show_default=False,
+    ),
+]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ntkit.cli.options import ForceOption, SeedOption
+from ntkit.cli.options import ForceOption, LabelColumnOption, SeedOption
 from ntkit.cli.terminal import Terminal, in_plain_words, needs_report, say
 
 
@@ -27,14 +27,7 @@ def svm(
             metavar="TEST.csv|TEST.npz", help="Examples to predict, with or without classes.", show_default=False
         ),
     ] = None,
-    label_column: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help=".csv: the column with the classes, by its name or number from 1. Default: the last.",
-            show_default=False,
-        ),
-    ] = None,
+    label_column: LabelColumnOption = None,
     depths: Annotated[int, typer.Option(help="Layers at most: 1, ..., this are tried.", min=1, max=20)] = 5,
     folds: Annotated[int, typer.Option(help="Of cross-validation.", min=2)] = 5,
     most: Annotated[int, typer.Option(help="Training examples at most, drawn at random.")] = 5000,

@@ -119,7 +119,7 @@ def _table(
         lines = [line for line in csv.reader(path.read_text(encoding="utf-8-sig").splitlines()) if line]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot read it as text with commas ({error})") from error
-    names = tuple(cell.strip() for cell in lines[0]) if lines and not any(map(_is_number, lines[0])) else ()
+    names = tuple(cell.strip() for cell in lines[0]) if lines and not any(map(is_number, lines[0])) else ()
     lines = lines[1:] if names else lines
     if not lines:
         raise InputError(f"{path} has no line of numbers")
@@ -158,7 +158,7 @@ def _place(path: Path, label: str | None, names: tuple[str, ...], width: int) ->
 
 
 def _number(path: Path, example: int, cell: str) -> float:
-    value = float(cell) if _is_number(cell) else float("nan")
+    value = float(cell) if is_number(cell) else float("nan")
     if not np.isfinite(value):
         raise InputError(
             f"{path}: example {example} has {cell!r} where a feature is expected: every feature is a finite number. "
@@ -167,7 +167,8 @@ def _number(path: Path, example: int, cell: str) -> float:
     return value
 
 
-def _is_number(cell: str) -> bool:
+def is_number(cell: str) -> bool:
+    """Whether a cell of a table reads as a number, NaN and infinity included."""
     try:
         float(cell)
     except ValueError:

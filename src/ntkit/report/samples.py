@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ntkit.errors import InputError
 from ntkit.report.inputs import load_examples
+from ntkit.report.labelled import is_number
 
 
 def load_sample(path: Path, name: str | None, dtype: torch.dtype) -> Tensor:
@@ -41,12 +42,12 @@ def _table(path: Path, dtype: torch.dtype) -> Tensor:
         lines = [line for line in csv.reader(path.read_text(encoding="utf-8-sig").splitlines()) if line]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot read it as text with commas ({error})") from error
-    if lines and not any(map(_is_number, lines[0])):
+    if lines and not any(map(is_number, lines[0])):
         lines = lines[1:]
     if not lines:
         raise InputError(f"{path} has no line of numbers")
     for number, line in enumerate(lines, 1):
-        wrong = [cell for cell in line if not _is_number(cell)]
+        wrong = [cell for cell in line if not is_number(cell)]
         if wrong or len(line) != len(lines[0]):
             what = f"{wrong[0]!r}" if wrong else f"{len(line)} cells"
             raise InputError(
@@ -56,11 +57,3 @@ def _table(path: Path, dtype: torch.dtype) -> Tensor:
     if not bool(x.isfinite().all()):
         raise InputError(f"{path} has entries that are not finite (NaN or infinity)")
     return x
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True

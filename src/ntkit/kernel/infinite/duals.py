@@ -1,8 +1,8 @@
 """Moments of a nonlinearity under Gaussian inputs: E[g(u) g(v)] and E[g'(u) g'(v)] for (u, v) ~ N(0, [[a, c], [c, b]]).
 
-Closed forms: linear and piecewise linear with a kink at zero (Cho and Saul, 2009), erf (Williams, 1997), GELU, sine and
-cosine. For GELU, with A = 1 + a, B = 1 + b, D = A B - c^2 and Q = 1/4 + atan(c / sqrt(D)) / (2 pi), which is the
-probability that u and v exceed two independent standard normal numbers:
+Closed forms: linear and piecewise linear with a kink at zero (Cho and Saul, 2009), erf (Williams, 1997), GELU,
+exponential, sine and cosine. For GELU, with A = 1 + a, B = 1 + b, D = A B - c^2 and Q = 1/4 + atan(c / sqrt(D)) /
+(2 pi), which is the probability that u and v exceed two independent standard normal numbers:
 
     E[g g]   = c Q + sqrt(D) / (2 pi) * (1 + 1/D - 1/A - 1/B)
     E[g' g'] = Q + c / (2 pi sqrt(D)) * (1/A + 1/B + 1/D)
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Below this share of a*b the determinant a*b - c^2 is rounding.
+# Where a*b - c^2 is zero or negative by rounding, its root has this in its place, and so a finite derivative.
 _TINY = torch.finfo(torch.float64).tiny
 
 
