@@ -31,6 +31,7 @@ from ntkit.tangent.images import OVERWRITTEN
 from ntkit.tangent.readout import Logits, Readout
 from ntkit.tangent.trial import Anatomy, check_scalars, disagreements, examine, run_model, true_products
 from ntkit.tangent.untouched import check_evaluation, untouched
+from ntkit.tangent.workspace import keep_freed_memory
 
 if TYPE_CHECKING:
     from ntkit.tangent.parameters import Choice, Selection
@@ -253,6 +254,8 @@ class Tangent:
     def _captured(self, anatomy: Anatomy, some: Batch) -> tuple[Tensor | None, list[Term]]:
         if set(anatomy.generic) >= set(self.selection.names):
             return None, []
+        if self.device.type == "cpu":
+            keep_freed_memory()
         capture = Capture(self.selection, anatomy.script, some.size)
         with capture:
             output = run_model(self.model, self.selection, some)
