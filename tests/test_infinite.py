@@ -358,6 +358,19 @@ def test_a_matrix_on_disk_goes_on_with_the_same_limit_only(tmp_path):
             other.save(tmp_path / "k.zarr")
 
 
+def test_settings_of_modules_before_the_first_weights_are_part_of_the_identity():
+    def before(*modules):
+        return InfiniteWidth(nn.Sequential(*modules, nn.Flatten(), nn.Linear(48, 1)), weight_std=1.0)(images(2))
+
+    for one, other in (
+        (nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
+        (nn.Hardtanh(-1, 1), nn.Hardtanh(-2, 2)),
+        (nn.LayerNorm(4, elementwise_affine=False), nn.LayerNorm(4, eps=0.1, elementwise_affine=False)),
+    ):
+        assert before(one).identity() != before(other).identity()
+        assert before(one).identity() == before(one).identity()
+
+
 def test_functions_without_a_closed_form_are_told_apart_by_their_values():
     x = torch.ones(2, 3)
     kernels = [InfiniteWidth(dense(1, lambda a=a: nn.ELU(a), inputs=3), weight_std=1.0)(x) for a in (1.0, 1.0, 1.001)]

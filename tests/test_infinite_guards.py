@@ -10,6 +10,7 @@ from torch import nn
 
 import ntkit
 from ntkit.kernel.infinite import InfiniteWidth, infinite_ntk
+from ntkit.kernel.infinite.hermite import HermiteSeries
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 ROWS = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # (N, channels, positions)
@@ -55,6 +56,14 @@ def shifted():
 def constant():
     layer = nn.Linear(5, 4)
     nn.init.constant_(layer.bias, 1.0)
+    return layer
+
+
+def plain_weight():
+    layer = nn.Linear(5, 4)
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.weight = weight
     return layer
 
 
@@ -113,6 +122,18 @@ REFUSED = {
     "one unit for all": (lambda s, x: s.a(x) + s.d(x), {}, X, "one of which is repeated"),
     "random inputs": (lambda s, x: s.a(F.dropout(x, 0.5)), {}, X, "random"),
     "data of a parameter": (lambda s, x: F.relu(F.linear(x, s.a.weight.data)), {}, X, "of a parameter"),
+    "dropped inputs": (lambda s, x: s.a(s.p(x)), {"p": nn.Dropout(0.01)}, X, r"random \(.*bernoulli"),
+    "noise on the inputs": (lambda s, x: s.a(x + 0.1 * torch.randn(5)), {}, X, r"random numbers of its own \(randn"),
+    "layers left out at random": (
+        lambda s, x: s.c(s.a(x)) if torch.rand(1) < 0.5 else s.a(x), {}, X, r"random numbers of its own \(rand",
+    ),
+    "drops in place": (
+        lambda s, x: (lambda h: h + s.c(s.p(h)))(s.a(x)), {"p": nn.Dropout(0.5, inplace=True)}, X, "used elsewhere",
+    ),
+    "two of something": (lambda s, x: s.a(s.z), {"z": nn.Buffer(torch.ones(2, 5))}, X, "one by one"),
+    "a pole": (lambda s, x: 1 / (1 + s.a(x)), {}, X, "not finite|infinite"),
+    "a division by zero": (lambda s, x: s.a(x) / 0, {}, X, "divides by zero"),
+    "no parameter": (lambda s, x: s.e(x), {"e": plain_weight()}, X, "weight is not a parameter"),
     "a number of the batch": (lambda s, x: s.a(x) * x.abs().max().item(), {}, X, "makes a number of the examples"),
     "a function of one's own": (lambda s, x: relu(s.a(x)), {}, X, "function of its own"),
     "a root": (lambda s, x: s.a(x) ** 0.5, {}, X, "not finite"),
@@ -199,6 +220,98 @@ def test_few_values_around_zero_are_taken_for_what_they_are():
         InfiniteWidth(net)(X)
 
 
+@pytest.mark.parametrize("size", [1, 5, 12, 40])
+def test_biases_of_zero_are_zero_however_few_there_are(size):
+    net = nn.Sequential(nn.Linear(5, size), nn.ReLU(), nn.Linear(size, size))
+    for layer in (net[0], net[2]):
+        nn.init.zeros_(layer.bias)
+        nn.init.normal_(layer.weight, std=1.0)
+    x = torch.zeros(1, 5, dtype=torch.float64)
+    assert float(infinite_ntk(net, x, kind="nngp")) == 0
+
+
+def test_a_bias_added_by_hand_has_its_own_values_for_its_variance():
+    net = Net(lambda s, x: s.a(x) + s.p, p=nn.Parameter(0.01 * torch.tensor([1.0, -1.0, 1.0, -1.0])))
+    limits = infinite_ntk(net, torch.zeros(1, 5, dtype=torch.float64), kind="nngp")
+    del net.p
+    net.way = lambda s, x: s.a(x)
+    without = infinite_ntk(net, torch.zeros(1, 5, dtype=torch.float64), kind="nngp")
+    # through the read-out of four inputs, of variance 1 / 12 each
+    torch.testing.assert_close(limits - without, torch.full((1, 1), 1e-4 / 3, dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def test_small_numbers_are_not_taken_for_a_default():
+    net = nn.Sequential(nn.Linear(1, 10), nn.ReLU(), nn.Linear(10, 1))
+    nn.init.normal_(net[0].weight, std=0.01, generator=torch.Generator().manual_seed(0))
+    nn.init.zeros_(net[0].bias)
+    x = torch.ones(1, 1, dtype=torch.float64)
+    square = float(net[0].weight.detach().double().square().mean())
+    found = float(infinite_ntk(net, x, kind="nngp", parametrization=ntkit.kernel.infinite.Standard()))
+    net[2].requires_grad_(False)
+    read_out = infinite_ntk(net, 0 * x, kind="nngp")  # the bias alone
+    assert found - float(read_out) == pytest.approx(10 / 30 * square / 2, rel=1e-6)
+
+
+def test_single_precision_inside_is_double_precision():
+    """`.float() / 255`, as images of bytes are prepared."""
+    images = torch.randint(0, 256, (4, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    cast = Net(lambda s, x: F.relu(s.a(x.float() / 255)))
+    written = Net(lambda s, x: F.relu(s.a(x.to(dtype=torch.float32) / 255)))
+    plain = Net(lambda s, x: F.relu(s.a(x)))
+    wanted = infinite_ntk(plain, images.double() / 255)
+    for net in (cast, written):
+        torch.testing.assert_close(infinite_ntk(net, images), wanted, rtol=1e-12, atol=0)
+
+
+def test_the_error_of_a_series_is_that_of_its_derivative_and_said_for_rectangles():
+    net = Net(lambda s, x: F.hardtanh(s.a(x)))
+    with pytest.warns(ntkit.FidelityWarning, match=r"relative error of about [\d.]+e-0[123] "):
+        found = InfiniteWidth(net, weight_std=1.0)(X, X.clone()).dense()
+    with pytest.warns(ntkit.FidelityWarning):
+        exact = InfiniteWidth(net, weight_std=1.0)(X).diagonal()  # by integrals, without the series
+    error = ((found.diagonal() - exact) / exact).abs().max()
+    assert 1e-4 < float(error) < 0.05
+    with pytest.warns(ntkit.FidelityWarning, match=r"relative error of about [\d.]+e-0[3456] "):
+        found = InfiniteWidth(net, kind="nngp", weight_std=1.0)(X, X.clone()).dense().diagonal()
+    with pytest.warns(ntkit.FidelityWarning):
+        exact = InfiniteWidth(net, kind="nngp", weight_std=1.0)(X).diagonal()
+    assert float(((found - exact) / exact).abs().max()) < float(error) / 10
+
+
+def test_a_jump_has_no_tangent_kernel():
+    series, a = HermiteSeries(torch.sign, "sign"), torch.ones(1, dtype=torch.float64)
+    with pytest.raises(ntkit.ModelError, match="it jumps"):
+        series.check(a, derivative=True)
+    with pytest.warns(ntkit.FidelityWarning, match="relative error"):
+        series.check(a, derivative=False)
+
+
+def test_a_row_of_zeros_under_a_series_is_the_limit_of_small_rows():
+    net = nn.Sequential(nn.Linear(5, 4), nn.Softplus(), nn.Linear(4, 1))
+    law = {"weight_std": 1.0, "bias_std": 0.0, "parametrization": ntkit.kernel.infinite.Standard()}
+    x = X.clone()
+    x[1] = 0
+    near = X.clone()
+    near[1] *= 1e-4
+    torch.testing.assert_close(infinite_ntk(net, x, **law), infinite_ntk(net, near, **law), rtol=1e-3, atol=1e-3)
+
+
+def test_examples_and_kernels_that_are_not_finite_are_refused():
+    x = X.clone()
+    x[1, 2] = math.nan
+    with pytest.raises(ntkit.InputError, match="NaN or infinite"):
+        infinite_ntk(Net(lambda s, x: F.relu(s.a(x))), x)
+    with pytest.raises(ntkit.ModelError, match="not finite"):
+        infinite_ntk(Net(lambda s, x: torch.exp(40 * s.a(x))), X, weight_std=1.0)
+
+
+def test_patterns_that_no_parameter_has_are_refused():
+    net = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 1))
+    with pytest.raises(ntkit.InputError, match=r"weight_std has 'fc1\.\*', and no parameter is named so"):
+        InfiniteWidth(net, weight_std={"fc1.*": 1.0, "*": 1.0})
+    InfiniteWidth(net, weight_std={"0.*": 1.0, "2.*": 1.0}, bias_std={"*": 0.1})
+
+
 def test_empty_tiles_are_empty():
     kernel = InfiniteWidth(Net(lambda s, x: F.relu(s.a(x))))(X)
     assert kernel.tile(slice(0, 0), slice(None)).shape == (0, 3)
@@ -214,7 +327,16 @@ def test_a_module_that_has_changed_is_read_again():
     louder = function(X).dense()
     assert float(louder[0, 0]) > 1.5 * float(before[0, 0]) or not torch.allclose(louder, before)
     net.train()
+    dropped = function(X).dense()
+    assert not torch.allclose(dropped, louder)
+    net[2].p = 0.9
+    assert not torch.allclose(function(X).dense(), dropped)
+    net[1] = nn.Tanh()
+    net.eval()
     assert not torch.allclose(function(X).dense(), louder)
+    before = function(X).dense()
+    net[0].requires_grad_(False)
+    assert float(function(X).dense()[0, 0]) < float(before[0, 0])
 
 
 def test_tracing_leaves_nothing_on_the_module():

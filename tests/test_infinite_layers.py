@@ -162,6 +162,22 @@ class Functional(nn.Module):
         return 2 * F.linear(h * torch.sigmoid(h), self.v)
 
 
+class Ways(nn.Module):
+    """1x1 convolutions beside others, before and after the same nonlinearity, and on the inputs themselves."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, n, 1), nn.Conv2d(3, n, 3, padding=1)
+        self.c, self.d = nn.Conv2d(n, n, 1), nn.Conv2d(n, n, 3, padding=1)
+        self.e, self.f = nn.Conv2d(n, n, 1, 2), nn.Conv2d(n, n, 3, 2, 1)
+        self.head = nn.Linear(4 * n, 3)
+
+    def forward(self, x):
+        g = F.relu(self.a(x) + self.b(x))
+        h = self.c(g) + self.d(g)
+        return self.head((self.f(F.relu(h)) + self.e(h)).flatten(1))
+
+
 def seq(*layers):
     return nn.Sequential(*layers)
 
@@ -202,6 +218,10 @@ NETWORKS = {
         nn.Conv1d(n, n, 2), nn.ReLU(), nn.Flatten(), nn.Linear(3 * n, 3),
     ),
     "residual": Residual,
+    "ways": Ways,
+    "one pixel": lambda n: seq(
+        nn.Conv2d(3, n, 4), nn.Conv2d(n, n, 1), nn.ReLU(), nn.Conv2d(n, n, 1), nn.Flatten(), nn.Linear(n, 3)
+    ),
     "tokens": Tokens,
 }  # fmt: skip
 FLAT = {"mlp", "smooth", "slopes", "normalised", "normalised and smooth", "branches", "functional", "by hand"}
@@ -247,6 +267,19 @@ def law(net, name):
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
     }
     return {"weight_std": 1 / math.sqrt(3), "bias_std": biases}
+
+
+@pytest.mark.parametrize("kind", ["ntk", "nngp"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_memory_that_is_used_again_changes_no_number(name, kind):
+    """With gradients nothing is written in place; the diagonal has formulas of its own."""
+    net = drawn(name, 4, 0)
+    function = InfiniteWidth(net, kind=kind, **law(net, name))
+    x = inputs(name)
+    plain = function(x)
+    torch.testing.assert_close(plain.dense(), function(x.clone().requires_grad_()).dense().detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(plain.diagonal(), plain.dense().diagonal(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(plain.dense(), function(x, x.clone()).dense(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -36,6 +36,9 @@ class Dual(ABC):
         """The same for u = v, exactly: E[g^2] and E[g'^2]."""
         return self(a, a, a, derivative=derivative)
 
+    def check(self, a: Tensor, *, derivative: bool) -> None:  # noqa: B027  (most have nothing to say)
+        """Say what error there is for units of these variances; closed forms have none."""
+
 
 @dataclass(frozen=True)
 class Linear(Dual):

@@ -8,7 +8,8 @@ With normalised Hermite polynomials h_k and g_k(a) = E[g(sqrt(a) u) h_k(u)] for 
 The coefficients are one-dimensional Gaussian integrals for each example, not two-dimensional ones for each pair. They
 are taken by the trapezoidal rule, which converges as fast as Gauss-Hermite quadrature for smooth functions and does not
 thin out where functions are steep. What the terms that are kept miss is known from Parseval's identity, and said where
-it matters: functions with kinks converge slowly for nearly equal inputs.
+it matters: functions with kinks converge slowly for nearly equal inputs, their derivatives more slowly still, and
+functions with jumps have no tangent kernel.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from ntkit.tangent.identity import digest
 
 REACH, STEP = 10.0, 0.05  # of the rule, in standard deviations
 TERMS = 192
-# Relative error of a variance from which on it is said.
-TOLERANCE = 1e-7
+# Relative error of a moment from which on it is said, and from which on there is no sense in the number.
+TOLERANCE, SENSELESS = 1e-7, 0.1
 _TINY = 1e-200  # whose root is still a number that another one can be divided by
+# Variance as which smaller ones count in the series, whose derivatives are differences: below, they would be rounding.
+_SMALL = 1e-12
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class HermiteSeries(Dual):
         """Horner's scheme over the terms. Cost: 2 operations per term and entry, 4 with the derivative."""
         left, right = self._coefficients(a), self._coefficients(b)
         size = max(_needed(left), _needed(right))
-        scale = a.clamp_min(_TINY).sqrt() * b.clamp_min(_TINY).sqrt()
+        scale = a.clamp_min(_SMALL).sqrt() * b.clamp_min(_SMALL).sqrt()
         rho = (c / scale).clamp(-1, 1)
         k, slope = torch.zeros_like(rho), torch.zeros_like(rho)
         for number in reversed(range(size)):
@@ -69,30 +72,37 @@ class HermiteSeries(Dual):
         nodes, weights, _ = _rule(a.device)
         z = a.clamp_min(_TINY).sqrt()[..., None] * nodes
         values, slopes = torch.func.jvp(self.function, (z,), (torch.ones_like(z),))  # pyright: ignore[reportAssignmentType]
-        k = values.square() @ weights
-        self._say_error(a.detach(), values.detach())
-        return k, slopes.square() @ weights if derivative else None
+        return values.square() @ weights, slopes.square() @ weights if derivative else None
 
     def _coefficients(self, a: Tensor) -> Tensor:
         """g_k(a) for k below TERMS, on a last axis."""
         nodes, _, weighted = _rule(a.device)
-        return self.function(a.clamp_min(_TINY).sqrt()[..., None] * nodes) @ weighted
+        return self.function(a.clamp_min(_SMALL).sqrt()[..., None] * nodes) @ weighted
 
-    def _say_error(self, a: Tensor, values: Tensor) -> None:
-        """Compare the variance with the sum of its terms, and with the same rule at every other node.
+    @torch.no_grad()
+    def check(self, a: Tensor, *, derivative: bool) -> None:
+        """Compare moments with the sums of their terms, and with the same rule at every other node.
 
         Raises:
-            ModelError: if the function is not finite.
+            ModelError: if the function is not finite, or its series does not come near.
         """
-        every = max(1, a.numel() // 64)
-        _, weights, _ = _rule(a.device)
-        squares = values.reshape(-1, values.shape[-1])[::every].square()
-        exact = (squares @ weights).clamp_min(_TINY)
-        cut = exact - self._coefficients(a.reshape(-1)[::every]).square().sum(-1)
-        coarse = exact - 2 * squares[:, ::2] @ weights[::2]
-        error = float(torch.maximum(cut.abs(), coarse.abs()).div(exact).max())
+        a = a.detach().reshape(-1)
+        a = a[:: max(1, a.numel() // 64)].clamp_min(_SMALL)
+        nodes, weights, _ = _rule(a.device)
+        z = a.sqrt()[:, None] * nodes
+        values, slopes = torch.func.jvp(self.function, (z,), (torch.ones_like(z),))  # pyright: ignore[reportAssignmentType]
+        terms = self._coefficients(a).square()
+        error = _misfit(values.square(), weights, terms.sum(-1))
+        if derivative:
+            orders = torch.arange(TERMS, dtype=a.dtype, device=a.device)
+            error = max(error, _misfit(slopes.square(), weights, terms @ orders / a))
         if not math.isfinite(error):
             raise ModelError(f"{self.name} is not finite for all units of a layer: it has no infinite-width limit here")
+        if error > SENSELESS:
+            raise ModelError(
+                f"the Hermite series of {self.name} is off by {error:.0%} after {TERMS} terms: it jumps, or has "
+                "moments that are infinite"
+            )
         if error > TOLERANCE:
             warnings.warn(
                 f"{self.name} has no closed form here, and {TERMS} terms of its Hermite series leave a relative error "
@@ -100,6 +110,15 @@ class HermiteSeries(Dual):
                 FidelityWarning,
                 stacklevel=2,
             )
+
+
+def _misfit(squares: Tensor, weights: Tensor, series: Tensor) -> float:
+    """Relative error of a second moment: of its series, and of the rule, (n, nodes) and (n,)."""
+    exact = squares @ weights
+    coarse = 2 * squares[:, ::2] @ weights[::2]
+    largest = torch.stack([exact, coarse, series]).amax(0).clamp_min(_TINY)
+    error = torch.maximum((exact - series).abs(), (exact - coarse).abs()) / largest
+    return float(error.max()) if bool(error.isfinite().all()) else math.nan
 
 
 def _needed(coefficients: Tensor) -> int:

@@ -72,8 +72,8 @@ class Law:
             return given
         return math.sqrt(fan_in * variance(values, fan_in, name))
 
-    def bias(self, name: str, values: Tensor | None, fan_in: int) -> float:
-        """b of one layer; 0 where it has none."""
+    def bias(self, name: str, values: Tensor | None, fan_in: int | None) -> float:
+        """b of one layer; 0 where it has none. `fan_in`: of the layer, None for a bias that stands alone."""
         if values is None:
             return 0.0
         given = _given(self.bias_std, name)
@@ -84,29 +84,31 @@ class Law:
         return math.sqrt(variance(values, fan_in, name))
 
 
-def variance(values: Tensor, fan_in: int, name: str = "") -> float:
+def variance(values: Tensor, fan_in: int | None, name: str = "") -> float:
     """The second moment that some values were drawn with.
 
-    Values that PyTorch's default initialisation could well have drawn have its variance, 1 / (3 fan_in), exactly:
-    within its bounds, and with a mean square within some standard errors of it. Others have their own mean square.
+    Values that PyTorch's default initialisation could well have drawn have its variance, 1 / (3 fan_in), exactly: the
+    largest within its bound and not far below, and a mean square within some standard errors of it. Others have their
+    own mean square, and so have those that are in no layer (fan_in None).
 
     Raises:
         ModelError: if their mean is not zero, within its error.
     """
     found = values.detach().double()
-    square, bound = float(found.square().mean()), 1 / math.sqrt(fan_in)
-    default = 1 / (3 * fan_in)
-    error = math.sqrt(0.8 / found.numel())  # relative, of a mean of squares of uniform numbers
-    size = found.numel()
+    square, size = float(found.square().mean()), found.numel()
     # by Student's distribution, for a layer may have a few values only
     if size > 1 and abs(float(found.mean())) > -stdtrit(size - 1, CHANCE) * float(found.std()) / math.sqrt(size):
         raise ModelError(
             f"the values of {name!r} have a mean of {float(found.mean()):.3g}, and so are not drawn around zero: a "
             "limit is known for such draws only; give weight_std and bias_std to take the module as drawn anew"
         )
-    if float(found.abs().max()) <= bound * (1 + 1e-6) and abs(square / default - 1) <= DEVIATIONS * error:
-        return default
-    return square
+    if fan_in is None:
+        return square
+    bound, default = 1 / math.sqrt(fan_in), 1 / (3 * fan_in)
+    share = float(found.abs().max()) / bound  # below s with the probability s^size
+    error = math.sqrt(0.8 / size)  # relative, of a mean of squares of uniform numbers
+    likely = CHANCE ** (1 / size) <= share <= 1 + 1e-6 and abs(square / default - 1) <= DEVIATIONS * error
+    return default if likely else square
 
 
 def checked(value: Deviations, name: str) -> Deviations:
@@ -122,6 +124,18 @@ def checked(value: Deviations, name: str) -> Deviations:
             f"numbers: got {value!r}"
         )
     return value
+
+
+def require_used(value: Deviations, name: str, model: nn.Module) -> None:
+    """Refuse patterns that no parameter has.
+
+    Raises:
+        InputError: naming the first.
+    """
+    names = [found for found, _ in model.named_parameters(remove_duplicate=False)]
+    for pattern in value if isinstance(value, Mapping) else ():
+        if pattern != "*" and not any(fnmatchcase(found, pattern) for found in names):
+            raise InputError(f"{name} has {pattern!r}, and no parameter is named so: got {', '.join(names) or 'none'}")
 
 
 def _given(value: Deviations, name: str) -> float | None:

@@ -26,6 +26,8 @@ class Program:
         output: int,
         prepare: Callable[..., tuple[Tensor, ...]],
         positions: Sequence[tuple[int, ...]],
+        *,
+        tangent: bool = True,
     ) -> None:
         """Find out what each step needs.
 
@@ -34,7 +36,9 @@ class Program:
             output: number of the step that is the network's output.
             prepare: the tensors that `Inputs` take, from the arguments of the model.
             positions: the shape of each step's positions.
+            tangent: whether the tangent kernel will be asked for.
         """
+        self.tangent = tangent
         self.steps = tuple(steps)
         self.output = output
         self.prepare = prepare
@@ -66,11 +70,18 @@ class Program:
         """What the steps that go by variances need of some examples."""
         block = Block(1, tangent=False)
         results = self._run(self._self, lambda step, pairs: step.products(x[step.number], None, pairs), block, None)
-        return {
+        return self._checked(results)
+
+    def _checked(self, results: dict[int, Covariance]) -> Variances:
+        """The variances by which steps go, after a look at them."""
+        found = {
             number: results[step.inputs[0]].at_equal_positions().nngp
             for number, step in enumerate(self.steps)
             if step.by_variance and number in self._cross
         }
+        for number, variances in found.items():
+            self.steps[number].check(variances, tangent=self.tangent)
+        return found
 
     def diagonal(self, x: Sequence[Tensor], *, tangent: bool) -> Covariance:
         """Of the output, for examples with themselves."""
@@ -78,6 +89,7 @@ class Program:
         products = self._run(
             self._diagonal, lambda step, pairs: step.products(x[step.number], None, pairs), block, None
         )
+        self._checked(products)
         return products[self.output]
 
     def covariance(

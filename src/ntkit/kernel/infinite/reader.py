@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntkit.errors import ModelError
 from ntkit.kernel.infinite import pointwise
@@ -78,7 +80,7 @@ class Reader:
                 f"the output has positions of shape {self.positions[number]} beside its channels: end the module with "
                 "a mean over them, or with a flatten and a linear layer"
             )
-        return Program(self.steps, number, self._prepare(), self.positions)
+        return Program(self.steps, number, self._prepare(), self.positions, tangent=bool(self.trained))
 
     def _output(self, node: fx.Node) -> Value:
         (returned,) = node.args
@@ -236,21 +238,52 @@ class Reader:
         wanted = _ancestors(self.inputs)
         for node in self.traced.graph.nodes:
             if node in wanted or node.op == "placeholder":
-                places[node] = graph.node_copy(node, lambda other: places[other])
+                places[node] = _in_double(graph.node_copy(node, lambda other: places[other]))
         graph.output(tuple(places[node] for node in self.inputs))
         device = self.batch.arguments[0].device
         prepare = copy.deepcopy(fx.GraphModule(self.traced, graph)).double().to(device)
         arguments = [_unlike(as_double(t)) for t in self.batch.arguments]
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), Draws() as draws:
             together, again = (prepare(*(t.clone() for t in arguments)) for _ in range(2))
             rows = range(len(arguments[0]))
             alone = zip(*(prepare(*(t[i : i + 1].clone() for t in arguments)) for i in rows), strict=True)
         for node, both, repeated, each in zip(self.inputs, together, again, alone, strict=True):
-            if not torch.equal(both, repeated):
-                self.refuse(node, "what it makes of the inputs is random")
-            if not torch.allclose(both, torch.cat(each)):
+            if draws.seen or not torch.equal(both, repeated):
+                self.refuse(node, f"what is made of the inputs is random{draws.said}")
+            singly = torch.cat(each)
+            if both.shape != singly.shape or not torch.allclose(both, singly):
                 self.refuse(node, "it treats the examples of a batch together: a kernel needs them one by one")
         return prepare
+
+
+class Draws(TorchDispatchMode):
+    """Notes operations that take random numbers, wherever they are called from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.seen.append(str(func.overloadpacket).removeprefix("aten."))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def said(self) -> str:
+        """In brackets, for a message."""
+        return f" ({', '.join(dict.fromkeys(self.seen))})" if self.seen else ""
+
+
+def _in_double(node: fx.Node) -> fx.Node:
+    """A node of a graph whose tensors are float64, with casts to other floating point types turned into float64."""
+
+    def double(value: Any) -> Any:
+        return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+    node.args, node.kwargs = map_aggregate(node.args, double), map_aggregate(node.kwargs, double)  # pyright: ignore[reportAttributeAccessIssue]
+    if node.op == "call_method" and node.target in ("float", "half", "bfloat16"):
+        node.target = "double"
+    return node
 
 
 def _unlike(t: Tensor) -> Tensor:
@@ -290,13 +323,18 @@ def _trace(model: nn.Module) -> fx.GraphModule:
         )
     tracer = _Tracer()
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]), Draws() as draws:
             traced = fx.GraphModule(model, tracer.trace(model))
     except Exception as error:
         raise ModelError(
             f"the module cannot be traced by torch.fx ({type(error).__name__}: {error}): an infinite-width limit needs "
             "a forward method whose path does not depend on the values of tensors"
         ) from error
+    if draws.seen:
+        raise ModelError(
+            f"the forward method draws random numbers of its own{draws.said}, which a traced graph would keep as they "
+            "came: take that out, or put the module into evaluation mode"
+        )
     if tracer.without_gradients:
         raise ModelError(
             f"part of the forward method runs without gradients (torch.no_grad, at {tracer.without_gradients[0]!r}), "

@@ -45,6 +45,9 @@ class Step:
         """In words."""
         return type(self).__name__.lower()
 
+    def check(self, variances: Tensor, *, tangent: bool) -> None:
+        """Look at the variances of its input: whether they can be used, and how well. Nothing to say by default."""
+
     def run(self, found: list[Covariance], block: Block, sides: tuple[Tensor, Tensor] | None) -> Covariance:
         """The covariance after it. `sides`: variances of rows and columns, for a step that goes by them."""
         raise NotImplementedError
@@ -121,8 +124,9 @@ class Weights(Step):
     def run(self, found: list[Covariance], block: Block, sides: tuple[Tensor, Tensor] | None) -> Covariance:  # noqa: D102
         (inner,) = found
         total = inner.map(lambda values: patch_sum(values, self.windows, full=inner.full)) if self.windows else inner
-        # sums over patches are nobody else's, and memory that is used again need not be fetched from the system
-        fresh = bool(self.windows) and not torch.is_grad_enabled()
+        # sums over patches are nobody else's (one tap alone is a view of what is there), and memory that is used again
+        # need not be fetched from the system
+        fresh = _apart(total.nngp, inner.nngp) and not torch.is_grad_enabled()
         share = 1 / math.prod(window.size for window in self.windows)  # of one tap in the mean
         square, constant = self.weight_std**2, self.bias_std**2
         trained = block.tangent and bool(self.weight_gain or self.bias_gain)
@@ -138,6 +142,10 @@ class Weights(Step):
         elif ntk is not None:
             ntk = square * share * ntk if own is None else torch.add(own, ntk, alpha=square * share)
         return replace(total, nngp=nngp, ntk=own if ntk is None else ntk)
+
+
+def _apart(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()
 
 
 def _affine(values: Tensor, factor: float, constant: float, fresh: bool = False) -> Tensor:
@@ -179,6 +187,11 @@ class Nonlinearity(Step):
     def __str__(self) -> str:
         trained = f", training adds {', '.join(str(dual) for dual in self.learned)}" if self.learned else ""
         return f"{self.dual}{trained}"
+
+    def check(self, variances: Tensor, *, tangent: bool) -> None:  # noqa: D102
+        self.dual.check(variances, derivative=tangent)
+        for dual in self.learned:
+            dual.check(variances, derivative=False)
 
     def run(self, found: list[Covariance], block: Block, sides: tuple[Tensor, Tensor] | None) -> Covariance:  # noqa: D102
         (inner,), derivative = found, found[0].ntk is not None

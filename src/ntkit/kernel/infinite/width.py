@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
-from ntkit.errors import InputError
+from ntkit.errors import InputError, ModelError
 from ntkit.kernel.base import Kernel, bounds
 from ntkit.kernel.function import KernelFunction
-from ntkit.kernel.infinite.laws import NTK, Deviations, Law, Parametrization, Standard, checked
+from ntkit.kernel.infinite.laws import NTK, Deviations, Law, Parametrization, Standard, checked, require_used
 from ntkit.kernel.infinite.pairs import Block, Covariance
 from ntkit.kernel.infinite.program import Program, Variances
 from ntkit.kernel.infinite.reader import Reader, as_double
@@ -22,6 +22,8 @@ from ntkit.tangent.identity import content, digest
 from ntkit.tangent.parameters import select
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ntkit.tangent.examples import Batch
     from ntkit.tangent.parameters import Choice
 
@@ -132,7 +134,11 @@ class InfiniteWidth(KernelFunction):
             raise InputError(f"parametrization is NTK() or Standard(): got {parametrization!r}")
         self.model, self.kind = model, kind
         self.law = Law(checked(weight_std, "weight_std"), checked(bias_std, "bias_std"), parametrization)
-        self.trained = frozenset(select(model, parameters).names) if kind == "ntk" else frozenset()
+        require_used(weight_std, "weight_std", model)
+        require_used(bias_std, "bias_std", model)
+        self.parameters = parameters
+        if kind == "ntk":
+            select(model, parameters)  # a wrong choice is refused now
         self._programs: dict[tuple, Program] = {}
 
     def __call__(self, x1: Any, x2: Any = None) -> InfiniteKernel:
@@ -160,15 +166,18 @@ class InfiniteWidth(KernelFunction):
             raise InputError(
                 "an infinite-width kernel takes tensors in the order of the module's arguments: got a dict"
             )
+        require_finite(batch.arguments)
         key = _kinds(batch), next(batch.tensors()).device, self._state()
         if key not in self._programs:
-            self._programs[key] = Reader(self.model, self.law, self.trained, batch).program()
+            trained = select(self.model, self.parameters).names if self.kind == "ntk" else ()
+            self._programs[key] = Reader(self.model, self.law, frozenset(trained), batch).program()
         return self._programs[key]
 
     def _state(self) -> tuple:
-        """What changes when somebody trains the module, or puts it into another mode."""
-        values = tuple((t.data_ptr(), t._version) for t in (*self.model.parameters(), *self.model.buffers()))
-        return values, tuple(module.training for module in self.model.modules())
+        """What changes when somebody trains the module, freezes or replaces a part, or puts it into another mode."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        values = tuple((t.data_ptr(), t._version, t.requires_grad) for t in tensors)
+        return values, tuple(settings(module) for module in self.model.modules())
 
     def listing(self, x: Any) -> str:
         """The steps in words, one line each: which layers were read, with which variances, for examples like `x`.
@@ -186,6 +195,23 @@ class InfiniteWidth(KernelFunction):
     def __getstate__(self) -> dict[str, Any]:
         """Another process reads the module itself: traced graphs do not travel."""
         return {**vars(self), "_programs": {}}
+
+
+def require_finite(arguments: Sequence[Tensor]) -> None:
+    """Refuse examples with entries that are no numbers.
+
+    Raises:
+        InputError: if there are any.
+    """
+    if any(t.is_floating_point() and not bool(t.detach().isfinite().all()) for t in arguments):
+        raise InputError("the examples have entries that are NaN or infinite: clean them first")
+
+
+def settings(module: nn.Module) -> tuple:
+    """What a module's own attributes say beside its tensors and submodules."""
+    plain = (bool, int, float, str, tuple, type(None))
+    own = ((name, value) for name, value in sorted(vars(module).items()) if not name.startswith("_"))
+    return type(module), tuple((name, value) for name, value in own if isinstance(value, plain))
 
 
 def _members(found: Covariance, tangent: bool) -> tuple[Tensor, ...]:
@@ -293,7 +319,8 @@ class InfiniteKernel(Kernel):
             arguments = examples.batch(slice(start, stop)).arguments
         else:
             arguments = tuple(t[start:stop] for t in (data if isinstance(data, tuple) else (data,)))
-        return self.program.prepare(*(as_double(t) for t in arguments))
+        require_finite(arguments)
+        return tuple(as_double(t) for t in self.program.prepare(*(as_double(t) for t in arguments)))
 
     def _shape_of_blocks(self, rows: int, cols: int) -> tuple[int, int]:
         """Rows and columns of a block such that each step's numbers stay in the cache; broad rather than tall."""
@@ -326,6 +353,8 @@ class InfiniteKernel(Kernel):
                     out[a:b, c:d] = value
                     if same:
                         out[c:d, a:b] = value.T
+        if not all(bool(out.isfinite().all()) for out in found):
+            raise ModelError("the kernel has entries that are not finite: a function of the module grows too fast")
         return found[0], found[-1]
 
     def _differentiable(
@@ -388,10 +417,11 @@ class InfiniteKernel(Kernel):
         """The steps with all their numbers, what is done to the inputs before, and the examples."""
         columns = "the rows" if self._symmetric else content(self._cols)
         before: Any = self.program.prepare
+        modules = repr([settings(module) for _, module in sorted(before.named_modules())[1:]])
         return {
             "kernel": f"infinite {self.function.kind}",
             "steps": digest([repr((self.program.steps, self.program.output))]),
-            "inputs": digest([before.code, *(t for _, t in sorted(before.state_dict().items()))]),
+            "inputs": digest([before.code, modules, *(t for _, t in sorted(before.state_dict().items()))]),
             "rows": content(self._rows),
             "columns": columns,
         }

@@ -59,6 +59,8 @@ class Call:
     def own(self, name: str) -> Parameter | None:
         """A parameter of the module that is called; None where it has none."""
         found = getattr(self.module, name, None)
+        if found is not None and id(found) not in self.reader.names:
+            self.refuse(f"its {name} is not a parameter of the module")
         return None if found is None else Parameter(self.reader.names[id(found)], found)
 
     @property

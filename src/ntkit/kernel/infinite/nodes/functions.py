@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from ntkit.kernel.infinite import pointwise
 from ntkit.kernel.infinite.nodes.call import RANDOM, Call, plain
+from ntkit.kernel.infinite.nodes.in_place import require_sole_user
 from ntkit.kernel.infinite.nodes.weights import added_bias
 from ntkit.kernel.infinite.values import Applied, Known, Parameter, Value
 
@@ -19,7 +20,7 @@ def elementwise(call: Call) -> Value:
     if call.module is not None:
         return _activation(call)
     if call.name.endswith("_") or (name.startswith("i") and name[1:] in ("add", "sub", "mul", "truediv", "pow")):
-        _require_sole_user(call)
+        require_sole_user(call)
     operands = [*call.args, *call.keywords.values()]
     random = [v for v in operands if isinstance(v, RANDOM)]
     others = [plain(v) for v in operands if not isinstance(v, RANDOM)]
@@ -28,6 +29,8 @@ def elementwise(call: Call) -> Value:
     if name in pointwise.ADDITIONS and len(random) == 1 and len(operands) == 2 and isinstance(others[0], Parameter):
         return added_bias(call, random[0], others[0])
     if len(random) == 1 and len(operands) == 2 and all(isinstance(v, (int, float)) for v in others):
+        if "div" in name and float(others[0]) == 0 and isinstance(call.x, RANDOM):
+            call.refuse("it divides by zero")
         found = pointwise.with_number(name, float(others[0]), first=not isinstance(call.args[0], RANDOM))
         if found is not None:
             return reader.apply(random[0], found, node)
@@ -36,7 +39,7 @@ def elementwise(call: Call) -> Value:
         keywords = {k: plain(v) for k, v in call.keywords.items() if k != "input"}
         if not any(isinstance(v, (Known, Parameter)) for v in (*rest, *keywords.values())):
             if keywords.get("inplace"):
-                _require_sole_user(call)
+                require_sole_user(call)
             function: Any = node.target if callable(node.target) else getattr(torch.Tensor, str(node.target))
             found = pointwise.of_call(name, function, rest, keywords)
             if found is not None:
@@ -58,7 +61,7 @@ def _activation(call: Call) -> Value:
             call.refuse("its channels have slopes of their own: units of different kinds")
         call.reader.use(slope.name, call.node)
     if getattr(module, "inplace", False):
-        _require_sole_user(call)
+        require_sole_user(call)
     found = pointwise.of_module(module, trained=slope is not None and slope.name in call.reader.trained)
     if found is None:
         call.refuse(
@@ -68,11 +71,6 @@ def _activation(call: Call) -> Value:
     if isinstance(call.x, Known):
         call.refuse("it has parameters and works on the inputs alone")
     return call.reader.apply(call.x, found, call.node)
-
-
-_VIEWS = {
-    "contiguous", "dropout", "flatten", "permute", "reshape", "squeeze", "swapaxes", "transpose", "unsqueeze", "view",
-}  # fmt: skip
 
 
 def _pair(call: Call, name: str, left: Value, right: Value) -> Value:
@@ -91,29 +89,3 @@ def _pair(call: Call, name: str, left: Value, right: Value) -> Value:
             call.refuse("it adds layers of different shapes, one of which is repeated")
         return reader.total((left, right), call.node)
     return reader.refuse(call.node, "a product of two layers is not Gaussian")
-
-
-def _require_sole_user(call: Call) -> None:
-    """Refuse writing into a tensor that others read afterwards: the graph does not show them the new values.
-
-    Raises:
-        ModelError: if somebody else reads it.
-    """
-    node: fx.Node = call.first
-    while True:
-        if isinstance(call.reader.values[node], Known):
-            call.refuse("it writes into its inputs: use the form that is not in place")
-        if len(node.users) > 1:
-            call.refuse("it writes into a tensor that is used elsewhere, too: use the form that is not in place")
-        if not _shares_memory(call, node):
-            return
-        node = node.all_input_nodes[0]
-
-
-def _shares_memory(call: Call, node: fx.Node) -> bool:
-    """Whether a node may give the memory of its input under another name."""
-    if node.op == "call_module":
-        module = call.reader.modules[str(node.target)]
-        return isinstance(module, (nn.Identity, nn.Flatten, *pointwise.DROPOUTS)) or getattr(module, "inplace", False)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op.startswith("call") and (name in _VIEWS or name.endswith("_"))

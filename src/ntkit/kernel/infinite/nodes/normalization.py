@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ntkit.kernel.infinite.nodes.call import Call
+from ntkit.kernel.infinite.nodes.in_place import require_sole_user
 from ntkit.kernel.infinite.steps import Dropout, Normalization
 from ntkit.kernel.infinite.values import Field, Parameter, Value, changed
 
@@ -75,17 +76,20 @@ def _checked(call: Call, weight: Parameter | None, bias: Parameter | None, *, pe
 def dropout_module(call: Call) -> Value:
     """A dropout module; nothing in evaluation mode."""
     module: Any = call.module
-    return _dropped(call, module.p, module.training, call.name)
+    return _dropped(call, module.p, module.training, call.name, module.inplace)
 
 
 def dropout_function(call: Call) -> Value:
     """`torch.nn.functional.dropout` and its kin."""
-    return _dropped(call, call.argument(1, "p", 0.5), call.argument(2, "training", True), call.name)
+    training = call.argument(2, "training", call.argument(2, "train", True))  # torch.dropout has another name for it
+    return _dropped(call, call.argument(1, "p", 0.5), training, call.name, call.argument(3, "inplace", False))
 
 
-def _dropped(call: Call, p: float, training: bool, name: str) -> Value:
+def _dropped(call: Call, p: float, training: bool, name: str, inplace: bool) -> Value:
     if not training or p == 0:
         return call.x
+    if inplace:
+        require_sole_user(call)
     if p >= 1:
         call.refuse("it drops everything")
     reader, field = call.reader, call.field()

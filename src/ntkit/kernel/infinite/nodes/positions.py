@@ -119,7 +119,7 @@ def permuted(call: Call) -> Value:
         order = [d % ndim for d in (rest[0] if isinstance(rest[0], (tuple, list)) else rest)]
     else:
         order = list(range(ndim))
-        a, b = call.argument(1, "dim0") % ndim, call.argument(2, "dim1") % ndim
+        a, b = (call.argument(k + 1, f"dim{k}", call.argument(k + 1, f"axis{k}")) % ndim for k in (0, 1))
         order[a], order[b] = order[b], order[a]
     places = [axis for axis in order if axis not in (0, field.channel)]
     if field.merged or order[0] != 0 or places != sorted(places):

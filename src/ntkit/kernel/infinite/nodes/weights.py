@@ -109,7 +109,7 @@ def added_bias(call: Call, value: Value, parameter: Parameter) -> Field:
     if field.merged or aligned != wanted:
         call.refuse("a parameter is added that is not one number for each channel")
     reader.use(parameter.name, call.node)
-    std = reader.law.bias(parameter.name, parameter.tensor, 1)
+    std = reader.law.bias(parameter.name, parameter.tensor, None)
     gain = reader.law.parametrization.gains(0.0, std, 1)[1] if parameter.name in reader.trained else 0.0
     number = reader.add(Bias((field.step,), call.node.name, std, gain), reader.positions[field.step])
     entangled = before.scale is not None or before.entangled
