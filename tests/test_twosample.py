@@ -450,7 +450,7 @@ X, Y = normal(8, 3), normal(8, 3, seed=1)
     [
         (X[:1], Y, {}, "sample x has 1 examples: expected at least 2"),
         (X, Y[:1], {}, "sample y has 1"),
-        (X, Y[:, :2], {}, r"one shape and type: got \(3,\) .* and \(2,\)"),
+        (X, Y[:, :2], {}, r"one shape and type, on one device: got \(3,\) .* and \(2,\)"),
         (X, Y.float(), {}, "one shape and type"),
         (X, (Y,), {}, "the same form: got Tensor"),
         (X, TensorDataset(Y), {}, "one is a Dataset"),

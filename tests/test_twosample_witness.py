@@ -15,6 +15,7 @@ from scipy.stats import binom
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from benchmarks.twosample import power
 from ntkit.errors import InputError, ModelError
@@ -248,7 +249,11 @@ def test_hsic_of_every_order_is_its_definition(statistic: Any, wanted: Any, memo
     y = x[:, :1] + normal(9, 3, seed=1)
     phi, psi = (Features(with_ones(o, s)) for o, s in ((1.0, 1.0), (0.2, 2.0)))
     k, m = x @ x.T + 1, 2 * y @ y.T + 0.2
-    orders = torch.rand(25, 9, generator=drawn(4), dtype=torch.float64).argsort(1)
+    generator = drawn(4)
+    orders = [torch.randperm(9, generator=generator) for _ in range(25)]
+    without = [torch.tensor([j for j in range(9) if j != i]) for i in range(9)]
+    left_out = torch.tensor([wanted(k[rest][:, rest], m[rest][:, rest]) for rest in without], dtype=torch.float64)
+    jackknife = 8 / 9 * float((left_out - left_out.mean()).square().sum())
     for kernels in ((LINEAR, OTHER), (phi, psi), (LINEAR, psi), (phi, OTHER), (LINEAR(x), OTHER(y))):
         found = twosample.independence_test(
             x, y, kernel_x=kernels[0], kernel_y=kernels[1], statistic=statistic, permutations=25, generator=drawn(4),
@@ -257,7 +262,89 @@ def test_hsic_of_every_order_is_its_definition(statistic: Any, wanted: Any, memo
         assert found.statistic == pytest.approx(wanted(k, m), rel=1e-9)
         assert found.null.tolist() == pytest.approx([wanted(k, m[o][:, o]) for o in orders], rel=1e-9, abs=1e-12)
         assert found.pvalue == (1 + int((found.null >= found.statistic).sum())) / 26
+        assert found.spread is not None
+        quadratic = float(found.null.var())
+        assert found.spread.quadratic == pytest.approx(quadratic)
+        assert jackknife > 2 * quadratic
+        assert found.spread.linear == pytest.approx(jackknife - 2 * quadratic, rel=1e-9)
     assert "of 9 pairs" in str(found)
+
+
+@pytest.mark.parametrize("statistic", [twosample.Biased(), twosample.Debiased()])
+def test_power_of_the_independence_test_is_about_the_rate_of_rejections(statistic: Any) -> None:
+    """At 30 pairs, and as 15 of them foretell it: medians over many samples against what happens."""
+
+    def test(run: int, n: int) -> twosample.TestResult:
+        x = normal(n, 1, seed=run)
+        y = 0.7 * x + normal(n, 1, seed=run + 10_000)
+        return twosample.independence_test(
+            x, y, kernel_x=RBF(), kernel_y=RBF(), statistic=statistic, permutations=99, generator=drawn(run)
+        )
+
+    runs = range(120)
+    at_30, at_15 = [test(run, 30) for run in runs], [test(run, 15) for run in runs]
+    rate = sum(found.rejected() for found in at_30) / len(runs)
+    assert 0.3 < rate < 0.9
+    assert float(np.median([found.power().value for found in at_30])) == pytest.approx(rate, abs=0.15)
+    assert float(np.median([found.power(factor=2).value for found in at_15])) == pytest.approx(rate, abs=0.25)
+
+
+@pytest.mark.parametrize("statistic", [twosample.Biased(), twosample.Debiased()])
+def test_more_examples_do_not_make_power_of_independence(statistic: Any) -> None:
+    found = [
+        twosample.independence_test(
+            normal(20, 1, seed=run), normal(20, 1, seed=run + 10_000), kernel_x=RBF(), kernel_y=RBF(),
+            statistic=statistic, permutations=99, generator=drawn(run),
+        ).power(factor=4).value
+        for run in range(60)
+    ]  # fmt: skip
+    assert float(np.median(found)) < 0.4
+
+
+def test_a_statistic_that_is_all_bias_has_no_power() -> None:
+    """A kernel so narrow that every order is as good as another."""
+    found = twosample.independence_test(
+        normal(20, 1), normal(20, 1, seed=1), kernel_x=RBF(1e-6), kernel_y=RBF(1e-6), statistic=twosample.Biased(),
+        permutations=99, generator=drawn(0),
+    )  # fmt: skip
+    assert found.pvalue == 1
+    assert found.power(factor=2).high == 0
+
+
+def test_power_and_statistic_do_not_depend_on_the_origin_of_features() -> None:
+    """Times in seconds since 1970: a constant far larger than what varies."""
+    x, y = normal(30, 1), normal(30, 1, seed=1)
+    found = [
+        twosample.independence_test(
+            x + far, y + far, kernel_x=DotProduct(), kernel_y=DotProduct(), permutations=9, generator=drawn(0)
+        )
+        for far in (0.0, 1e5)
+    ]
+    assert found[1].statistic == pytest.approx(found[0].statistic, rel=1e-3)
+    assert found[1].power().value == pytest.approx(found[0].power().value, rel=1e-3)
+
+
+def test_values_that_are_no_numbers_are_refused() -> None:
+    """NaN is not smaller than any permuted value: the smallest p-value would come of it."""
+    x = normal(20, 4)
+    broken = x.clone()
+    broken[3, 1] = math.nan
+    with pytest.raises(InputError, match="the statistic is NaN or infinite"):
+        twosample.witness_test(
+            TensorDataset(broken), TensorDataset(normal(20, 4, seed=1)), witness=twosample.ZeroTime(published()),
+            train_share=0.5, permutations=9, generator=drawn(0),
+        )  # fmt: skip
+    with pytest.raises(InputError, match="the statistic is NaN or infinite"):
+        twosample.independence_test(
+            x * 1e80, x * 1e80, kernel_x=DotProduct(), kernel_y=DotProduct(), permutations=9, generator=drawn(0)
+        )
+
+
+def test_power_of_too_few_pairs_is_refused() -> None:
+    x, y = normal(4, 2), normal(4, 2, seed=1)
+    found = twosample.independence_test(x, y, kernel_x=RBF(), kernel_y=RBF(), permutations=9, generator=drawn(0))
+    with pytest.raises(InputError, match="HSIC does not know how its statistic varies"):
+        found.power()
 
 
 def test_unbiased_hsic_has_mean_zero_under_independence_and_the_biased_one_has_not() -> None:

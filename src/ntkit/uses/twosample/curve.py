@@ -143,6 +143,7 @@ def power_curve(
     """
     if not isinstance(runs, int) or runs < 1:
         raise InputError(f"runs is a positive whole number: got {runs!r}")
+    points = [p.item() if isinstance(p, np.generic) else p for p in points]
     if not tests or not points or len(set(points)) < len(points):
         raise InputError("a power curve needs one test and one point at least, every point once")
     head = {"version": VERSION, "seed": seed, "about": dict(about or {})}

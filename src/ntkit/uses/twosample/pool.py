@@ -181,7 +181,7 @@ def finite(entries: Tensor) -> Tensor:
     return entries
 
 
-def check_matrix(kernel: Kernel, size: int) -> None:
+def check_matrix(kernel: Kernel, size: int, which: str = "pooled ") -> None:
     """Refuse a matrix that has not one row and column for each example.
 
     Raises:
@@ -189,7 +189,7 @@ def check_matrix(kernel: Kernel, size: int) -> None:
     """
     if kernel.shape != (size, size) or not kernel.symmetric:
         raise InputError(
-            f"a test needs one kernel value for each pair of the {size} pooled examples: got a matrix of shape "
+            f"a test needs one kernel value for each pair of the {size} {which}examples: got a matrix of shape "
             f"{kernel.shape}. Of a network with several outputs take SumOfLogits() as read-out, or "
             "Empirical(..., trace=True)"
         )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ntkit.errors import InputError
 from ntkit.kernel.base import strips
 
 # Numbers that are drawn and sorted together, 24 bytes each: 200 MB.
@@ -36,7 +39,16 @@ def choices(groups: int, n: int, m: int, permutations: int, generator: torch.Gen
 
 
 def permutation_pvalue(statistic: float, null: Tensor) -> float:
-    """(1 + #{null >= statistic}) / (B + 1): never 0, and at most the level with no more than that probability."""
+    """(1 + #{null >= statistic}) / (B + 1): never 0, and at most the level with no more than that probability.
+
+    Raises:
+        InputError: if a statistic is NaN or infinite, which compares as smaller than nothing.
+    """
+    if not (math.isfinite(statistic) and bool(null.isfinite().all())):
+        raise InputError(
+            "the statistic is NaN or infinite: look for NaN among the examples, or make them smaller (numbers of order "
+            "one)"
+        )
     tie = ROUNDING * max(abs(statistic), float(null.abs().max()))
     return (1 + int((null >= statistic - tie).sum())) / (len(null) + 1)
 

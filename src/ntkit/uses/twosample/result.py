@@ -9,6 +9,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from ntkit.errors import InputError
+from ntkit.uses.twosample.relabelling import ROUNDING
 from ntkit.uses.twosample.samples import check_level
 
 
@@ -41,13 +42,15 @@ class Spread:
         linear: part of its variance that falls as 1/n.
         quadratic: part that falls as 1/n^2.
         rate: power of 1/n with which the null shrinks.
-        centre: mean of the null.
+        centre: what the null shrinks towards.
+        bias: part of the statistic that is there without any difference, and shrinks as the null does.
     """
 
     linear: float
     quadratic: float = 0.0
     rate: float = 0.5
     centre: float = 0.0
+    bias: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,18 +115,18 @@ class TestResult:
             raise InputError(f"{self.name} does not know how its statistic varies: simulate with power_curve")
         if not factor > 0:
             raise InputError(f"samples are a positive number of times as large: got factor={factor!r}")
-        centre = self.spread.centre
-        threshold = centre + (self.threshold(level) - centre) / factor**self.spread.rate
+        centre, shrunk = self.spread.centre, factor**-self.spread.rate
+        threshold = centre + (self.threshold(level) - centre) * shrunk
+        seen = self.statistic - self.spread.bias * (1 - shrunk)
         deviation = math.sqrt(self.spread.linear / factor + self.spread.quadratic / factor**2)
         error = math.sqrt(self.spread.linear + self.spread.quadratic)
 
         def at(difference: float) -> float:
             if deviation == 0:
-                return float(difference > threshold)
+                return float(difference > threshold + ROUNDING * abs(threshold))
             return float(norm.cdf((difference - threshold) / deviation))
 
-        found = (at(self.statistic), at(self.statistic - error), at(self.statistic + error))
-        return Power(*found, level)
+        return Power(at(seen), at(seen - error), at(seen + error), level)
 
     def __str__(self) -> str:
         """One sentence."""

@@ -51,11 +51,10 @@ def pooled(x: Examples, y: Examples) -> Examples:
         )
     for name, t in ours.items():
         other = theirs[name]
-        if t.shape[1:] != other.shape[1:] or t.dtype != other.dtype:
-            raise InputError(
-                "two samples have examples of one shape and type: got "
-                f"{tuple(t.shape[1:])} {t.dtype} and {tuple(other.shape[1:])} {other.dtype}"
-            )
+        first, second = ((tuple(part.shape[1:]), part.dtype, part.device) for part in (t, other))
+        if first != second:
+            got = " and ".join(f"{shape} {dtype} on {device}" for shape, dtype, device in (first, second))
+            raise InputError(f"two samples have examples of one shape and type, on one device: got {got}")
     together = {name: torch.cat([t, theirs[name]]) for name, t in ours.items()}
     if isinstance(x.data, Tensor):
         return Examples(together[0])

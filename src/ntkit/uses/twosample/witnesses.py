@@ -79,8 +79,9 @@ class ZeroTime(Witness):
 class OnlineTraining(Witness):
     """The change of a network's output in one pass of online SGD, over the learning rate. Linear time, one pass.
 
-    The loss is -f(x) for the first sample and +f(y) for the second. Cheng and Xie 2021, algorithm 1. A copy of the
-    network is trained, in evaluation mode (no dropout, running statistics).
+    The loss is -f(x) for the first sample and +f(y) for the second, times n/m where the samples are of different sizes.
+    Cheng and Xie 2021, algorithm 1. A copy of the network is trained, in evaluation mode (no dropout, running
+    statistics).
 
     Attributes:
         model: any module in evaluation mode.
