@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,13 +51,14 @@ def now(labels: Tensor, candidates: Tensor, size: int = SIZE, model: nn.Module |
     return Round(tangent, x, labels, torch.ones(N).double(), candidates, size, torch.Generator().manual_seed(seed))
 
 
-def scaled(phi: Tensor, labels: Tensor, sigma: float | None) -> Tensor:
-    """Scaled, and with noise those of the posterior kernel, by definition."""
+def scaled(phi: Tensor, labels: Tensor, sigma: float | None, weights: Tensor | None = None) -> Tensor:
+    """Scaled, and with noise those of the posterior kernel, by definition: of a label of weight w it is sigma^2 / w."""
     known = labels >= 0
     phi = phi / (phi[known] if bool(known.any()) else phi).square().sum(1).mean().sqrt()
     if sigma is None:
         return phi
-    left = torch.linalg.inv(torch.eye(D, dtype=torch.float64) + phi[known].T @ phi[known] / sigma**2)
+    w = (torch.ones(N).double() if weights is None else weights)[known, None]
+    left = torch.linalg.inv(torch.eye(D, dtype=torch.float64) + phi[known].T @ (w * phi[known]) / sigma**2)
     return phi @ torch.linalg.cholesky(left)
 
 
@@ -130,20 +132,22 @@ def test_frank_wolfe(form: Any, seed: int, sigma: float | None) -> None:
 @forms
 @seeds
 @pytest.mark.parametrize("backward", [False, True])
-def test_bait_leaves_the_least_variance(form: Any, seed: int, backward: bool) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bait_leaves_the_least_variance(form: Any, seed: int, backward: bool, weighted: bool) -> None:
     phi, labels, pool = problem(seed)
     mine, known = scaled(phi, labels, None), (labels >= 0).nonzero()[:, 0].tolist()
+    weights = 10 ** torch.linspace(-1, 1, N, dtype=torch.float64) if weighted else torch.ones(N).double()
 
     def left(chosen: list[int]) -> float:
-        some = mine[[*known, *chosen]]
-        return float(((mine @ torch.linalg.inv(SIGMA**2 * torch.eye(D).double() + some.T @ some)) * mine).sum())
+        some, w = mine[[*known, *chosen]], weights[[*known, *chosen], None]
+        return float(((mine @ torch.linalg.inv(SIGMA**2 * torch.eye(D).double() + some.T @ (w * some))) * mine).sum())
 
     expected: list[int] = []
     for _ in range(2 * SIZE if backward else SIZE):
         expected.append(min((i for i in pool.tolist() if i not in expected), key=lambda i: left([*expected, i])))
     while len(expected) > SIZE:
         expected.remove(min(expected, key=lambda i: left([j for j in expected if j != i])))
-    found = Bait(Given(form(phi)), SIGMA, backward).choose(now(labels, pool))
+    found = Bait(Given(form(phi)), SIGMA, backward).choose(replace(now(labels, pool), weights=weights))
     assert found.numbers.tolist() == expected
     assert found.utilities.shape == (SIZE, len(pool))
 
@@ -174,6 +178,33 @@ def test_longest(form: Any) -> None:
     open_ = scaled(phi, labels, SIGMA).norm(dim=1)
     expected = sorted(pool.tolist(), key=lambda i: -float(open_[i]))[:SIZE]
     assert MaxDiag(Given(form(phi)), SIGMA).choose(now(labels, pool)).numbers.tolist() == expected
+
+
+@forms
+def test_a_label_of_weight_w_has_a_part_of_the_noise(form: Any) -> None:
+    phi, labels, pool = problem(0)
+    weights = 10 ** torch.linspace(-2, 2, N, dtype=torch.float64)
+    told = replace(now(labels, pool), weights=weights)
+    mine = scaled(phi, labels, SIGMA, weights)
+    found = MaxDiag(Given(form(phi)), SIGMA).choose(told)
+    torch.testing.assert_close(found.utilities[0], mine[pool].square().sum(1), rtol=1e-9, atol=1e-12)
+    assert float((found.utilities[0] - scaled(phi, labels, SIGMA)[pool].square().sum(1)).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("sigma", [None, SIGMA])
+@pytest.mark.parametrize("size", [1.0, 60.0])
+@pytest.mark.parametrize("rule", [MaxDiag, MaxDet, CoreSet, KMeansPlusPlus, LCMD, FrankWolfe, Bait])
+def test_features_in_half_precision_are_multiplied_in_more(rule: Any, size: float, sigma: float | None) -> None:
+    """With squared lengths past the largest number of their type, and distances that it cannot tell apart."""
+    phi, labels, pool = problem(1)
+    half = (size * (phi + 3)).half()
+    assert (float(half.double().square().sum(1).max()) > 65_504) == (size > 1)
+    noise = SIGMA if rule is Bait and sigma is None else sigma
+    found, expected = (rule(Given(FeatureKernel(f)), noise).choose(now(labels, pool)) for f in (half, half.double()))
+    assert found.numbers.tolist() == expected.numbers.tolist()
+    free = expected.utilities > -torch.inf
+    largest = float(expected.utilities[free].abs().max())
+    torch.testing.assert_close(found.utilities[free], expected.utilities[free], rtol=0, atol=1e-5 * largest)
 
 
 def test_a_determinant_cannot_grow_past_the_rank() -> None:

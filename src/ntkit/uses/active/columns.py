@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ntkit.errors import InputError
+from ntkit.kernel.base import strips
+from ntkit.kernel.features import FeatureKernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,10 +40,16 @@ class Columns(ABC):
 
 
 class KernelColumns(Columns):
-    """Of a kernel with one row for each point."""
+    """Of a kernel with one row for each point, times a number."""
 
-    def __init__(self, kernel: Kernel, n: int) -> None:
+    def __init__(self, kernel: Kernel, n: int, factor: float = 1.0) -> None:
         """Read the diagonal.
+
+        Args:
+            kernel: features in half precision are multiplied in float32: squared lengths above 65,504 have no number
+                in float16, and distances are lost in it.
+            n: number of points.
+            factor: on all entries, in float64.
 
         Raises:
             InputError: if there is not one row for each point, or an entry is not finite.
@@ -51,18 +59,24 @@ class KernelColumns(Columns):
                 f"batches by distances need one row for each of the {n} points: got a kernel of shape {kernel.shape}. "
                 "Use a kernel that does not couple the outputs"
             )
-        self._kernel = kernel
-        self.diagonal = kernel.diagonal().cpu().double()
+        self._kernel, self._factor = kernel, factor
+        self.diagonal = factor * kernel.diagonal().cpu().double()
         if not bool(self.diagonal.isfinite().all()):
             raise InputError("the kernel's diagonal is not finite: features or outputs are too large for their type")
 
     def column(self, number: int) -> Tensor:  # noqa: D102
-        return self._kernel.tile(slice(None), slice(number, number + 1))[:, 0].cpu().double()
+        kernel, mine = self._kernel, slice(number, number + 1)
+        if isinstance(kernel, FeatureKernel) and kernel.dtype.itemsize < torch.float32.itemsize:
+            phi = kernel.features(mine)[0].float()
+            found = torch.cat([kernel.features(some).float() @ phi for some in strips(kernel.shape[0])])
+        else:
+            found = kernel.tile(slice(None), mine)[:, 0]
+        return self._factor * found.cpu().double()
 
     def sums(self, numbers: Tensor) -> Tensor:  # noqa: D102
         some = torch.zeros(self._kernel.shape[0], dtype=torch.float64)
         some[numbers] = 1.0
-        return (self._kernel @ some.to(self._kernel.device)).cpu().double()
+        return self._factor * (self._kernel @ some.to(self._kernel.device)).cpu().double()
 
 
 class ProductColumns(Columns):

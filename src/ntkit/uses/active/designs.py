@@ -3,8 +3,8 @@
 The rules are those of Holzmueller et al. (2022, "A framework and benchmark for deep batch active learning for
 regression", section 3), on any kernel here. They need the kernel's diagonal and one column for each pick: n D work with
 features, n^2 numbers without. The kernel is scaled so that labelled points have the mean diagonal entry 1. Labels count
-in one of two ways: as points that are chosen already (`sigma` None), or by the posterior kernel that they leave, with
-noise of the variance sigma^2.
+in one of two ways: as points that are chosen already (`sigma` None), whatever their weights, or by the posterior kernel
+that they leave, with noise of the variance sigma^2 over the weight of each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ntkit.kernel.features import FeatureKernel
 from ntkit.uses.active.columns import Columns, KernelColumns
 from ntkit.uses.active.geometry import Geometry, LastLayer, posterior, scale
 from ntkit.uses.active.picks import Picked, RedundantBatchWarning
-from ntkit.uses.active.strategy import Round, Strategy
+from ntkit.uses.active.strategy import Round, Strategy, require_kernel
 
 if TYPE_CHECKING:
     from ntkit.uses.active.posterior import Posterior
@@ -54,18 +54,20 @@ class Design(Strategy):
 
     Attributes:
         kernel: which.
-        sigma: noise of the labels, relative to the kernel's scale; None for counting labelled points as chosen.
+        sigma: noise of labels of weight 1, relative to the kernel's scale; None for counting labelled points as chosen.
     """
 
     kernel: Geometry = field(default_factory=LastLayer)
     sigma: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the noise.
+        """Check kernel and noise.
 
         Raises:
-            InputError: if it is not positive.
+            InputError: if the kernel makes none, or the noise is not positive.
         """
+        super().__post_init__()
+        require_kernel(self.kernel)
         if self.sigma is not None and not self.sigma > 0:
             raise InputError(f"sigma is the labels' noise: got {self.sigma!r}, expected a positive number or None")
 
@@ -76,12 +78,11 @@ class Design(Strategy):
     def choose(self, now: Round) -> Picked:  # noqa: D102
         n = len(now.labels)
         kernel = now.kernel(self.kernel)
-        columns = KernelColumns(kernel, n)  # which checks the kernel
+        KernelColumns(kernel, n)  # which checks the kernel
         one = 1 / scale(kernel, now.labelled, torch.ones(n, 1, 1, dtype=torch.float64))
         if self.sigma is not None and len(now.labelled):
-            kernel = left_open(kernel, now.labelled, self.sigma**2 / one)
-        columns = KernelColumns(one * kernel, n)
-        chosen = self.start(columns, now)
+            kernel = left_open(kernel, now.labelled, self.sigma**2 / one / now.weights[now.labelled])
+        chosen = self.start(KernelColumns(kernel, n, one), now)
         if self.sigma is None:
             for number in now.labelled.tolist():
                 chosen.take(number)
@@ -102,18 +103,23 @@ def in_turn(chosen: Chosen, now: Round) -> Picked:
     return Picked(torch.tensor(numbers), torch.stack(utilities))
 
 
-def left_open(kernel: Kernel, labelled: Tensor, noise: float) -> Kernel:
-    """The posterior kernel k - k_L (k_LL + noise I)^-1 k_L^T: as features where there are some.
+def left_open(kernel: Kernel, labelled: Tensor, noise: Tensor) -> Kernel:
+    """The posterior kernel k - k_L (k_LL + noise)^-1 k_L^T: as features where there are some.
+
+    Args:
+        kernel: of all points.
+        labelled: numbers of those with labels.
+        noise: variance of each of these labels, (L,), float64.
 
     Raises:
         InputError: if the kernel is not positive semidefinite on the labelled points.
     """
     if isinstance(kernel, FeatureKernel):
         features = kernel.features().double()
-        known = features[labelled]
-        moments = known.T @ known / noise
+        known = features[labelled] / noise.to(features.device).sqrt()[:, None]
+        moments = known.T @ known
         moments.diagonal().add_(1.0)
-        # phi^T (1 + known^T known / noise)^-1 phi' is the same kernel
+        # phi^T (1 + known^T noise^-1 known)^-1 phi' is the same kernel
         lower = torch.linalg.cholesky(moments)
         return FeatureKernel(torch.linalg.solve_triangular(lower, features.T, upper=False).T.contiguous())
     k = kernel.dense().cpu().double()
@@ -301,7 +307,7 @@ class Bait(Strategy):
 
     Attributes:
         kernel: which.
-        sigma: noise of the labels, relative to the kernel's scale.
+        sigma: noise of labels of weight 1, relative to the kernel's scale.
         backward: choose twice as many first, and then give up those that are missed least.
     """
 
@@ -310,11 +316,13 @@ class Bait(Strategy):
     backward: bool = False
 
     def __post_init__(self) -> None:
-        """Check the noise.
+        """Check kernel and noise.
 
         Raises:
-            InputError: if it is not positive.
+            InputError: if the kernel makes none, or the noise is not positive.
         """
+        super().__post_init__()
+        require_kernel(self.kernel)
         if not self.sigma > 0:
             raise InputError(f"sigma is the labels' noise: got {self.sigma!r}, expected a positive number")
 
@@ -326,13 +334,14 @@ class Bait(Strategy):
         points = torch.zeros_like(ones)
         points[now.labelled] = points[now.candidates] = 1.0
         ridge = self.sigma**2 * scale(kernel, now.labelled, ones)
-        open_ = posterior(kernel, now.labelled, ones, points, ridge)
+        open_ = posterior(kernel, now.labelled, now.weights[:, None, None].clone(), points, ridge)
         wanted = min(2 * now.size, len(now.candidates)) if self.backward else now.size
         picked = in_turn(_Variance(open_), replace(now, size=wanted))
         kept = picked.numbers.tolist()
         while len(kept) > now.size:
             some = torch.tensor(kept)
-            missed = open_.shared[some, 0, 0] / (1 - open_.own[some, 0, 0])
+            w = open_.precision[some, 0, 0]
+            missed = w * open_.shared[some, 0, 0] / (1 - w * open_.own[some, 0, 0])
             out = kept.pop(int(missed.argmin()))
             open_.remove(out)
         places = [picked.numbers.tolist().index(number) for number in kept]
@@ -344,7 +353,8 @@ class _Variance(Chosen):
         self._open = open_
 
     def scores(self) -> Tensor:
-        return self._open.shared[:, 0, 0] / (1 + self._open.own[:, 0, 0])
+        w = self._open.precision[:, 0, 0]
+        return w * self._open.shared[:, 0, 0] / (1 + w * self._open.own[:, 0, 0])
 
     def take(self, number: int) -> None:
         self._open.add(number)

@@ -45,24 +45,43 @@ def as_labels(y: Any, n: int, missing: float | None) -> Tensor:
     return torch.from_numpy(np.where(absent, -1.0, numbers)).long()
 
 
+def as_numbers(values: Any, n: int, what: str = "points", *, twice: bool = False) -> Tensor:
+    """Numbers of points, in the order that they were given in.
+
+    Args:
+        values: whole numbers; a mask or fractions would be others than those that are meant.
+        n: number of points.
+        what: they are, for messages.
+        twice: whether one may stand there twice.
+
+    Raises:
+        InputError: if they are no whole numbers from 0 to n - 1, or one stands twice.
+    """
+    given = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    expected = f"{what} are numbers of points from 0 to {n - 1}"
+    if given.ndim != 1 or not (np.issubdtype(given.dtype, np.integer) or given.size == 0):
+        mask = ": take np.flatnonzero(mask)" if given.dtype == bool else ""
+        raise InputError(f"{expected}: got {given.dtype} of shape {given.shape}{mask}")
+    numbers = given.astype(np.int64)
+    bad = numbers[(numbers < 0) | (numbers >= n)]
+    if len(bad):
+        raise InputError(f"{expected}: got {bad[0]}")
+    if not twice and len(np.unique(numbers)) < len(numbers):
+        found, counts = np.unique(numbers, return_counts=True)
+        raise InputError(f"{what} are different numbers of points: {found[counts > 1][0]} stands twice")
+    return torch.from_numpy(numbers)
+
+
 def as_candidates(candidates: Any, labels: Tensor, size: int) -> Tensor:
     """Numbers of the points that may be chosen, in rising order.
 
     Raises:
         InputError: if they are no numbers of points, have labels, stand twice, or are fewer than asked for.
     """
-    n = len(labels)
     if candidates is None:
         found = (labels < 0).nonzero()[:, 0]
     else:
-        given = np.asarray(candidates)
-        if given.ndim != 1 or not (np.issubdtype(given.dtype, np.integer) or given.size == 0):
-            raise InputError(f"candidates are numbers of points: got {given.dtype} of shape {given.shape}")
-        found = torch.from_numpy(given.astype(np.int64)).sort().values
-        if len(found) and (int(found[0]) < 0 or int(found[-1]) >= n):
-            raise InputError(f"candidates are numbers from 0 to {n - 1}: got {int(found[0])} to {int(found[-1])}")
-        if len(found.unique()) < len(found):
-            raise InputError("a candidate stands twice")
+        found = as_numbers(candidates, len(labels), "candidates").sort().values
         if bool((labels[found] >= 0).any()):
             raise InputError(f"point {int(found[labels[found] >= 0][0])} has a label already: it is no candidate")
     if size < 1:

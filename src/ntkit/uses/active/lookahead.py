@@ -13,9 +13,10 @@ from ntkit.kernel.base import DenseKernel
 from ntkit.kernel.features import FeatureKernel
 from ntkit.solve.losses import CrossEntropy, Loss
 from ntkit.uses.active.geometry import LEAST, Geometry, Hidden, posterior, scale
+from ntkit.uses.active.labels import as_numbers
 from ntkit.uses.active.objectives import IntegratedVariance, Objective, Scene
 from ntkit.uses.active.picks import Greedy, Picked, Picks
-from ntkit.uses.active.strategy import Round, Strategy
+from ntkit.uses.active.strategy import Round, Strategy, require, require_kernel
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,16 @@ class LookAhead(Strategy):
     target_size: int = 1000
 
     def __post_init__(self) -> None:
-        """Check the numbers.
+        """Check what the look-ahead is made of.
 
         Raises:
-            InputError: if one is out of range, or the loss is none.
+            InputError: if a number is out of range, or the objective, loss, kernel or batch is none.
         """
         super().__post_init__()
+        by_name = '; a whole strategy has a name, as in strategy("mlmoc")' if isinstance(self.objective, str) else ""
+        require("objective", self.objective, Objective, f"IntegratedVariance() or MostLikelyChange(){by_name}")
+        require("batch", self.batch, Picks, "Greedy(), Power() or TopK()")
+        require_kernel(self.kernel)
         if not self.reg >= LEAST:
             raise InputError(f"reg is relative to the kernel's diagonal: got {self.reg!r}, expected at least {LEAST}")
         if self.target_size < 1:
@@ -95,9 +100,9 @@ class LookAhead(Strategy):
         if self.targets is None:
             found = (now.labels < 0).nonzero()[:, 0]
         else:
-            found = torch.as_tensor(self.targets, dtype=torch.int64)
-            if found.ndim != 1 or not len(found) or int(found.min()) < 0 or int(found.max()) >= len(now.labels):
-                raise InputError(f"targets are numbers of points from 0 to {len(now.labels) - 1}: got {self.targets!r}")
+            found = as_numbers(self.targets, len(now.labels), "targets")
+            if not len(found):
+                raise InputError("targets are the points whose predictions matter: got none")
         if self.objective.pairs and len(found) > self.target_size:
             drawn = torch.randperm(len(found), generator=now.generator)[: self.target_size]
             found = found[drawn.sort().values]

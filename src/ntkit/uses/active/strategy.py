@@ -84,9 +84,10 @@ class Round:
         """The kernel of all points.
 
         Raises:
-            InputError: if the points do not fit.
+            InputError: if the points do not fit, or what is to make the kernel is something else.
             ModelError: if the network has not what the kernel needs.
         """
+        require_kernel(geometry)
         found = geometry.of(self.tangent, self.x)
         if isinstance(found, WithOutputs):  # one forward pass is enough
             vars(self).setdefault("_outputs", found.outputs.double())
@@ -95,6 +96,29 @@ class Round:
     @cached_property
     def _outputs(self) -> Tensor:
         return self.tangent.outputs(self.x).detach().cpu().double()
+
+
+def require(name: str, value: Any, kind: type, expected: str) -> None:
+    """What a strategy is made of are objects.
+
+    Raises:
+        InputError: if it is a name, a class, or an object of another kind.
+    """
+    if isinstance(value, kind):
+        return
+    got = repr(value) if isinstance(value, str) else type(value).__name__
+    if isinstance(value, type):
+        got = f"the class {value.__name__}, not an object of it"
+    raise InputError(f"{name}: got {got}; expected an object such as {expected}")
+
+
+def require_kernel(value: Any) -> None:
+    """The kernel of a strategy is an object that makes one.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    require("kernel", value, Geometry, "Hidden(), LastLayer(), Sketched(1024), Exact(), or Given(...) with your own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +184,8 @@ class Strategy(ABC):
             model: the network, trained on the labels so far, in evaluation mode; it is not changed.
             candidates: numbers of the points that may be chosen; all without a label by default.
             batch_size: how many.
-            sample_weight: n weights of the labels in the loss; 1 by default.
+            sample_weight: n weights of the labels in the loss; 1 by default. They count where labels leave a posterior:
+                for look-aheads, `Bait`, and designs with a `sigma`. Other strategies do not look at them.
             return_utilities: give the scores as well, (batch_size, n), NaN for points that could not be chosen then.
 
         Raises:
