@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import ntkit
 from ntkit.errors import InputError
+from ntkit.kernel.features import FeatureKernel
 from ntkit.uses import active
 from ntkit.uses.active import LookAhead
 from ntkit.uses.active.state import LookAheadState
@@ -248,6 +249,67 @@ def test_a_score_is_the_size_of_the_change(loss: active.Loss, kernel: active.Geo
             assert float(state.change(number)[state.scene.targets].norm()) == pytest.approx(score, rel=1e-9)
 
 
+@losses
+@kernels
+def test_scores_are_of_the_model_that_labels_move(loss: active.Loss, kernel: active.Geometry) -> None:
+    """Also where labels have moved the outputs: the size of the change, and its mean over the labels."""
+    _, y = pool()
+    state = make(loss, kernel, y, objective=active.MostLikelyChange())
+    for step in (
+        lambda: state.add(5, 2), lambda: state.add(6, 0), lambda: state.remove(8), lambda: state.relabel(20, 1),
+    ):  # fmt: skip
+        step()
+        targets, p = state.scene.targets, loss.probabilities(state.predict())
+        likely, mean = state.scores(), state.scores(active.ExpectedChange())
+        free = np.flatnonzero(state.labels < 0)
+        assert np.isfinite(likely[free]).all()
+        for number in free.tolist():
+            assert float(state.change(number)[targets].norm()) == pytest.approx(likely[number], rel=1e-9)
+            squares = torch.stack([state.change(number, c)[targets].square().sum() for c in range(C)])
+            assert float((p[number] * squares).sum().sqrt()) == pytest.approx(mean[number], rel=1e-9)
+
+
+@losses
+@kernels
+def test_what_pulls_move_is_the_covariance_times_them(loss: active.Loss, kernel: active.Geometry) -> None:
+    _, y = pool()
+    state = make(loss, kernel, y)
+    some, pulls = torch.tensor([4, 7, 20]), torch.randn(3, C, dtype=torch.float64)
+    s = state.posterior.between(torch.arange(N), some)
+    full = s if state.posterior.block == C else s * torch.eye(C).double()
+    expected = torch.einsum("nmcd,md->nc", full, pulls)
+    torch.testing.assert_close(state.posterior.moved(some, pulls), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_features_are_read_in_strips_and_not_point_by_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    (x, y), reads = pool(), []
+    phi = active.Given(FeatureKernel(torch.randn(N, 6, dtype=torch.float64)))
+    learned = y.copy()
+    y[9], read = 2, FeatureKernel.features
+    monkeypatch.setattr(FeatureKernel, "features", lambda *a: (reads.append(1), read(*a))[1])
+    state = LookAheadState(LookAhead(kernel=phi, missing_label=-1), x, y, network(), learned=learned)
+    reads.clear()
+    state.relabel(20, 0)
+    assert len(reads) == 2  # of the point, and of all
+    reads.clear()
+    LookAheadState(LookAhead(kernel=phi, missing_label=-1), x, y, network(), learned=learned)
+    assert len(reads) < 6
+
+
+def test_predictions_of_some_points() -> None:
+    _, y = pool()
+    state = make(active.CrossEntropy(), active.LastLayer(), y)
+    assert torch.equal(state.predict([4, 7, 4]), state.predict()[[4, 7, 4]])
+    for numbers, message in (
+        ([-1], "got -1"), ([N], "from 0 to 24"), (np.arange(N) < 3, "flatnonzero"), ([0.5, 1.0], "got float64"),
+        (torch.arange(N) < 3, "flatnonzero"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            state.predict(numbers)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="strategy: got Margin; expected an object such as LookAhead"):
+        LookAheadState(active.Margin(missing_label=-1), pool()[0], y, network())  # pyright: ignore[reportArgumentType]
+
+
 def test_other_objectives_need_the_same_weights() -> None:
     _, y = pool()
     state = make(active.SquareLoss(), active.LastLayer(), y)
@@ -275,8 +337,11 @@ def test_refusals_leave_the_state_as_it_was() -> None:
     for call, message in (
         (lambda: state.add(3, 1), "point 3 has a label already"),
         (lambda: state.change(3), "point 3 has a label already"),
-        (lambda: state.add(25, 1), "numbers from 0 to 24"),
+        (lambda: state.add(25, 1), "numbers of points from 0 to 24: got 25"),
+        (lambda: state.add(0.5, 1), "got float64"),  # pyright: ignore[reportArgumentType]
+        (lambda: state.change(True), "got bool"),
         (lambda: state.add(4, 3), "classes from 0 to 2"),
+        (lambda: state.add(4, 1.5), "classes from 0 to 2: got 1.5"),  # pyright: ignore[reportArgumentType]
         (lambda: state.remove(4), "point 4 has no label"),
         (lambda: state.relabel(4, 1), "point 4 has no label"),
         (lambda: state.refresh(nn.Linear(4, 5).double()), "5 outputs, the one before had 3"),

@@ -32,6 +32,8 @@ class Scene:
         loss: that of the network.
         targets: numbers of the points whose predictions matter.
         weights: of each point's label in the loss, (n,); 1 by default.
+        around: outputs around which the loss is quadratic, with the posterior's precisions, (n, C); None for taking
+            gradients at `outputs` wherever they have moved to. For square loss both are the same.
     """
 
     posterior: Posterior
@@ -39,10 +41,24 @@ class Scene:
     loss: Loss
     targets: Tensor
     weights: Tensor | None = None
+    around: Tensor | None = None
+
+    def fitted(self, numbers: Tensor) -> Tensor:
+        """What labels of points are compared with, (numbers, C), float64."""
+        if self.around is None:
+            return self.loss.fitted(self.outputs[numbers]).double()
+        first, w = self.around[numbers], self.posterior.precision[numbers]
+        away = (self.outputs[numbers] - first).double()
+        bent = w[:, 0] * away if self.posterior.block == 1 else (w @ away[..., None])[..., 0]
+        return self.loss.fitted(first).double() + (bent if self.weights is None else bent / self.weights[numbers, None])
+
+    def misfit(self, numbers: Tensor, classes: Tensor) -> Tensor:
+        """What labels of points would pull with, times their weights, (numbers, C), float64."""
+        outputs = self.outputs[numbers]
+        return self.weigh(self.loss.targets(classes, outputs).double() - self.fitted(numbers), numbers)
 
     def weigh(self, misfits: Tensor, numbers: Tensor) -> Tensor:
-        """What labels of points pull with, from their misfits (numbers, C): float64, times their weights."""
-        misfits = misfits.double()
+        """Times the weights of the labels of points."""
         return misfits if self.weights is None else self.weights[numbers][:, None] * misfits
 
 
@@ -118,8 +134,7 @@ class MostLikelyChange(Objective):
     curved_labels: ClassVar[bool] = False
 
     def scores(self, scene: Scene, candidates: Tensor) -> Tensor:  # noqa: D102
-        outputs = scene.outputs[candidates]
-        misfit = scene.weigh(scene.loss.misfit(outputs, outputs.argmax(1)), candidates)
+        misfit = scene.misfit(candidates, scene.outputs[candidates].argmax(1))
         return _moved(scene.posterior, candidates, misfit[:, :, None] * misfit[:, None]).sqrt()
 
 
@@ -130,8 +145,7 @@ class ExpectedChange(Objective):
     curved_labels: ClassVar[bool] = False
 
     def scores(self, scene: Scene, candidates: Tensor) -> Tensor:  # noqa: D102
-        outputs = scene.outputs[candidates]
-        p, f = scene.loss.probabilities(outputs).double(), scene.loss.fitted(outputs).double()
+        p, f = scene.loss.probabilities(scene.outputs[candidates]).double(), scene.fitted(candidates)
         cross = p[:, :, None] * f[:, None]
         moment = torch.diag_embed(p) - cross - cross.transpose(1, 2) + f[:, :, None] * f[:, None]
         one = torch.ones(len(candidates), 1, dtype=torch.float64)
@@ -152,6 +166,14 @@ class SummedChange(Objective):
     pairs: ClassVar[bool] = True
     curved_labels: ClassVar[bool] = False
     labels: int | None = 1
+
+    def __post_init__(self) -> None:
+        """Check the number.
+
+        Raises:
+            InputError: if it is not positive.
+        """
+        _require_labels(self.labels)
 
     def scores(self, scene: Scene, candidates: Tensor) -> Tensor:
         """Cost: (targets) x (candidates) x C for each label looked at."""
@@ -213,8 +235,7 @@ class Reduction(Objective):
         Raises:
             InputError: if it is not positive.
         """
-        if self.labels is not None and self.labels < 1:
-            raise InputError(f"labels looked at: got {self.labels}, expected a positive number or None for all")
+        _require_labels(self.labels)
 
     @abstractmethod
     def risk(self, probabilities: Tensor) -> Tensor:
@@ -266,6 +287,14 @@ class Flips(Objective):
     curved_labels: ClassVar[bool] = False
     labels: int | None = 1
 
+    def __post_init__(self) -> None:
+        """Check the number.
+
+        Raises:
+            InputError: if it is not positive.
+        """
+        _require_labels(self.labels)
+
     def scores(self, scene: Scene, candidates: Tensor) -> Tensor:  # noqa: D102
         before = scene.outputs[scene.targets].argmax(1)[:, None]
 
@@ -273,6 +302,16 @@ class Flips(Objective):
             return (outputs.argmax(2) != before).double().sum(0)
 
         return torch.cat(list(expected(scene, candidates, self.labels, flipped)))
+
+
+def _require_labels(labels: int | None) -> None:
+    """So many labels are looked at.
+
+    Raises:
+        InputError: if the number is not positive.
+    """
+    if labels is not None and labels < 1:
+        raise InputError(f"labels looked at: got {labels}, expected a positive number or None for all")
 
 
 def expected(
@@ -295,7 +334,7 @@ def expected(
         gain = times(cross, inverse(_softened(posterior, some))[None])
         total = torch.zeros(len(some), dtype=torch.float64)
         for k in range(p.shape[1]):
-            misfit = scene.weigh(scene.loss.misfit(outputs, classes[:, k]), some)
+            misfit = scene.misfit(some, classes[:, k])
             moved = gain[..., 0] * misfit if posterior.block == 1 else (gain @ misfit[..., None])[..., 0]
             total += p[:, k] * of(scene, before + moved)
         yield total

@@ -64,7 +64,9 @@ class Greedy(Picks):
     """The best point, then the best given that one, and so on: exact conditioning, by one update for each pick.
 
     A pick moves the outputs as well, where the objective looks at them, towards the label that the network thinks
-    likeliest. Ties go to the first.
+    likeliest: each time by the gradient of the loss at the outputs as they are by then. (`LookAheadState` stays with
+    the loss that is quadratic around the network's own outputs; for square loss that is the same.) Ties go to the
+    first.
     """
 
     def choose(  # noqa: D102
@@ -135,8 +137,8 @@ class Power(Picks):
 
 def after(scene: Scene, number: int) -> Scene:
     """The scene with the label of one point, which is taken to be the likeliest: its posterior is updated in place."""
-    outputs = scene.outputs[number][None]
-    misfit = scene.weigh(scene.loss.misfit(outputs, outputs.argmax(1)), torch.tensor([number]))[0]
+    mine = torch.tensor([number])
+    misfit = scene.misfit(mine, scene.outputs[mine].argmax(1))[0]
     response = scene.posterior.add(number)
     moved = response[:, 0] * misfit if scene.posterior.block == 1 else response @ misfit
     return replace(scene, outputs=scene.outputs + moved.to(scene.outputs))

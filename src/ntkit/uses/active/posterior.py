@@ -78,6 +78,10 @@ class Posterior(ABC):
         """s between points by number, (rows, cols, c, c)."""
 
     @abstractmethod
+    def moved(self, numbers: Tensor, pulls: Tensor) -> Tensor:
+        """sum_x s(., x) pull_x over points by number, for pulls (numbers, C): of all points, (n, C)."""
+
+    @abstractmethod
     def _columns(self, number: int) -> tuple[Tensor, Tensor]:
         """s(., x) of one point, and sum_u s(., u) Omega_u s(u, x): (n, c, c) each."""
 
@@ -175,6 +179,13 @@ class KernelPosterior(Posterior):
         n, c = self.precision.shape[:2]
         return self._s.view(n, c, n, c)[rows][:, :, cols].transpose(1, 2)
 
+    def moved(self, numbers: Tensor, pulls: Tensor) -> Tensor:  # noqa: D102
+        n, c = self.precision.shape[:2]
+        if c == 1:
+            return self._s[:, numbers] @ pulls
+        rows = (numbers[:, None] * c + torch.arange(c)).reshape(-1)
+        return (self._s[:, rows] @ pulls.reshape(-1)).view(n, c)
+
     def _columns(self, number: int) -> tuple[Tensor, Tensor]:
         n, c = self.precision.shape[:2]
         column = self._s[:, number * c : (number + 1) * c].reshape(n, c, c)
@@ -244,6 +255,15 @@ class FeaturePosterior(Posterior):
         left, right = self._rows(rows), self._rows(cols)
         found = (left.reshape(-1, left.shape[2]) @ self._p) @ right.reshape(-1, right.shape[2]).T
         return found.view(len(rows), self.block, len(cols), self.block).transpose(1, 2)
+
+    def moved(self, numbers: Tensor, pulls: Tensor) -> Tensor:
+        """In one pass over the features."""
+        phi = self._rows(numbers).flatten(0, 1)
+        q = self._p @ (phi.T @ (pulls if self.block == 1 else pulls.reshape(-1, 1)))  # (D, C), or (D, 1)
+        found = torch.empty(len(self.precision), pulls.shape[1], dtype=torch.float64)
+        for some, block in self._strips():
+            found[some] = (block.flatten(0, 1).double() @ q).view(len(block), -1)
+        return found
 
     def _columns(self, number: int) -> tuple[Tensor, Tensor]:
         phi = self._rows(torch.tensor([number]))[0].T

@@ -12,20 +12,17 @@ from torch import Tensor
 from ntkit.errors import InputError
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits
-from ntkit.uses.active.labels import as_labels, as_weights, draw
-from ntkit.uses.active.strategy import Round
+from ntkit.uses.active.labels import as_labels, as_numbers, as_weights, draw
+from ntkit.uses.active.lookahead import LookAhead
+from ntkit.uses.active.strategy import Round, require
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
 
-    from ntkit.uses.active.lookahead import LookAhead
     from ntkit.uses.active.objectives import Objective, Scene
     from ntkit.uses.active.posterior import Posterior
-
-# Numbers in a block of the covariance between all points and the labels.
-MOST = 2**24
 
 
 class LookAheadState:
@@ -34,8 +31,10 @@ class LookAheadState:
     The network is linearised where it stands, and its loss is quadratic around its outputs. What it has learned is in
     balance there, so that the predictions are its own outputs at first; labels that come, go or change move them, by
     ridge regression for square loss, by one Newton step for cross-entropy. Ridge, precision of each point's label and
-    targets are fixed by what the network has learned. Every update is exact within that model: whatever the order of
-    changes, the state is that of a fresh start with the same labels and the same `learned`.
+    targets are fixed by what the network has learned. Every update is exact within that model, and scores are of it:
+    whatever the order of changes, the state is that of a fresh start with the same labels and the same `learned`.
+    (What the network thinks possible is read off the moved outputs. Queries take the gradient there as well, after
+    their first pick: see `Greedy`.)
     Cost of an update: a pass over the features (or n^2 c^2 numbers of a kernel).
     """
 
@@ -58,6 +57,7 @@ class LookAheadState:
             InputError: if anything does not fit.
             ModelError: if the network has not the kernel that is asked for.
         """
+        require("strategy", strategy, LookAhead, "LookAhead()")
         tangent = linearize(model, readout=Logits(strategy.select))
         n = len(tangent.examples(X))
         self.strategy, self._x = strategy, X
@@ -74,20 +74,14 @@ class LookAheadState:
         now = Round(tangent, self._x, learned, self._weights, none, 0, generator)
         scene = self.strategy.look(now, (self._labels >= 0).nonzero()[:, 0])
         first = scene.outputs
+        scene = replace(scene, around=first)
         changed = (self._labels != learned).nonzero()[:, 0]
         if not len(changed):
             return first, scene
         pulls = torch.stack([
             self._pull(first, i, int(self._labels[i])) - self._pull(first, i, int(learned[i])) for i in changed.tolist()
         ])  # fmt: skip
-        moved, rows = torch.zeros_like(first), torch.arange(len(first))
-        for some in rows.split(max(1, MOST // (len(changed) * scene.posterior.block**2))):
-            cross = scene.posterior.between(some, changed)
-            if scene.posterior.block == 1:
-                moved[some] = cross[:, :, 0, 0] @ pulls
-            else:
-                moved[some] = torch.einsum("nmcd,md->nc", cross, pulls)
-        return first, replace(scene, outputs=first + moved)
+        return first, replace(scene, outputs=first + scene.posterior.moved(changed, pulls))
 
     @property
     def labels(self) -> np.ndarray:
@@ -105,9 +99,13 @@ class LookAheadState:
         return self.posterior.ridge
 
     def predict(self, numbers: Sequence[int] | None = None) -> Tensor:
-        """Logits of all points, or of some, (n, C), float64."""
+        """Logits of all points, or of some, (n, C), float64.
+
+        Raises:
+            InputError: if there is no point of such a number.
+        """
         outputs = self.scene.outputs
-        return (outputs if numbers is None else outputs[torch.as_tensor(numbers, dtype=torch.int64)]).clone()
+        return outputs.clone() if numbers is None else outputs[as_numbers(numbers, len(outputs), twice=True)]
 
     def scores(self, objective: Objective | None = None) -> np.ndarray:
         """What a label of each point is worth now, (n,); NaN for those that have one.
@@ -183,8 +181,8 @@ class LookAheadState:
         """
         self._check(number, label, labelled=True)
         change = self._pull(self._first, number, label) - self._pull(self._first, number, int(self._labels[number]))
-        column = self.posterior.between(torch.arange(len(self._labels)), torch.tensor([number]))[:, 0]
-        self._move(column, change)
+        moved = self.posterior.moved(torch.tensor([number]), change[None])
+        self.scene = replace(self.scene, outputs=self.scene.outputs + moved)
         self._labels[number] = label
 
     def refresh(self, model: nn.Module) -> None:
@@ -208,10 +206,7 @@ class LookAheadState:
 
     def _misfit(self, number: int, label: int) -> Tensor:
         """The same at the outputs as they are now, in the quadratic model."""
-        away = self.scene.outputs[number] - self._first[number]
-        w = self.posterior.precision[number]
-        bent = w[0, 0] * away if self.posterior.block == 1 else w @ away
-        return self._pull(self._first, number, label) - bent
+        return self.scene.misfit(torch.tensor([number]), torch.tensor([label]))[0]
 
     def _moved(self, response: Tensor, number: int, label: int) -> Tensor:
         return _apply(response, self._misfit(number, label))
@@ -221,9 +216,8 @@ class LookAheadState:
 
     def _check(self, number: int, label: int | None, *, labelled: bool) -> None:
         n, count = self._first.shape
-        if not 0 <= number < n:
-            raise InputError(f"points have numbers from 0 to {n - 1}: got {number}")
-        if label is not None and not 0 <= label < count:
+        as_numbers([number], n)
+        if label is not None and label not in range(count):
             raise InputError(f"labels are classes from 0 to {count - 1}: got {label}")
         if (int(self._labels[number]) >= 0) != labelled:
             raise InputError(f"point {number} has {'no label' if labelled else 'a label already'}")
