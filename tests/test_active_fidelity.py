@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -124,3 +126,48 @@ def test_refusals() -> None:
         fidelity(rule, x, y, lambda _: model, generator=torch.Generator(), candidates=3)
     with pytest.raises(InputError, match="expected 2 to 32"):
         fidelity(rule, x, y, ridge(y), generator=torch.Generator(), candidates=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"candidates": [3, 10]}, "point 3 has a label already"),
+        ({"candidates": [10, 40]}, "from 0 to 39: got 40"),
+        ({"candidates": [-1, 10]}, "got -1"),
+        ({"candidates": [10, 10]}, "10 stands twice"),
+        ({"candidates": [10]}, "got 1, expected 2 to 32"),
+        ({"candidates": np.arange(N) > 30}, "flatnonzero"),
+        ({"candidates": [10.5, 11.0]}, "got float64"),
+        ({"candidates": np.int64(33)}, "got 33, expected 2 to 32"),
+        ({"candidates": [10, 11], "labels": [1]}, r"one class for each of the 2 candidates, got \[1\]"),
+        ({"candidates": [10, 11], "labels": [1, -1]}, r"got \[1, -1\]"),
+        ({"candidates": [10, 11], "labels": [1, 0.5]}, r"got \[1.0, 0.5\]"),
+        ({"y": pool()[1][:-1]}, "one label for each of the 40 points"),
+        ({"strategy": active.Margin()}, "strategy: got Margin; expected an object such as LookAhead"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_training(change: dict[str, Any], message: str) -> None:
+    x, y, _ = pool()
+    rule = LookAhead(loss=active.SquareLoss(), missing_label=-1)
+
+    def fit(_: np.ndarray) -> nn.Module:
+        raise AssertionError("trained for nothing")
+
+    with pytest.raises(InputError, match=message):
+        fidelity(**{"strategy": rule, "X": x, "y": y, "fit": fit, "generator": torch.Generator(), **change})
+
+
+def test_numbers_of_numpy_and_labels_without_an_output() -> None:
+    x, y, _ = pool()
+    rule, trained = LookAhead(loss=active.SquareLoss(), missing_label=-1), []
+
+    def fit(labels: np.ndarray) -> nn.Module:
+        trained.append(labels)
+        return ridge(y)(labels)
+
+    draw = torch.Generator().manual_seed(0)
+    assert len(fidelity(rule, x, y, fit, generator=draw, candidates=np.int64(2)).candidates) == 2  # pyright: ignore
+    trained.clear()
+    with pytest.raises(InputError, match="from 0 to 2: got 3"):
+        fidelity(rule, x, y, fit, generator=draw, candidates=[10, 11], labels=[0, 3])
+    assert len(trained) == 1

@@ -5,22 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ntkit.errors import InputError
+from ntkit.tangent.examples import Examples
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits
-from ntkit.uses.active.labels import as_labels
+from ntkit.uses.active.labels import as_labels, as_numbers
+from ntkit.uses.active.lookahead import LookAhead
 from ntkit.uses.active.state import LookAheadState
+from ntkit.uses.active.strategy import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import numpy as np
     from torch import nn
-
-    from ntkit.uses.active.lookahead import LookAhead
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,27 +89,26 @@ def fidelity(
     Cost: one training for each candidate, and one more.
 
     Raises:
-        InputError: if anything does not fit, or nothing changes.
+        InputError: if anything does not fit, before a network is trained (labels that have no output: after the first),
+            or nothing changes.
     """
     from scipy.stats import spearmanr
 
-    known = as_labels(y, len(y), strategy.missing_label)
+    require("strategy", strategy, LookAhead, "LookAhead()")
+    known = as_labels(y, len(Examples(X)), strategy.missing_label)
     free = (known < 0).nonzero()[:, 0]
-    if isinstance(candidates, int):
-        if not 2 <= candidates <= len(free):
-            raise InputError(f"candidates: got {candidates}, expected 2 to {len(free)}, the points without a label")
-        drawn = torch.randperm(len(free), generator=generator, device=generator.device)[:candidates].cpu()
-        numbers = free[drawn].sort().values
-    else:
-        numbers = torch.as_tensor(candidates, dtype=torch.int64)
+    numbers = _candidates(candidates, known, generator)
+    given = None if labels is None else _classes(labels, len(numbers))
     model = fit(known.numpy().copy())
     state, start = LookAheadState(strategy, X, y, model), _outputs(model, X, strategy)
+    if given is not None and max(given) >= start.shape[1]:
+        raise InputError(f"labels are classes from 0 to {start.shape[1] - 1}: got {max(given)}")
     before = _said(start, strategy)
     moved, actual = [], []
     if progress is not None:
         progress(1, len(numbers) + 1)
     for place, number in enumerate(numbers.tolist()):
-        label = int(start[number].argmax()) if labels is None else int(labels[place])
+        label = int(start[number].argmax()) if given is None else given[place]
         moved.append(state.change(number, label)[free])
         more = known.clone()
         more[number] = label
@@ -139,6 +139,38 @@ def fidelity(
         actual=sizes[1],
         candidates=numbers,
     )
+
+
+def _candidates(candidates: int | Sequence[int], known: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers of the points that get a label.
+
+    Raises:
+        InputError: if one has a label already, or they are not 2 to all of the others.
+    """
+    free = (known < 0).nonzero()[:, 0]
+    drawn = isinstance(candidates, (int, np.integer))
+    numbers = free if drawn else as_numbers(candidates, len(known), "candidates")
+    count = int(candidates) if drawn else len(numbers)
+    if not 2 <= count <= len(free):
+        raise InputError(f"candidates: got {count}, expected 2 to {len(free)}, the points without a label")
+    if bool((known[numbers] >= 0).any()):
+        raise InputError(f"point {int(numbers[known[numbers] >= 0][0])} has a label already: it is no candidate")
+    if drawn:
+        order = torch.randperm(len(free), generator=generator, device=generator.device)[:count].cpu()
+        numbers = free[order].sort().values
+    return numbers
+
+
+def _classes(labels: Sequence[int], count: int) -> list[int]:
+    """A class for each candidate.
+
+    Raises:
+        InputError: if there is not one for each, or one is no class.
+    """
+    given = np.asarray(labels)
+    if given.shape != (count,) or not np.issubdtype(given.dtype, np.integer) or given.min() < 0:
+        raise InputError(f"labels: expected one class for each of the {count} candidates, got {given.tolist()}")
+    return given.tolist()
 
 
 def _nearest(predicted: Callable[[float], Tensor], true: Tensor) -> float:
