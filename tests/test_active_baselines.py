@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from math import log
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ntkit.kernel.base import DenseKernel
 from ntkit.kernel.features import FeatureKernel
 from ntkit.uses.active import Exact, Given
 from ntkit.uses.active.gradients import BADGE
+from ntkit.uses.active.learned import LearnedLoss
 from ntkit.uses.active.sampled import BALD, EPIG, Dropout, Ensemble
 from ntkit.uses.active.typical import TypiClust
 
@@ -148,8 +150,43 @@ def test_refusals() -> None:
     broken = member(1)
     with torch.no_grad():
         list(broken.parameters())[-1][0] = torch.nan
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(ModelError, match="NaN or infin"):
         BALD(Ensemble([model, broken])).query(x, y, model)
     for rule in (BADGE(kernel=Exact()), TypiClust(Exact()), BADGE(kernel=Given(DenseKernel(torch.eye(N))))):
         with pytest.raises(InputError, match="one row of features for each point"):
             rule.query(x, y, model)
+
+
+@pytest.mark.parametrize("rule", [BALD, EPIG])
+def test_members_are_as_they_are_given_and_stay_so(rule: type[BALD]) -> None:
+    """One that is still in training mode would answer for others, and keep what it has seen."""
+    (x, y), model = pool(), member(0)
+    mixing = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, C)).double()
+    before = copy.deepcopy(mixing.state_dict())
+    for wrong in (mixing, member(1).train()):
+        with pytest.raises(ModelError, match=r"model\.eval\(\)"):
+            rule(Ensemble([model, wrong])).query(x, y, model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in mixing.state_dict().items())
+    wide = nn.Linear(2, C + 1).double()
+    with pytest.raises(InputError, match="member 1 of the ensemble has 4 outputs, the network 3"):
+        rule(Ensemble([model, wide])).query(x, y, model)
+    free = rule(Ensemble([model, member(1)])).query(x, y, model, return_utilities=True)[1]
+    frozen = member(1).requires_grad_(False)
+    fixed = rule(Ensemble([model, frozen])).query(x, y, model, return_utilities=True)[1]
+    np.testing.assert_array_equal(fixed, free)
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_what_is_drawn_leaves_the_devices_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed is one for all devices, so that the numbers of all are kept."""
+    (x, y), model, kept, fork = pool(), member(0), [], torch.random.fork_rng
+
+    def watched(devices: Any) -> Any:
+        kept.append(list(devices))
+        return fork(devices=[])
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.random, "fork_rng", watched)
+    BALD().query(x, y, model)
+    LearnedLoss(steps=1).query(x, y, model)
+    assert kept == [[0, 1], [0, 1]]

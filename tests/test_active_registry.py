@@ -133,6 +133,8 @@ def test_layers_that_cannot_be_read() -> None:
         LearnedLoss(missing_label=-1).query(x, y, nn.Linear(4, C).eval())
     with pytest.raises(InputError, match="pairs of labelled points"):
         LearnedLoss(missing_label=-1).query(x, np.where(np.arange(N) < 1, 0, -1), network())
+    with pytest.raises(InputError, match="in pairs: got batch_size=1"):
+        LearnedLoss(batch_size=1)
 
 
 def test_convolutions_are_averaged_over_places() -> None:

@@ -115,6 +115,11 @@ def test_what_cannot_be_trained_on() -> None:
         Training(pool()[0], network)(np.zeros(N - 1, dtype=int))
     with pytest.raises(InputError, match="steps"):
         Training(pool()[0], network, steps=0)
+    y = some()
+    y[39] = C  # one of thirty, whichever batch has it
+    for loss in (CrossEntropy(), SquareLoss()):
+        with pytest.raises(InputError, match=r"classes from 0 to 2.*got 3"):
+            Training(pool()[0], network, loss=loss, steps=1, batch_size=1)(y)
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -150,7 +150,8 @@ class Sketched(Geometry):
     Attributes:
         size: D.
         seed: of the random map.
-        readout: which outputs are differentiated; with all logits their mean, the trace kernel.
+        readout: which outputs are differentiated; with all logits, those that the strategy's `select` takes, their
+            mean: the trace kernel.
         coupled: keep one row for each output instead, the full kernel.
     """
 
@@ -160,7 +161,7 @@ class Sketched(Geometry):
     coupled: bool = False
 
     def of(self, tangent: Tangent, x: Any) -> Kernel:  # noqa: D102
-        some = linearize(tangent.model, readout=self.readout)
+        some = linearize(tangent.model, readout=_of_all_logits(self.readout, tangent))
         features = FeatureMap(some, Sketch(self.size, self.seed, trace=not self.coupled))(x)
         kernel = FeatureKernel(features)
         kernel.scalars = len(features) // len(tangent.examples(x))
@@ -172,7 +173,8 @@ class Exact(Geometry):
     """The whole network's exact kernel: n^2 numbers, or (n*C)^2 that couple the outputs.
 
     Attributes:
-        readout: which outputs are differentiated; with all logits their mean, the trace kernel.
+        readout: which outputs are differentiated; with all logits, those that the strategy's `select` takes, their
+            mean: the trace kernel.
         coupled: the full kernel instead.
     """
 
@@ -180,7 +182,8 @@ class Exact(Geometry):
     coupled: bool = False
 
     def of(self, tangent: Tangent, x: Any) -> Kernel:  # noqa: D102
-        return TangentKernel(linearize(tangent.model, readout=self.readout), x, trace=not self.coupled)
+        some = linearize(tangent.model, readout=_of_all_logits(self.readout, tangent))
+        return TangentKernel(some, x, trace=not self.coupled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +207,11 @@ class Given(Geometry):
                 "FeatureKernel(features), a matrix as DenseKernel(matrix)"
             )
         return found
+
+
+def _of_all_logits(readout: Readout, tangent: Tangent) -> Readout:
+    """The strategy knows best where the logits are, if nothing else was said."""
+    return tangent.readout if readout == Logits() else readout
 
 
 def posterior(kernel: Kernel, labelled: Tensor, precision: Tensor, weights: Tensor, ridge: float) -> Posterior:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -72,17 +73,18 @@ class _Notes:
     def __init__(self, n: int, wanted: Sequence[str]) -> None:
         self.parts: dict[str, list[Tensor]] = {}
         self._n, self._wanted = n, wanted
-        self._done, self._now = 0, {}
+        self._done, self._now, self._calls = 0, {}, Counter()
 
     def take(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """A hook before a module."""
+        self._calls[name] += 1
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim > 1:
             self._now[name] = _pooled(inputs[0].detach(), module)
 
     def close(self, *_: Any) -> None:
         """A hook after the network: the end of a batch."""
         size = min(BATCH, self._n - self._done)
-        whole = {name: part for name, part in self._now.items() if len(part) == size}
+        whole = {name: part for name, part in self._now.items() if len(part) == size and self._calls[name] == 1}
         lost = [name for name in self._wanted if name not in whole]
         if lost:
             raise ModelError(f"the module {lost[0]!r} does not see each example once: name others, or none")
@@ -91,7 +93,7 @@ class _Notes:
         self.parts = {name: column for name, column in self.parts.items() if name in whole}
         for name, column in self.parts.items():
             column.append(whole[name].cpu())
-        self._done, self._now = self._done + size, {}
+        self._done, self._now, self._calls = self._done + size, {}, Counter()
 
 
 def _pooled(x: Tensor, module: nn.Module) -> Tensor:

@@ -22,6 +22,7 @@ class LearnedLoss(Strategy):
     It reads what comes into several layers of the network, averaged over all but the channels, each through a linear
     layer and a ReLU, and learns on the labelled points which of two has the larger loss. The paper trains it together
     with the network, whose features it leaves alone in the second half; here it comes after, since training is yours.
+    Weights of labels are not looked at.
 
     Attributes:
         loss: that the network is trained with.
@@ -42,6 +43,18 @@ class LearnedLoss(Strategy):
     lr: float = 1e-3
     margin: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Check the loss and the batch.
+
+        Raises:
+            InputError: if the loss is none, or a batch has no pair.
+        """
+        super().__post_init__()
+        if self.batch_size < 2:
+            raise InputError(
+                f"labelled points are compared in pairs: got batch_size={self.batch_size}, expected 2 or more"
+            )
+
     def choose(self, now: Round) -> Picked:
         """Cost: a forward pass, and the small network's training.
 
@@ -55,7 +68,7 @@ class LearnedLoss(Strategy):
         outputs = now.outputs()
         losses = torch.stack([self.loss.value(outputs[i][None], now.labels[i][None]) for i in known.tolist()])
         seen = [(part - part[known].mean(0)) / part[known].std().clamp_min(1e-6) for part in self._inputs(now)]
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(int(torch.randint(2**62, (1,), generator=now.generator)))
             judge = _Judge([part.shape[1] for part in seen], self.width)
             optimizer = torch.optim.Adam(judge.parameters(), self.lr)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError
 from ntkit.solve.losses import CrossEntropy, Loss
+from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import logits
 from ntkit.uses.active.picks import Picked, one_after_the_other
 from ntkit.uses.active.strategy import Round, Strategy
@@ -56,7 +57,7 @@ class Dropout(Members):
         for module in drops:
             module.train()
         seed = int(torch.randint(2**62, (1,), generator=now.generator))
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
             return torch.stack([_outputs(model, now) for _ in range(self.samples)])
 
@@ -81,8 +82,20 @@ class Ensemble(Members):
             raise InputError(f"an ensemble has two networks or more: got {len(self.models)}")
 
     def outputs(self, now: Round) -> Tensor:
-        """Cost: a forward pass of each."""
-        return torch.stack([_outputs(model, now) for model in self.models])
+        """Cost: a forward pass of each; they are not changed.
+
+        Raises:
+            InputError: if they have not the same number of outputs as the network.
+            ModelError: if one is in training mode, or its outputs are not finite.
+        """
+        readout, count = now.tangent.readout, now.outputs().shape[1]
+        found = []
+        for k, model in enumerate(self.models):
+            member = linearize(model, readout=readout, parameters=lambda *_: True)  # frozen ones, too
+            found.append(member.outputs(now.x, batch=BATCH).cpu().double())
+            if found[-1].shape[1] != count:
+                raise InputError(f"member {k} of the ensemble has {found[-1].shape[1]} outputs, the network {count}")
+        return torch.stack(found)
 
 
 @dataclass(frozen=True)

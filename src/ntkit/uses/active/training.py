@@ -39,7 +39,8 @@ class Training:
         optimizer: from parameters to an optimiser; Adam by default, as torch has it.
         schedule: from that optimiser to a scheduler of its learning rate, stepped after every batch; none by default.
         steps: batches in all.
-        batch_size: examples of one.
+        batch_size: examples of one, all labelled points if they are fewer. What is left of them after the last whole
+            batch is passed over, in every order others.
         seed: of initial weights, dropout and the order of examples.
         select: takes the (n, C) logits out of the network's output, if it is not a tensor.
     """
@@ -72,10 +73,11 @@ class Training:
             labels: (n,), -1 where there is none.
 
         Raises:
-            InputError: if there is no label, or there are not n numbers.
+            InputError: if there is no label, there are not n numbers, or the network has no output for one of them.
         """
         examples, known = Examples(self.X), _known(labels, len(Examples(self.X)))
         classes = torch.from_numpy(np.asarray(labels)[known.numpy()]).long()
+        largest = int(classes.max())
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.seed)
             model = self.network().train()
@@ -85,14 +87,20 @@ class Training:
             for some in self._batches(len(known)):
                 batch = examples.batch(known[some].tolist(), device)
                 optimizer.zero_grad()
-                self.loss.value(logits(batch.call(model), self.select), classes[some].to(device)).backward()
+                outputs = logits(batch.call(model), self.select)
+                if largest >= outputs.shape[1]:  # whichever batch it is in; on a GPU torch would take the process down
+                    raise InputError(
+                        f"labels are classes from 0 to {outputs.shape[1] - 1}, one for each of the network's "
+                        f"{outputs.shape[1]} outputs: got {largest}"
+                    )
+                self.loss.value(outputs, classes[some].to(device)).backward()
                 optimizer.step()
                 if scheduler is not None:
                     scheduler.step()
         return model.eval()
 
     def _batches(self, n: int) -> Iterator[torch.Tensor]:
-        """Places of the examples of every step: all of them in a random order, and again."""
+        """Places of the examples of every step, in a random order; a new one where less than a batch is left of it."""
         generator, left = torch.Generator().manual_seed(self.seed), torch.empty(0, dtype=torch.int64)
         size = min(self.batch_size, n)
         for _ in range(self.steps):
