@@ -64,7 +64,7 @@ def test_classes_without_names_are_numbers(tmp_path: Path) -> None:
     path = written(CSV(), tmp_path / "q.csv")
     fill(path, {17: "2", 4: "1.0"})  # as some spreadsheets write a number
     assert CSV().read(path) == Answers([17, 4], [2, 1], [])
-    for bad in ("1.5", "-1", "cat", "nan"):
+    for bad in ("1.5", "-1", "cat", "nan", "inf", "1e999"):
         fill(path, {17: bad})
         with pytest.raises(InputError, match=f"point 17 is '{bad}': expected one of 0, 1, 2"):
             CSV().read(path)
@@ -94,8 +94,19 @@ def test_tables_that_do_not_fit(tmp_path: Path) -> None:
         written(CSV(NAMES), path, items={i: ITEMS[i] for i in NUMBERS[:2]})
     with pytest.raises(InputError, match="same name"):
         CSV(["cat", "cat"])
+    with pytest.raises(InputError, match="same name"):
+        CSV(["cat", " cat"])  # answers are read without the spaces around them
+    with pytest.raises(InputError, match="class 1 has an empty name"):
+        CSV(["cat", " "])
     with pytest.raises(InputError, match="one score"):
         CSV().write(path, NUMBERS, SCORES[:2])
+
+
+def test_spaces_around_names_do_not_matter(tmp_path: Path) -> None:
+    names = ["cat", " dog", "owl "]
+    path = written(CSV(names), tmp_path / "q.csv")
+    fill(path, {17: "dog", 4: " owl", 256: "cat "})
+    assert CSV(names).read(path) == Answers([17, 4, 256], [1, 2, 0], [])
 
 
 def test_a_table_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ntkit.errors import InputError, ModelError, StoreError
 from ntkit.kernel.features import FeatureKernel
-from ntkit.uses.active import ChangedStrategyWarning, Given, LookAhead, SquareLoss
+from ntkit.tangent.examples import Examples
+from ntkit.uses.active import ChangedStrategyWarning, Given, LookAhead, Margin, SquareLoss
 from ntkit.uses.active.journal import Journal
 from ntkit.uses.active.loop import Loop
 from ntkit.uses.active.uncertainty import Random
@@ -176,6 +178,80 @@ def test_an_empty_file_is_no_session_yet(tmp_path: Path) -> None:
         assert len(events(path)) == 1
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"notes",
+        b'{"a": 1}',
+        b"[1, 2]",
+        b"one\ntwo\n",
+        b"one\ntwo",
+        b'{"sha256": "xyz',
+        b'{"sha256": "12", "event"',
+        b"\0" * 9,
+    ],
+)
+def test_other_files_are_left_alone(tmp_path: Path, content: bytes) -> None:
+    """One word too little in a call, and the path is that of something that matters."""
+    path = tmp_path / "notes.json"
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="no session"):
+        session(path)
+    assert path.read_bytes() == content
+    path.unlink()
+    journal = Journal(path)
+    path.write_bytes(content)  # after it was looked for
+    with pytest.raises(StoreError, match=r"no session|another process"):
+        journal.add("start")
+    assert path.read_bytes() == content
+    session(tmp_path / "s.jsonl")
+    whole = (tmp_path / "s.jsonl").read_bytes()
+    path.write_bytes(whole + content)
+    with pytest.raises(StoreError, match="line 2 is not what was written"):
+        session(path)
+    assert path.read_bytes() == whole + content
+
+
+def test_points_that_are_nan_are_found_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, x = tmp_path / "s.jsonl", pool()[0].clone()
+    x[17, 2] = torch.nan
+    for data in (x, (pool()[0], x), {"x": x}, Listed(x)):
+        with pytest.raises(InputError, match="point 17 has a NaN"):
+            session(path, X=data)
+    assert not path.exists()
+    session(path, X=(pool()[0], torch.zeros(N, 0)))  # no numbers are no NaN
+    path.unlink()
+    monkeypatch.setattr("ntkit.uses.active.loop._Numbers", Examples)
+    session(path, X=x)
+    monkeypatch.undo()
+    assert session(path, X=x).n == N  # what has begun goes on
+
+
+class Listed(Dataset):
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.x[i], 0
+
+
+def test_strategies_by_name_and_what_is_none(tmp_path: Path) -> None:
+    x, _ = pool()
+    named = Loop(x, "margin", fit, journal=None, classes=C, y=START).query(3).numbers
+    assert np.array_equal(named, Loop(x, Margin(), fit, journal=None, classes=C, y=START).query(3).numbers)
+    for strategy, message in (
+        ("magic", "no strategy 'magic'"), (Margin, "the class Margin, not an object"), (3, "strategy: got int"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            session(tmp_path / "s.jsonl", strategy=strategy)
+    assert not (tmp_path / "s.jsonl").exists()
+
+
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = session(tmp_path / "s.jsonl")
     asked = loop.query(4).numbers
@@ -317,6 +393,10 @@ def test_refusals_are_not_written_down(tmp_path: Path) -> None:
         (lambda: loop.label([asked[0]], [3]), "classes from 0 to 2"),
         (lambda: loop.label([asked[0]], [0.5]), "one class"),
         (lambda: loop.label([asked[0]], [0, 1]), "one class"),
+        (lambda: loop.label([asked[0]], ["cat"]), "one class, a number from 0 to 2.*'cat'"),  # pyright: ignore
+        (lambda: loop.label([asked[0]], [None]), "one class"),  # pyright: ignore[reportArgumentType]
+        (lambda: loop.label([asked[0]], [float("inf")]), "one class"),  # pyright: ignore[reportArgumentType]
+        (lambda: loop.label(np.arange(N) == asked[0], [1]), "flatnonzero"),  # pyright: ignore[reportArgumentType]
         (lambda: loop.label([N], [0]), "from 0 to 39"),
         (lambda: loop.label([-1], [0]), "from 0 to 39"),
         (lambda: loop.label([5, 5], [0, 1]), "stands twice"),

@@ -323,11 +323,12 @@ def broken() -> nn.Sequential:
         ({"batch_size": 37}, "37 points are asked for, 36 are left"),
         ({"batch_size": 0}, "batch_size: got 0"),
         ({"candidates": []}, "1 points are asked for, 0 are left"),
-        ({"candidates": [1, 40]}, "numbers from 0 to 39"),
-        ({"candidates": [-1]}, "numbers from 0 to 39"),
-        ({"candidates": [1, 1]}, "stands twice"),
+        ({"candidates": [1, 40]}, "numbers of points from 0 to 39: got 40"),
+        ({"candidates": [-1]}, "numbers of points from 0 to 39: got -1"),
+        ({"candidates": [1, 1]}, "1 stands twice"),
         ({"candidates": [3]}, "point 3 has a label already"),
         ({"candidates": [0.5]}, "numbers of points"),
+        ({"candidates": np.arange(N) > 30}, "got bool.*flatnonzero"),
         ({"y": np.zeros(N)}, "0 are left"),
         ({"y": np.full(N - 1, np.nan)}, "one label for each of the 40 points"),
         ({"y": np.where(np.arange(N) < 5, 3.0, np.nan)}, "classes from 0 to 2"),
@@ -352,6 +353,22 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
         (lambda: LookAhead(target_size=0), "target_size"),
         (lambda: active.Power(-1.0), "power sampling"),
         (lambda: LookAhead(targets=[99]).query(*pool(), network()), "targets are numbers"),
+        (lambda: LookAhead(targets=[3, 3]).query(*pool(), network()), "targets are different.*3 stands twice"),
+        (lambda: LookAhead(targets=[]).query(*pool(), network()), "got none"),
+        (lambda: LookAhead(targets=np.arange(N) > 30).query(*pool(), network()), "targets.*flatnonzero"),
+        (lambda: LookAhead(targets=[0.5, 1.5]).query(*pool(), network()), "targets.*got float64"),
+        (lambda: active.select(network(), pool()[0], np.arange(N) > 38, [1]), "labelled.*flatnonzero"),
+        (lambda: active.select(network(), pool()[0], [1], [0], strategy=active.Margin), "the class Margin"),
+        (lambda: LookAhead(objective="mlmoc"), r"objective: got 'mlmoc'.*MostLikelyChange\(\).*strategy\(\"mlmoc\"\)"),
+        (lambda: LookAhead(active.MostLikelyChange), "objective: got the class MostLikelyChange, not an object"),
+        (lambda: LookAhead(kernel="last_layer"), r"kernel: got 'last_layer'.*LastLayer\(\)"),
+        (lambda: LookAhead(kernel=DenseKernel(torch.eye(N))), r"kernel: got DenseKernel.*Given\("),
+        (lambda: LookAhead(batch="greedy"), r"batch: got 'greedy'.*Greedy\(\)"),
+        (lambda: active.LCMD(active.Hidden), "kernel: got the class Hidden"),
+        (lambda: active.Bait("last_layer"), "kernel: got 'last_layer'"),
+        (lambda: active.BADGE(kernel="last_layer").query(*pool(), network()), "kernel: got 'last_layer'"),
+        (lambda: active.SummedChange(0), "labels looked at: got 0"),
+        (lambda: active.Flips(0), "labels looked at: got 0"),
         (lambda: LookAhead(kernel=active.LastLayer()).query(*pool(), Odd()), "no last layer"),
         (lambda: LookAhead(kernel=active.Given(lambda m, x: x)).query(*pool(), network()), "got Tensor"),
         (lambda: LookAhead(kernel=active.Given(DenseKernel(torch.eye(7)))).query(*pool(), network()), "got 7"),
@@ -500,3 +517,49 @@ def test_outputs_need_not_move_for_scores_that_do_not_look_at_them(
     again, moved = rule.query(x, y, model, batch_size=6, return_utilities=True)
     np.testing.assert_array_equal(numbers, again)
     np.testing.assert_array_equal(utilities, moved)
+
+
+class Wrapped(nn.Sequential):
+    """Gives its logits in a dict. (A sketch goes by the names of parameters, which are those of the other.)"""
+
+    def forward(self, input: Tensor) -> dict[str, Tensor]:
+        return {"logits": super().forward(input)}
+
+
+@pytest.mark.parametrize(
+    "kernel", [active.Sketched(64), active.Sketched(64, coupled=True), active.Exact(), active.Exact(coupled=True)]
+)
+def test_kernels_of_all_parameters_know_where_the_logits_are(kernel: active.Geometry) -> None:
+    model, (x, y) = network(), pool()
+    expected = LookAhead(kernel=kernel).query(x, y, model, batch_size=3, return_utilities=True)
+    rule = LookAhead(kernel=kernel, select=lambda said: said["logits"])
+    found = rule.query(x, y, Wrapped(*model).eval(), batch_size=3, return_utilities=True)
+    assert np.array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-8)
+    summed = LookAhead(kernel=active.Exact(ntkit.SumOfLogits(lambda said: said["logits"])), select=rule.select)
+    alone = LookAhead(kernel=active.Exact(ntkit.SumOfLogits())).query(x, y, model, batch_size=3)
+    assert np.array_equal(summed.query(x, y, Wrapped(*model).eval(), batch_size=3), alone)
+
+
+class Twice(nn.Module):
+    """One of its layers sees each example twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.again(self.again(self.first(x).tanh()).tanh()).tanh())
+
+
+def test_a_layer_that_is_called_twice_has_not_one_input() -> None:
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(300, 6)
+    kernel = active.Hidden().of(linearize(model), x)
+    assert isinstance(kernel, FeatureKernel)
+    with torch.no_grad():
+        last = model.again(model.again(model.first(x).tanh()).tanh()).tanh()
+    expected = [part / part.square().sum(1).mean().sqrt() for part in (x, last)]
+    torch.testing.assert_close(kernel.features(), torch.cat([*expected, torch.ones(300, 1)], 1))
+    with pytest.raises(ModelError, match="'again' does not see each example once"):
+        active.Hidden(layers=["again"]).of(linearize(model), x)

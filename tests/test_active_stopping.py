@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from test_active_loop import START, fit, pool, session
 
 from ntkit.errors import InputError
-from ntkit.uses.active import LookAhead, MostLikelyChange, SquareLoss
+from ntkit.uses.active import LookAhead, MostLikelyChange, SquareLoss, UntrainedWarning
 from ntkit.uses.active.stopping import (
     Budget,
     Finding,
@@ -132,3 +133,66 @@ def test_sessions_end_when_nothing_is_left(tmp_path: Path) -> None:
     assert loop.run(lambda numbers: true[numbers].tolist(), 15) == ("every point has a label or was skipped",)
     assert [found.labels for found in loop.history] == [3, 18, 33]
     assert np.array_equal(loop.labels, np.where(START >= 0, START, true))
+
+
+def test_measures_that_came_later(tmp_path: Path) -> None:
+    """Old questions did not measure it: they are passed over, and none is in the way."""
+    _, true = pool()
+    history = [Finding(3, {}, {}), *told([0.5, 0.7, 0.7])]
+    assert Plateau("accuracy", rounds=2).reason(history) is None
+    assert stops_at(Plateau("accuracy", rounds=1), history[1:]) == 3
+    assert Plateau("accuracy", rounds=1).reason(history) is not None
+    assert Target("accuracy", 0.7).reason(history) is not None
+    rules: list[StoppingRule] = [Target("accuracy", 0.0), Plateau("accuracy", rounds=1)]
+    options: dict[str, Any] = {"strategy": Random(), "stop": rules, "evaluate": lambda _: {"accuracy": 0.5}}
+    path = tmp_path / "s.jsonl"
+    waiting = session(path, strategy=Random()).query(2).numbers
+    loop = session(path, **options)
+    assert loop.query(2).numbers.tolist() == waiting.tolist()  # asked before it was measured
+    assert loop.reasons == ()
+    loop.label(waiting.tolist(), true[waiting].tolist())
+    assert loop.query(2).reasons == ("accuracy is 0.5, 0 was asked for",)
+
+
+def test_a_measure_that_is_missing_is_said_before_it_is_written_down(tmp_path: Path) -> None:
+    path, trained = tmp_path / "s.jsonl", []
+
+    def counted(y: np.ndarray) -> torch.nn.Module:
+        trained.append(1)
+        return fit(y)
+
+    loop = session(path, strategy=Random(), fit=counted, stop=[Plateau("accuracy")])
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="'accuracy'; the session measures nothing"):
+        loop.query(2)
+    assert not trained
+    misspelt = session(path, strategy=Random(), stop=[Plateau("acuracy")], evaluate=lambda _: {"accuracy": 0.5})
+    with pytest.raises(InputError, match="'acuracy'; the session measures accuracy"):
+        misspelt.query(2)
+    assert path.read_bytes() == before
+
+
+def test_kappa_compares_the_same_points_alone(tmp_path: Path) -> None:
+    _, true = pool()
+    path = tmp_path / "s.jsonl"
+
+    def ask(rule: Kappa) -> tuple[str, ...]:
+        loop = session(path, strategy=Random(), stop=[rule], fit=lambda _: fit(START))
+        loop.label(loop.waiting.tolist(), true[loop.waiting].tolist())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UntrainedWarning)
+            return loop.query(2).reasons
+
+    same = Kappa(rounds=1, points=20)
+    assert ask(same) == ()
+    assert ask(same) != ()  # the network is the same, and so are its classes
+    for other in (Kappa(rounds=1, points=20, seed=1), Kappa(rounds=1, points=10), same):
+        assert ask(other) == ()
+    assert ask(same) != ()
+    found = session(path, strategy=Random()).history
+    classes = fit(START)(pool()[0]).argmax(1)
+    watched = torch.randperm(len(true), generator=torch.Generator().manual_seed(1))[:20].sort().values
+    assert found[2].measured["Kappa"] == {"points": 20, "seed": 1, "classes": classes[watched].tolist()}
+    plain = Finding(3, {}, {"Kappa": found[0].measured["Kappa"]["classes"]})  # as the first journals have it
+    assert same.reason([plain, plain]) is not None
+    assert same.reason([plain, found[0]]) is None

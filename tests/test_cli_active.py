@@ -412,3 +412,61 @@ def test_another_network_is_refused(place: Path) -> None:
     (place / "net.py").write_text(NET.replace("16", "12"))
     assert "built in another way" in refused("ask", session)
     assert session.read_bytes() == before
+
+
+def test_answers_that_have_not_been_told_are_kept(place: Path) -> None:
+    """Asking again writes the questions anew: not over a column that somebody has filled in."""
+    session, questions = begin(place, "--labels", "first"), place / "q.csv"
+    run("ask", session, "--count", 4, "--out", questions)
+    run("ask", session, "--out", questions)  # nothing is filled in yet
+    answer(place, questions, leave=1, skip=1)
+    filled, before = questions.read_bytes(), session.read_bytes()
+    assert "has not been told: 3, the first to point" in refused("ask", session, "--out", questions)
+    assert questions.read_bytes() == filled
+    assert session.read_bytes() == before
+    run("tell", session, questions)
+    asked = events(session)[1]["numbers"]
+    run("tell", session, "--label", f"{asked[1]}=cat", "--unlabel", asked[2])  # they have been told all the same
+    run("ask", session, "--out", questions)
+    run("tell", session, "--label", f"{asked[3]}=cat")
+    other = place / "other.jsonl"
+    answer(place, questions)
+    run("start", other, f"{place}/net.py:make", place / "data.npz", "--names", "cat,dog,owl", "--steps", 60)
+    assert "has not been told: 1, the first to point" in refused("ask", other, "--out", questions)  # of another session
+    for name, content in (("notes.csv", "a,b\n1,2\n"), ("list.csv", "milk"), ("t.json", "[1]")):
+        path = place / name
+        path.write_text(content)
+        more = ("--format", "labelstudio") if name == "t.json" else ()
+        assert "cannot be read as questions" in refused("ask", session, "--out", path, *more)
+        assert path.read_text() == content
+    (place / "empty.csv").write_text("")
+    run("ask", session, "--count", 2, "--out", place / "empty.csv")
+
+
+def test_names_of_classes_can_be_answered(place: Path) -> None:
+    session, net, data = place / "s.jsonl", f"{place}/net.py:make", place / "data.npz"
+    for names, message in (("cat,cat,owl", "same name"), ("cat, cat,owl", "same name"), ("cat,,owl", "empty name")):
+        assert message in refused("start", session, net, data, "--names", names)
+        assert not session.exists()
+    run("start", session, net, data, "--names", "cat, dog , owl", "--steps", 60)
+    run("tell", session, "--label", "3=dog", "--label", "4=owl")
+    assert events(session)[1]["labels"] == [1, 2]
+    assert events(session)[0]["settings"]["names"] == NAMES
+
+
+def test_no_label_and_no_last_linear_layer(place: Path) -> None:
+    (place / "net.py").write_text(
+        "from torch import nn\n\n\ndef make():\n"
+        "    return nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3), nn.Tanh())\n"
+    )
+    session = begin(place)
+    run("ask", session, "--count", 4)
+    assert len(set(events(session)[1]["numbers"])) == 4
+
+
+def test_another_file_is_no_session(place: Path) -> None:
+    notes = place / "notes.json"
+    notes.write_text('{"important": 1}')
+    assert "no session" in refused("start", notes, f"{place}/net.py:make", place / "data.npz")
+    assert "no session" in refused("ask", notes)
+    assert notes.read_text() == '{"important": 1}'

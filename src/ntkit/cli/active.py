@@ -90,8 +90,9 @@ def start(
         if items is not None and Path(items).is_file():
             items = str(Path(items).resolve())
         settings = Settings(
-            factory, str(data.resolve()), rows, None if names is None else names.split(","), strategy, loss, steps,
-            batch_size, lr, seed, dtype, budget, plateau, kappa, items,
+            factory, str(data.resolve()), rows,
+            None if names is None else [name.strip() for name in names.split(",")],
+            strategy, loss, steps, batch_size, lr, seed, dtype, budget, plateau, kappa, items,
         )  # fmt: skip
         begun = Session(settings, session, labels=labels)
         known = int((begun.loop.labels >= 0).sum())
@@ -121,6 +122,8 @@ def ask(
         found = Session.resume(session)
         exchange = None if out is None else found.exchange(kind, out)
         shown = None if exchange is None else found.items(items, needed=exchange.needs_items)
+        if exchange is not None and out is not None:
+            found.require_told(exchange, out)
         with Terminal() as terminal:
             terminal.step("training and choosing")
             asked = found.ask(count, weights)

@@ -19,11 +19,13 @@ from ntkit.solve.losses import CrossEntropy, Loss, SquareLoss
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits
 from ntkit.uses.active.exchange import CSV, Exchange, exchange
+from ntkit.uses.active.geometry import Hidden
 from ntkit.uses.active.journal import Journal
 from ntkit.uses.active.loop import Loop
 from ntkit.uses.active.registry import strategy
 from ntkit.uses.active.stopping import Budget, Kappa, Plateau, StoppingRule
 from ntkit.uses.active.training import Training
+from ntkit.uses.active.typical import TypiClust
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -111,8 +113,10 @@ class Session:
         classes = linearize(model, readout=Logits()).outputs(self.x[:2]).shape[1]
         if settings.names is not None and len(settings.names) != classes:
             raise InputError(f"the network has {classes} outputs, one for each class: got {len(settings.names)} names")
-        if settings.items is not None and not Journal(journal).events:  # later it may be another, or nobody looks
-            self.items()
+        if not Journal(journal).events:
+            CSV(settings.names)  # which checks them: a session keeps its names for ever
+            if settings.items is not None:  # later it may be another, or nobody looks
+                self.items()
         self.loop = Loop(
             self.x,
             self._strategy(settings.strategy),
@@ -155,7 +159,8 @@ class Session:
             self.loop.fit = partial(self._load, weights)
         elif not (self.loop.labels >= 0).any():
             self.loop.fit = lambda _: self._factory.build(seed=self.settings.seed, dtype=self._dtype)
-            self.loop.strategy = self._strategy("typiclust")
+            # not every network ends in a linear layer
+            self.loop.strategy = TypiClust(Hidden(), random_state=self.settings.seed)
         return self.loop.query(count)
 
     def label(self, text: str) -> tuple[int, int]:
@@ -168,6 +173,30 @@ class Session:
         if not number.isdigit() or not name:
             raise InputError(f"a label is written NUMBER=CLASS: got {text!r}")
         return int(number), CSV(self.settings.names).parse(name)
+
+    def require_told(self, kind: Exchange, path: Path) -> None:
+        """Questions may be written to a file that is there already, if no answer is lost by it.
+
+        Raises:
+            InputError: if it holds answers that this session has never been told, or is no file of questions.
+        """
+        if not path.exists() or not path.stat().st_size:
+            return
+        try:
+            found = kind.read(path)
+        except InputError as error:
+            raise InputError(
+                f"{path} is there already and cannot be read as questions, so that it is not replaced. {error}. Mend "
+                "it, or choose another file"
+            ) from error
+        answers = [*zip(found.numbers, found.labels, strict=True), *((number, None) for number in found.skipped)]
+        told = self.loop.told
+        lost = [number for number, label in answers if (number, label) not in told]
+        if lost:
+            raise InputError(
+                f"{path} has answers that this session has not been told: {len(lost)}, the first to point {lost[0]}. "
+                "Hand it in with `ntkit active tell` before you ask again, or choose another file"
+            )
 
     def exchange(self, name: str | None, path: Path) -> Exchange:
         """The kind of a file, by name or by the end of its path.

@@ -62,10 +62,13 @@ class Exchange(ABC):
         """Check the names.
 
         Raises:
-            InputError: if two are the same.
+            InputError: if one is empty, or two are the same; spaces around a name do not count, as in answers.
         """
-        if self.names is not None and len({str(name) for name in self.names}) < len(self.names):
-            raise InputError(f"two classes have the same name: {', '.join(map(str, self.names))}")
+        names = [str(name).strip() for name in self.names or ()]
+        if not all(names):
+            raise InputError(f"class {names.index('')} has an empty name: expected one for each, got {names}")
+        if len(set(names)) < len(names):
+            raise InputError(f"two classes have the same name: {', '.join(names)}")
 
     def write(
         self,
@@ -150,7 +153,7 @@ class Exchange(ABC):
         """
         text = str(answer).strip()
         if self.names is not None:
-            known = {str(name): k for k, name in enumerate(self.names)}
+            known = {str(name).strip(): k for k, name in enumerate(self.names)}
             if text in known:
                 return known[text]
             expected = ", ".join(known)
@@ -159,7 +162,7 @@ class Exchange(ABC):
                 value = float(text)  # spreadsheets write 3 as 3.0
             except ValueError:
                 value = -1.0
-            if value >= 0 and value == int(value):
+            if value >= 0 and value.is_integer():  # infinity is none
                 return int(value)
             expected = "0, 1, 2, ..."
         raise InputError(f"{text!r}: expected one of {expected}")
@@ -199,7 +202,7 @@ class CSV(Exchange):
             answer = (row["label"] or "").strip()
             if not answer:
                 continue
-            skipped = answer == SKIP and SKIP not in map(str, self.names or ())
+            skipped = answer == SKIP and SKIP not in (str(name).strip() for name in self.names or ())
             yield _number(row[NUMBER], place), None if skipped else answer
 
 

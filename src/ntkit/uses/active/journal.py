@@ -1,8 +1,9 @@
 """A session on disk: one line for everything that happened, added at the end and never changed.
 
 A line is JSON with a checksum of itself and of the line before, written whole and forced to disk before anything else
-happens. What a killed run leaves behind is at most a torn last line. Reading passes over it and changes nothing; who
-adds the next line cuts it off, alone with the file. All else that does not fit is named and refused.
+happens. What a killed run leaves behind is at most a torn last line, which begins as all lines do. Reading passes over
+it and changes nothing; who adds the next line cuts it off, alone with the file. All else that does not fit is named and
+refused: a path may well be that of another file.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Journal:
         """Read what is there; nothing is written before the first event.
 
         Raises:
-            StoreError: if the file is damaged before its last line, or of another format.
+            StoreError: if the file is none of ours, damaged before its last line, or of another format.
         """
         self.path = None if path is None else Path(path)
         self.events: list[dict[str, Any]] = []
@@ -80,15 +81,14 @@ class Journal:
             digest = _chained(self._digest, body)
             event = _parsed(body) if line.startswith((_HEAD % digest).encode()) else None
             if event is None:
-                raise StoreError(
-                    f"{path}: line {number} is not what was written there, or one before it is missing. Restore "
-                    "the file from a copy, or cut it off before that line to go on from there"
-                )
+                raise self._damaged(number, line)
             self._digest = digest
             self.events.append(event)
             self._end += len(line) + 1
         if self.events and self.events[0].get("version") != VERSION:
             raise StoreError(f"{path}: a session of format {self.events[0].get('version')}, this is {VERSION}")
+        if not _begins(lines[-1]):
+            raise self._damaged(len(lines), lines[-1])
 
     def _append(self, path: Path, line: bytes) -> None:
         """Add to the file; it is on disk when this returns.
@@ -110,17 +110,30 @@ class Journal:
         """Take off what a killed process has left of a line.
 
         Raises:
-            StoreError: if there are more lines than were read, or fewer.
+            StoreError: if there are more lines than were read, or fewer, or something that is no line of ours.
         """
         size = os.fstat(file.fileno()).st_size
         file.seek(min(self._end, size))
-        if size < self._end or b"\n" in file.read(size - self._end):
+        left = file.read(size - self._end) if size > self._end else b""
+        if size < self._end or b"\n" in left:
             raise StoreError(
                 f"{self.path}: another process has gone on with this session since it was read here. Nothing was "
                 "written now: read the session again and repeat this step"
             )
-        if size > self._end:
+        if not _begins(left):
+            raise self._damaged(len(self.events) + 1, left)
+        if left:
             file.truncate(self._end)
+
+    def _damaged(self, number: int, line: bytes) -> StoreError:
+        if number == 1 and not _begins(line):
+            return StoreError(
+                f"{self.path} is no session: line 1 is none of ours. It is left alone: choose another journal"
+            )
+        return StoreError(
+            f"{self.path}: line {number} is not what was written there, or one before it is missing. Restore the file "
+            "from a copy, or cut it off before that line to go on from there"
+        )
 
 
 def _lock(file: FileIO) -> None:
@@ -147,6 +160,14 @@ def _write(file: FileIO, line: bytes, end: int) -> None:
         with suppress(OSError):  # half a line, as of a full disk; if it stays, the next writer cuts it off
             file.truncate(end)
         raise
+
+
+def _begins(line: bytes) -> bool:
+    """Whether bytes are a line of ours or the beginning of one, as far as their head goes."""
+    before, behind = (part.encode() for part in _HEAD.split("%s"))
+    digest, rest = line[len(before) :][: len(_NONE)], line[len(before) + len(_NONE) :]
+    is_hexadecimal = not digest.strip(b"0123456789abcdef")
+    return before.startswith(line[: len(before)]) and is_hexadecimal and behind.startswith(rest[: len(behind)])
 
 
 def _chained(before: str, body: str) -> str:

@@ -16,11 +16,15 @@ from ntkit.errors import InputError, ModelError, StoreError
 from ntkit.tangent.examples import Examples
 from ntkit.tangent.identity import architecture, content, digest
 from ntkit.uses.active.journal import VERSION, Journal
-from ntkit.uses.active.stopping import Finding, StoppingRule
+from ntkit.uses.active.labels import as_numbers
+from ntkit.uses.active.registry import as_strategy
+from ntkit.uses.active.stopping import Finding, StoppingRule, require_metric
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from ntkit.tangent.examples import Batch
     from ntkit.uses.active.strategy import Round, Strategy
 
 # From classes (n,), -1 where there is none, to a network trained on those that are there, in evaluation mode.
@@ -70,7 +74,7 @@ class Loop:
     def __init__(
         self,
         X: Any,
-        strategy: Strategy,
+        strategy: str | Strategy,
         fit: Fit,
         *,
         journal: str | os.PathLike[str] | None,
@@ -84,7 +88,8 @@ class Loop:
 
         Args:
             X: all n points.
-            strategy: chooses points; its `missing_label` is not used here.
+            strategy: chooses points; its `missing_label` is not used here. One of `NAMES` is for a network that is
+                trained with cross-entropy, as in `select`.
             fit: trains a network on the labels so far. After the same labels it should give the same network.
             journal: the file of the session; a new one is begun if there is none. None for a session that ends with
                 this process.
@@ -95,13 +100,15 @@ class Loop:
             settings: of whoever begins the session, as JSON: written down, and given back when it goes on.
 
         Raises:
-            InputError: if the labels do not fit, or two rules of one kind would measure under one name.
+            InputError: if the labels do not fit, a point has a NaN in it, the strategy is none, or two rules of one
+                kind would measure under one name.
             StoreError: if the journal is damaged, or of other points, classes or first labels.
 
         Warns:
             ChangedStrategyWarning: if the session has had another strategy.
         """
-        self.strategy, self.fit, self.X = strategy, fit, X
+        self.strategy = strategy = as_strategy(strategy)
+        self.fit, self.X = fit, X
         self.evaluate, self.rules = evaluate, tuple(stop)
         names = [rule.name for rule in self.rules if type(rule).measure is not StoppingRule.measure]
         if len(set(names)) < len(names):
@@ -111,7 +118,8 @@ class Loop:
         self._labels = np.full(self.n, -1)
         self._skipped: set[int] = set()
         self._pending: list[tuple[int, float, int]] = []
-        facts = {"version": VERSION, "points": self.n, "classes": classes, "data": content(Examples(X))}
+        examples = Examples(X) if self._journal.events else _Numbers(X)  # what has begun goes on
+        facts = {"version": VERSION, "points": self.n, "classes": classes, "data": content(examples)}
         first = [] if y is None else self._first(y)
         if not self._journal.events:
             self._journal.add("start", **facts, strategy=_named(strategy), labels=first, settings=dict(settings or {}))
@@ -142,7 +150,7 @@ class Loop:
         cls,
         journal: str | os.PathLike[str],
         X: Any,
-        strategy: Strategy,
+        strategy: str | Strategy,
         fit: Fit,
         *,
         evaluate: Evaluate | None = None,
@@ -175,6 +183,15 @@ class Loop:
         return np.array(sorted(self._skipped), dtype=np.int64)
 
     @property
+    def told(self) -> set[tuple[int, int | None]]:
+        """All answers so far, those that were changed or taken back as well: point and class, None for skipped."""
+        begun, *later = self._journal.events
+        events = [event for event in later if event["event"] == "tell"]
+        labels = [pair for event in events for pair in zip(event["numbers"], event["labels"], strict=True)]
+        skipped = [(number, None) for event in events for number in event["skipped"]]
+        return {*map(tuple, begun["labels"]), *labels, *skipped}
+
+    @property
     def rounds(self) -> int:
         """Questions so far."""
         return sum(event["event"] == "query" for event in self._journal.events)
@@ -195,11 +212,13 @@ class Loop:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why one may as well stop, as of the last question."""
+        """Why one may as well stop, as of the last question; rules about what it did not measure wait for the next."""
         history = self.history
-        if not history:
-            return ()
-        return tuple(reason for rule in self.rules if (reason := rule.reason(history)) is not None)
+        return _reasons([rule for rule in self.rules if not self._waits(rule, history)], history)
+
+    def _waits(self, rule: StoppingRule, history: list[Finding]) -> bool:
+        metric = getattr(rule, "metric", None)
+        return bool(history) and self.evaluate is not None and metric not in (None, *history[-1].metrics)
 
     def query(self, size: int) -> Asked:
         """Points to be labelled next: those that still wait, or else new ones, for which the network is trained.
@@ -208,7 +227,7 @@ class Loop:
             size: how many, if none are waiting.
 
         Raises:
-            InputError: if more are asked for than are left.
+            InputError: if more are asked for than are left, or a rule looks at what is not measured.
             ModelError: if the network has not what the strategy needs, or is built in another way than before.
             StoreError: if the journal cannot be written.
         """
@@ -218,6 +237,9 @@ class Loop:
         if not 1 <= size <= len(free):
             raise InputError(f"{size} points are asked for, {len(free)} are left without a label")
         self._journal.check()  # before the network is trained for nothing
+        if self.evaluate is None:
+            for rule in self.rules:
+                require_metric(getattr(rule, "metric", None), {})
         start = time.perf_counter()
         model = self.fit(self.labels)
         trained = time.perf_counter()
@@ -293,9 +315,12 @@ class Loop:
             InputError: as `label`, `skip` and `unlabel` do, or if a point stands in two of them.
         """
         points, given = self._points(numbers), np.asarray(classes).ravel()
-        found = [int(c) for c in given if float(c).is_integer()]
+        found = [c for c in map(_class, given) if c is not None]
         if len(points) != len(given) or len(found) != len(given):
-            raise InputError(f"every point has one class: got {len(points)} points and {list(given)}")
+            raise InputError(
+                f"every point has one class, a number from 0 to {self.classes - 1}: got {len(points)} points and "
+                f"{given.tolist()}"
+            )
         bad = [c for c in found if not 0 <= c < self.classes]
         if bad:
             raise InputError(f"labels are classes from 0 to {self.classes - 1}: got {bad[0]}")
@@ -396,7 +421,9 @@ class Loop:
         if bad:
             raise InputError(f"evaluate gives {bad[0]} = {metrics[bad[0]]}: expected a finite number")
         measured = {rule.name: found for rule in self.rules if (found := rule.measure(now)) is not None}
-        return {"spent": len(now.labelled), "metrics": metrics, "measured": measured}
+        found = {"spent": len(now.labelled), "metrics": metrics, "measured": measured}
+        _reasons(self.rules, [*self.history, Finding(*found.values())])  # what a rule misses is not written down
+        return found
 
     def _happen(self, kind: str, **facts: Any) -> None:
         self._journal.add(kind, **facts)
@@ -421,16 +448,7 @@ class Loop:
         self._pending = [one for one in self._pending if one[0] not in answered]
 
     def _points(self, numbers: Sequence[int]) -> list[int]:
-        found = np.asarray(numbers).ravel()
-        if len(found) and not np.issubdtype(found.dtype, np.integer):
-            raise InputError(f"points are numbers from 0 to {self.n - 1}: got {found.dtype}")
-        points = [int(i) for i in found]
-        bad = [i for i in points if not 0 <= i < self.n]
-        if bad:
-            raise InputError(f"points are numbers from 0 to {self.n - 1}: got {bad[0]}")
-        if len(set(points)) < len(points):
-            raise InputError("a point stands twice")
-        return points
+        return as_numbers(np.asarray(numbers).ravel(), self.n).tolist()
 
     def _first(self, y: Any) -> list[tuple[int, int]]:
         values = np.asarray(y)
@@ -444,6 +462,38 @@ class Loop:
                 f"labels are classes from 0 to {self.classes - 1}, or -1: got {values.min()} to {values.max()}"
             )
         return [[int(i), int(values[i])] for i in np.flatnonzero(values >= 0)]  # pyright: ignore
+
+
+class _Numbers(Examples):
+    """Examples that are looked at while they are read: one NaN would be found by the network, once it is trained."""
+
+    def batch(self, index: slice | Sequence[int], device: torch.device | None = None) -> Batch:
+        """Some examples.
+
+        Raises:
+            InputError: if there is a NaN in one of them.
+        """
+        found = super().batch(index, device)
+        for t in found.tensors():
+            if t.is_floating_point() and bool(t.isnan().any()):
+                place = int(t.isnan().reshape(len(t), -1).any(1).nonzero()[0])
+                number = range(self.size)[index][place] if isinstance(index, slice) else index[place]
+                raise InputError(f"point {number} has a NaN in it: leave it out of the pool, or say what it stands for")
+        return found
+
+
+def _reasons(rules: Sequence[StoppingRule], history: list[Finding]) -> tuple[str, ...]:
+    found = [rule.reason(history) for rule in rules] if history else []
+    return tuple(reason for reason in found if reason is not None)
+
+
+def _class(answer: Any) -> int | None:
+    """The whole number that is meant, if one is."""
+    try:
+        value = float(answer)
+    except (TypeError, ValueError):
+        return None
+    return int(value) if value.is_integer() else None
 
 
 def _named(strategy: Strategy) -> str:

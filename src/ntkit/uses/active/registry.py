@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ntkit.errors import InputError
 from ntkit.solve.losses import Loss, as_loss
 from ntkit.uses.active import designs, gradients, learned, lookahead, objectives, sampled, typical, uncertainty
-
-if TYPE_CHECKING:
-    from ntkit.uses.active.strategy import Strategy
+from ntkit.uses.active.strategy import Strategy, require
 
 LOOK_AHEAD: dict[str, objectives.Objective] = {
     "curvature-ivr": objectives.IntegratedVariance(),
@@ -46,6 +44,18 @@ BASELINES: dict[str, Strategy] = {
     "typiclust": typical.TypiClust(),
 }
 NAMES = (*LOOK_AHEAD, *BASELINES)
+
+
+def as_strategy(meant: Any, **common: Any) -> Strategy:
+    """A strategy as it is, and that of a name.
+
+    Raises:
+        InputError: if it is neither.
+    """
+    if isinstance(meant, str):
+        return strategy(meant, **common)
+    require("strategy", meant, Strategy, 'LookAhead() or Margin(), or a name as in strategy("margin")')
+    return meant
 
 
 def strategy(name: str, *, loss: Loss | None = None, **common: Any) -> Strategy:

@@ -10,8 +10,9 @@ import numpy as np
 
 from ntkit.errors import InputError
 from ntkit.tangent.examples import Examples
+from ntkit.uses.active.labels import as_numbers
 from ntkit.uses.active.lookahead import LookAhead
-from ntkit.uses.active.registry import strategy as by_name
+from ntkit.uses.active.registry import as_strategy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,17 +68,15 @@ def select(
         InputError: if anything does not fit.
         ModelError: if the network has not what the strategy needs.
     """
-    rule = by_name(strategy, random_state=random_state) if isinstance(strategy, str) else strategy
-    numbers, classes = np.asarray(labelled), np.asarray(y)
-    if numbers.ndim != 1 or numbers.shape != classes.shape:
-        raise InputError(
-            f"every labelled point has one class: got numbers of shape {numbers.shape} and classes of {classes.shape}"
-        )
+    rule = as_strategy(strategy, random_state=random_state)
     start = time.perf_counter()
+    n, classes = len(Examples(X)), np.asarray(y)
+    numbers = as_numbers(labelled, n, "labelled")
+    if tuple(numbers.shape) != classes.shape:
+        raise InputError(
+            f"every labelled point has one class: got {len(numbers)} numbers and classes of shape {classes.shape}"
+        )
     known = dict(zip(numbers.tolist(), classes.tolist(), strict=True))
-    n = len(Examples(X))
-    if len(known) < len(numbers) or any(not isinstance(i, int) or not 0 <= i < n for i in known):
-        raise InputError(f"labelled are different numbers of points from 0 to {n - 1}: got {list(known)[:5]} ...")
     labels = [known.get(i, rule.missing_label) for i in range(n)]
     now = rule.round(X, labels, model, candidates, batch_size, sample_weight)
     info: dict[str, float] = {}

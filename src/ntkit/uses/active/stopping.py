@@ -48,7 +48,7 @@ class StoppingRule(ABC):
         return type(self).__name__
 
     def measure(self, now: Round) -> Any:
-        """Something to remember of this round, of numbers, strings and lists; nothing by default."""
+        """Something to remember of this round, as JSON has it; nothing by default."""
         return None
 
     @abstractmethod
@@ -131,7 +131,8 @@ class Kappa(StoppingRule):
     """The network's classes hardly change from round to round (Bloodgood and Vijay-Shanker 2009).
 
     Cohen's kappa between the predictions of one round and the next, on points drawn once from the whole pool, has a
-    mean of at least `least` over the last rounds. No labels are needed for it.
+    mean of at least `least` over the last rounds. No labels are needed for it. Rounds in which other points were
+    watched are not compared.
 
     Attributes:
         least: 0.99 as in the paper.
@@ -156,16 +157,17 @@ class Kappa(StoppingRule):
         if not self.least <= 1:
             raise InputError(f"kappa is at most 1: got least={self.least!r}")
 
-    def measure(self, now: Round) -> list[int]:
-        """The classes of the points that are watched."""
+    def measure(self, now: Round) -> dict[str, Any]:
+        """The classes of the points that are watched, and which those are."""
         generator = torch.Generator().manual_seed(self.seed)
         watched = torch.randperm(len(now.labels), generator=generator)[: self.points].sort().values
-        return now.outputs()[watched].argmax(1).tolist()
+        classes = now.outputs()[watched].argmax(1).tolist()
+        return {"points": len(watched), "seed": self.seed, "classes": classes}
 
     def reason(self, history: Sequence[Finding]) -> str | None:  # noqa: D102
         from sklearn.metrics import cohen_kappa_score
 
-        said = _measured(history, self)
+        said = _of_the_same_points(_measured(history, self))
         if len(said) <= self.rounds:
             return None
         # kappa of two predictions that know one class alone has no value; they agree
@@ -253,20 +255,40 @@ def _positive(name: str, value: int) -> None:
         raise InputError(f"{name}: got {value!r}, expected a positive number")
 
 
-def _metric(history: Sequence[Finding], name: str) -> list[float]:
-    missing = [found for found in history if name not in found.metrics]
-    if missing:
-        known = ", ".join(sorted(missing[0].metrics)) or "nothing"
+def require_metric(name: str | None, metrics: Mapping[str, float]) -> None:
+    """What a rule looks at, None for nothing, has to be measured.
+
+    Raises:
+        InputError: if it is not.
+    """
+    if name is not None and name not in metrics:
+        known = ", ".join(sorted(metrics)) or "nothing"
         raise InputError(
             f"a stopping rule looks at {name!r}; the session measures {known}: give Loop(evaluate=...) a function that "
             "returns it"
         )
-    return [found.metrics[name] for found in history]
+
+
+def _metric(history: Sequence[Finding], name: str) -> list[float]:
+    """A measure since it came into the session."""
+    require_metric(name, history[-1].metrics)
+    return [found.metrics[name] for found in history if name in found.metrics]
 
 
 def _measured(history: Sequence[Finding], rule: StoppingRule) -> list[Any]:
     """What a rule has measured since it came into the session."""
     return [found.measured[rule.name] for found in history if rule.name in found.measured]
+
+
+def _of_the_same_points(measured: list[Any]) -> list[list[int]]:
+    """Classes of the last rounds that watched what the very last one did; the oldest journals have them alone."""
+    marked = [one if isinstance(one, dict) else {"points": len(one), "seed": None, "classes": one} for one in measured]
+    found: list[list[int]] = []
+    for one in reversed(marked):
+        if (one["points"], one["seed"]) != (marked[-1]["points"], marked[-1]["seed"]):
+            break
+        found.insert(0, one["classes"])
+    return found
 
 
 def _last(history: Sequence[Finding], rule: StoppingRule) -> Any:
