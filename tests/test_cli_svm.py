@@ -101,6 +101,35 @@ def test_a_test_table_without_classes(here: Path, first: bool) -> None:
     np.testing.assert_allclose(found.x, X[TEST])
 
 
+@pytest.mark.parametrize("column", ["1", "14"])
+def test_a_test_table_without_names_and_classes(here: Path, column: str) -> None:
+    """Features alone, whatever number the column of the classes has in the training table."""
+    write(here / "bare.csv", TRAIN, header=False, first=column == "1")
+    write(here / "new.csv", TEST, header=False, labels=False)
+    code, said = run("bare.csv", "--label-column", column, "--test", "new.csv", "--depths", "1", "--folds", "2")
+    assert code == 0, said
+    assert "label" not in predictions(here / "svm")[0]
+    write(here / "known.csv", TEST, header=False, first=column == "1")
+    code, said = run(
+        "bare.csv", "--label-column", column, "--test", "known.csv", "--depths", "1", "--folds", "2", "--out", "again"
+    )
+    assert code == 0, said
+    for ours, theirs in zip(predictions(here / "svm"), predictions(here / "again"), strict=True):
+        assert ours["prediction"] == theirs["prediction"]
+        assert theirs["label"] in NAMES
+
+
+@pytest.mark.filterwarnings("default::sklearn.exceptions.ConvergenceWarning")
+def test_fits_that_are_stopped_are_counted(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ntkit.solve.svm.ENTRIES", 60)  # one step
+    code, said = run("train.csv", "--depths", "1", "--folds", "2")
+    assert code == 0, said
+    assert "were ended before they had converged" in (here / "svm" / "index.html").read_text()
+    results = json.loads((here / "svm" / "results.json").read_text())
+    assert results["fits"] == results["fits_stopped"] > 0
+    assert results["rbf"]["fits"] == results["rbf"]["fits_stopped"] > 0
+
+
 def test_arrays_that_bring_their_test_examples(here: Path) -> None:
     np.savez(here / "all.npz", x_train=X[TRAIN], y_train=Y[TRAIN], x_test=X[TEST], y_test=Y[TEST])
     code, said = run("all.npz", "--depths", "1", "--folds", "2", "--out", "one")
@@ -177,6 +206,8 @@ def test_the_folder_is_not_overwritten_unasked(here: Path) -> None:
         (("targets.npz",), "not a list of classes"),
         (("lonely.csv",), "cv is a number of folds"),
         (("train.csv", "--most", "1"), "got --most 1"),
+        (("train.csv", "--test", "spelled.csv"), "no class of spelled.csv ('Barolo', ...) is one of train.csv ('"),
+        (("train.csv", "--seed", "-1"), "Invalid value for '--seed'"),
     ],
 )  # fmt: skip
 def test_unusable(here: Path, arguments: tuple[str, ...], words: str) -> None:
@@ -187,6 +218,10 @@ def test_unusable(here: Path, arguments: tuple[str, ...], words: str) -> None:
     for name, lines in text.items():
         (here / f"{name}.csv").write_text(lines)
     (here / "binary.csv").write_bytes(b"\xff\xfe\x00\x81")
+    write(here / "spelled.csv", TEST)
+    (here / "spelled.csv").write_text("".join(
+        line.replace(",b", ",B").replace(",g", ",G") for line in (here / "spelled.csv").read_text().splitlines(True)
+    ))  # fmt: skip
     three = np.arange(6.0).reshape(3, 2)
     np.savez(here / "other.npz", x=three)
     np.savez(here / "numbers.npz", x=X[TEST], y=Y[TEST])

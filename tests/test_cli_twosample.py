@@ -175,7 +175,7 @@ def test_images_are_compared_by_a_convolutional_network_and_shown(here: Path) ->
         (("a.npz", "b.npz", "--permutations", "0"), "--permutations"),
         (("a.npz", "b.npz", "--most", "3"), "got --most 3"),
         (("words.csv", "a.csv"), "example 2 has 'many'"),
-        (("ragged.csv", "a.csv"), "example 2 has 2 cells: expected 3 numbers"),
+        (("ragged.csv", "a.csv"), "example 2 has 2 cells: expected 3, as in the first line"),
         (("empty.csv", "a.csv"), "no line of numbers"),
         (("nan.csv", "a.csv"), "not finite"),
         (("tokens.npz", "a.npz"), "token numbers"),

@@ -205,3 +205,14 @@ def test_no_depths(depths):
 def test_no_examples(x):
     with pytest.raises(InputError, match="x holds examples"):
         family(x)
+
+
+@pytest.mark.parametrize("columns", [torch.tensor([True, False, True]), torch.tensor([3]), torch.tensor([[0, 1]])])
+def test_no_columns(columns):
+    with pytest.raises(InputError, match="columns are numbers of examples, int64 from 0 to 2"):
+        family(normal(3, 2), columns=columns)
+
+
+def test_no_features():
+    with pytest.raises(InputError, match="no features"):
+        family(torch.zeros(3, 0))

@@ -356,6 +356,9 @@ def weighted(weights: dict[Any, float]) -> NTKClassifier:
         (lambda: SVM(math.inf), "C is a positive number"),
         (lambda: SVM(True), "C is a positive number"),
         (lambda: SVM(class_weight="even"), "class_weight is None, 'balanced'"),
+        (lambda: SVM(class_weight={"ash": 0.0}), "weights of classes are positive numbers"),
+        (lambda: SVM(class_weight={"ash": "much"}), "weights of classes are positive numbers"),
+        (lambda: SVM(class_weight={"ash": math.nan}), "weights of classes are positive numbers"),
         (lambda: weighted({0: 1.0, 1: 2.0}).fit(X, LABELS), "class_weight names 0, and the classes are 'ash', 'birch'"),
         (lambda: weighted({"ash": 2.0, "elm": 1.0}).fit(X, LABELS), "class_weight names 'elm'"),
         (lambda: NTKClassifier(RBF(), head=SVM()).set_params(head__c=1.0), "no head__c .* has C, relative, class_w"),
@@ -427,5 +430,5 @@ def test_defaults():
     assert pytest.approx((1e-2, 1e-1, 1, 10, 100, 1e3, 1e4)) == DEFAULT_CS
     assert NTKSVMSearch().get_params() == {
         "depths": (1, 2, 3, 4, 5), "Cs": DEFAULT_CS, "cv": 5, "relative": True, "weight_std": math.sqrt(2),
-        "bias_std": 0.0, "scaled_inputs": True, "random_state": 0, "progress": None,
+        "bias_std": 0.0, "scaled_inputs": True, "max_iter": None, "random_state": 0, "progress": None,
     }  # fmt: skip

@@ -25,7 +25,15 @@ def test_the_page_has_what_was_found() -> None:
     for rows in tables:
         assert len(rows) > 2
         assert "\n".join(rows) in page
-    assert results.verdict(results.read()["runs"], results.MAIN) in page
+    runs = results.read()["runs"]
+    assert results.verdict(runs, results.MAIN) in page
+    stopped, fits, scored = (
+        {m: sum(run[key] for run in runs[m].values()) for m in ("ntk", "rbf")}
+        for key in ("stopped", "fits", "stopped_draws")
+    )
+    ours, theirs = (f"{stopped[m]} of {fits[m]:,}" for m in ("ntk", "rbf"))
+    assert f"({ours} fits of the NTK's search and {theirs} of RBF's;" in page
+    assert f"that are scored {scored['ntk']} and, on `bank`, {scored['rbf']})" in page
 
 
 def test_the_records_are_whole() -> None:

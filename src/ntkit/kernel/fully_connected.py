@@ -29,7 +29,9 @@ from torch import Tensor
 from ntkit.errors import InputError
 from ntkit.kernel.base import strips
 from ntkit.kernel.closed import ClosedForm
+from ntkit.kernel.infinite.duals import PiecewiseLinear
 
+RELU = PiecewiseLinear()
 # Rows of which the temporary arrays of a layer are held at once.
 ROWS = 256
 
@@ -39,7 +41,7 @@ class FullyConnected(ClosedForm):
     """The NTK of a ReLU network of infinite width, with or without training of its first layers.
 
     Angles are computed in float64, whatever the type of the examples, and an example's kernel with itself by its own
-    formula: near the diagonal an arccosine loses half of the digits. Entries carry gradients to the examples.
+    formula: near the diagonal an angle loses half of the digits. Entries carry gradients to the examples.
 
     Attributes:
         depth: linear layers, 1 or more; 1 is a linear model.
@@ -111,14 +113,9 @@ class FullyConnected(ClosedForm):
 
     def _next(self, sigma: Tensor, left_own: Tensor, right_own: Tensor) -> tuple[Tensor, Tensor]:
         """S of the next layer and D, both (n, m)."""
-        size = (left_own[:, None] * right_own).sqrt().clamp_min(1e-300)  # an example of zeros alone has no angle
-        cosine = (sigma / size).clamp(-1, 1)
-        inside = cosine.abs() < 1  # at the ends the arccosine has no derivative
-        angle = torch.where(inside, cosine, 0.0).arccos()
-        angle = torch.where(inside, angle, (1 - cosine) * (math.pi / 2))
-        rest = math.pi - angle
-        factor = self.weight_std**2 / (2 * math.pi)
-        return (angle.sin() + rest * cosine) * (size * factor) + self.bias_std**2, rest * factor
+        moment, slope = RELU(left_own[:, None], right_own, sigma, derivative=True)
+        assert slope is not None
+        return moment * self.weight_std**2 + self.bias_std**2, slope * self.weight_std**2
 
     def _next_own(self, own: Tensor) -> Tensor:
         return own * (self.weight_std**2 / 2) + self.bias_std**2
@@ -148,7 +145,7 @@ def family(
     """The kernels of several depths, each with 0, 1, ..., depth - 1 fixed layers, in this order.
 
     Layers are computed once for all of them. Memory: max(depths) + 4 matrices (N, M) in float64; one that is kept stays
-    as it is. Cost: 2 N M d FLOPs, and for each layer an arccosine and a sine of N M entries and `depth` products.
+    as it is. Cost: 2 N M d FLOPs, and for each layer an arctangent and a root of N M entries and `depth` products.
 
     Args:
         x: N examples, floating point, (N, ...).
@@ -166,8 +163,12 @@ def family(
     base = FullyConnected(1, 0, weight_std, bias_std, scaled_inputs)
     if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point() or not bool(x.isfinite().all()):
         raise InputError("x holds examples (N, ...) as a floating point tensor without NaN and infinity")
+    if not x.numel():
+        raise InputError(f"there are no features to compute a kernel of: x has the shape {tuple(x.shape)}")
     rows = x.detach().reshape(len(x), -1).double()
     numbers = torch.arange(len(rows)) if columns is None else columns
+    if numbers.ndim != 1 or numbers.dtype != torch.int64 or bool(((numbers < 0) | (numbers >= len(rows))).any()):
+        raise InputError(f"columns are numbers of examples, int64 from 0 to {len(rows) - 1}: got {columns!r}")
     return _members(base, rows, numbers, tuple(depths))
 
 
@@ -184,7 +185,7 @@ def _members(base: FullyConnected, rows: Tensor, numbers: Tensor, depths: tuple[
             for strip in strips(len(rows), ROWS):
                 after[strip], slope[strip] = base._next(sigma[strip], own[strip], own[numbers])
             own = base._next_own(own)
-            after[place] = own[numbers]  # so that the next cosine is 1 there, exactly
+            after[place], slope[place] = own[numbers], base.weight_std**2 / 2  # exactly; an angle has half the digits
             sigma = after
             for fixed in range(len(thetas)):  # one by one: an old matrix is gone before the next is made
                 thetas[fixed] = torch.addcmul(sigma, slope, thetas[fixed])

@@ -92,6 +92,15 @@ def write_folder(
         fresh.rename(folder)
 
 
+def earlier_results(folder: Path) -> dict[str, Any]:
+    """What the results.json of a folder says; nothing where there is none. Files beside it may be somebody else's."""
+    try:
+        found = json.loads((folder / "results.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _bytes(found: str | Path) -> bytes:
     return found.read_bytes() if isinstance(found, Path) else found.encode()
 

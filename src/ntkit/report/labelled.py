@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from ntkit.errors import InputError
 from ntkit.report.inputs import Arrays
+from ntkit.report.tables import is_number, read_table
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ def load_test(path: Path, label: str | None, training: Labelled, source: Path) -
         raise InputError(
             f"the classes of {path} are like {found.y[0].item()!r}, and those of {source} like {training.y[0].item()!r}"
         )
+    if found.y is not None and training.y is not None and not np.isin(found.y, training.y).any():
+        raise InputError(
+            f"no class of {path} ({found.y[0].item()!r}, ...) is one of {source} ({training.y[0].item()!r}, ...): are "
+            "they spelled alike?"
+        )
     return found
 
 
@@ -113,24 +118,11 @@ def _classes(arrays: Arrays, path: Path, name: str) -> np.ndarray:
 def _table(
     path: Path, label: str | None, *, needs_label: bool, columns: tuple[str, ...] = (), features: int | None = None
 ) -> Labelled:
-    if not path.is_file():
-        raise InputError(f"there is no file of data {path}")
-    try:
-        lines = [line for line in csv.reader(path.read_text(encoding="utf-8-sig").splitlines()) if line]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot read it as text with commas ({error})") from error
-    names = tuple(cell.strip() for cell in lines[0]) if lines and not any(map(is_number, lines[0])) else ()
-    lines = lines[1:] if names else lines
-    if not lines:
-        raise InputError(f"{path} has no line of numbers")
-    width = len(names) or len(lines[0])
-    for number, line in enumerate(lines, 1):
-        if len(line) != width:
-            raise InputError(f"{path}: example {number} has {len(line)} cells: expected {width}, as in the first line")
-    place = _place(path, label, names, width)
-    if not needs_label and width == features and (place is None or label is None):
-        place = None  # features alone
-    elif place is None:
+    names, lines = read_table(path)
+    width = len(lines[0])
+    alone = not needs_label and width == features and label not in names  # features, without classes
+    place = None if alone else _place(path, label, names, width)
+    if place is None and not alone:
         raise InputError(f"{path} has no column {label!r}: it has {', '.join(names) or f'{width}, without names'}")
     kept = [column for column in range(width) if column != place]
     if not kept:
@@ -165,12 +157,3 @@ def _number(path: Path, example: int, cell: str) -> float:
             "Fill in what is missing, make words numbers, and name the column of the classes by --label-column"
         )
     return value
-
-
-def is_number(cell: str) -> bool:
-    """Whether a cell of a table reads as a number, NaN and infinity included."""
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +17,14 @@ from sklearn.preprocessing import StandardScaler
 
 from ntkit.errors import InputError
 from ntkit.kernel.closed import RBF
-from ntkit.report.files import as_json, check_folder, write_folder
+from ntkit.report.files import as_json, check_folder, earlier_results, write_folder
 from ntkit.report.labelled import Labelled, has_test, load_test, load_training
 from ntkit.report.page import Card, Figure, Page, Section, Table, render
 from ntkit.report.pictures import INK, SIZE, drawn
 from ntkit.report.provenance import provenance
 from ntkit.report.words import count, percent
 from ntkit.solve.estimators import NTKClassifier
-from ntkit.solve.svm import SVM, Grid, search
+from ntkit.solve.svm import SVM, Grid, search, steps_for
 from ntkit.solve.svm_search import NTKSVMSearch, held_out
 
 if TYPE_CHECKING:
@@ -117,7 +116,10 @@ def run_svm(folder: Path, own: Small, *, force: bool = False, listener: Listener
     unit = x.shape[1] ** 0.5
     rows = torch.from_numpy(x)
     kernels = ((scale, RBF(scale * unit)(rows).dense().numpy()) for scale in LENGTHSCALES)
-    rbf = search(kernels, codes, splits, RBF_CS, progress=lambda done: listener.part(done, len(LENGTHSCALES)))
+    rbf = search(
+        kernels, codes, splits, RBF_CS, max_iter=steps_for(len(x)),
+        progress=lambda done: listener.part(done, len(LENGTHSCALES)),
+    )  # fmt: skip
     new = None if test is None else (np.asarray(scaler.transform(test.x)), test.y)
     found = _found(machine, rbf, x, y, splits, new)
 
@@ -132,8 +134,11 @@ def run_svm(folder: Path, own: Small, *, force: bool = False, listener: Listener
         "training": own.training.name, "examples": found.examples, "features": found.features,
         "classes": [str(name) for name in classes], "folds": len(splits), "seed": own.seed,
         "best": machine.best_params_, "held_out_accuracy": machine.best_score_, "standard_error": found.standard_error,
-        "Cs": machine.Cs, "accuracies": table,
-        "rbf": {"lengthscale": scale * unit, "C": rbf_c, "held_out_accuracy": rbf.best_accuracy},
+        "Cs": machine.Cs, "accuracies": table, "fits": machine.grid_.fits, "fits_stopped": machine.grid_.stopped,
+        "rbf": {
+            "lengthscale": scale * unit, "C": rbf_c, "held_out_accuracy": rbf.best_accuracy, "fits": rbf.fits,
+            "fits_stopped": rbf.stopped,
+        },
         "test_examples": found.test_examples, "test_accuracy": found.test_accuracy,
         "rbf_test_accuracy": found.rbf_test_accuracy, "seconds": seconds, "made": provenance(),
     }  # fmt: skip
@@ -147,12 +152,8 @@ def run_svm(folder: Path, own: Small, *, force: bool = False, listener: Listener
 
 def _written_earlier(folder: Path) -> tuple[str, ...]:
     """The predictions in a folder, if they are those of its results; a file of this name may be somebody else's."""
-    try:
-        earlier = json.loads((folder / "results.json").read_text())
-    except (OSError, ValueError):
-        return ()
-    ours = isinstance(earlier, dict) and "rbf_test_accuracy" in earlier and bool(earlier.get("test_examples"))
-    return ("predictions.csv",) if ours else ()
+    earlier = earlier_results(folder)
+    return ("predictions.csv",) if "rbf_test_accuracy" in earlier and earlier.get("test_examples") else ()
 
 
 def _chosen(n: int, own: Small) -> np.ndarray:
@@ -172,11 +173,12 @@ def _found(
     if test is None:
         return found
     scale, c = rbf.best
-    other = NTKClassifier(RBF(scale * x.shape[1] ** 0.5), head=SVM(c)).fit(x, y)
     predictions = machine.predict(test[0])
     found = replace(found, predictions=predictions, test_examples=len(predictions))
     if test[1] is None:
         return found
+    head = SVM(c, max_iter=steps_for(len(x)))
+    other = NTKClassifier(RBF(scale * x.shape[1] ** 0.5), head=head).fit(x, y)
     right, others = (float((of == test[1]).mean()) for of in (predictions, other.predict(test[0])))
     return replace(found, test_accuracy=right, rbf_test_accuracy=others)
 
@@ -240,6 +242,7 @@ def _page(own: Small, found: Found, n: int, classes: int, splits: int, seconds: 
                     "A deeper network bends more; fixing its first layers makes the kernel smoother. Both accuracies "
                     "above are the best of many on the same held-out examples, and so a little too good: test examples "
                     "say how much.",
+                    *_stopped(found),
                 ),
                 figures=(
                     Figure(plot_depths(found.search), "Held-out accuracy at the best C of each kernel."),
@@ -249,6 +252,19 @@ def _page(own: Small, found: Found, n: int, classes: int, splits: int, seconds: 
             ),
         ),
         footer=f"Computed in {seconds:.0f} seconds. " + ", ".join(f"{k} {v}" for k, v in provenance().items()),
+    )
+
+
+def _stopped(found: Found) -> tuple[str, ...]:
+    """A sentence on fits that were ended, if there were any."""
+    stopped, fits = (
+        sum(getattr(grid, name) for grid in (found.search.grid_, found.rbf)) for name in ("stopped", "fits")
+    )
+    if not stopped:
+        return ()
+    return (
+        f"{count(stopped)} of {count(fits)} fits, with a large C on classes that overlap, were ended before they had "
+        "converged, and are judged as they were then.",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ntkit.errors import InputError
 from ntkit.report.inputs import load_examples
-from ntkit.report.labelled import is_number
+from ntkit.report.tables import is_number, read_table
 
 
 def load_sample(path: Path, name: str | None, dtype: torch.dtype) -> Tensor:
@@ -36,23 +35,11 @@ def load_sample(path: Path, name: str | None, dtype: torch.dtype) -> Tensor:
 
 
 def _table(path: Path, dtype: torch.dtype) -> Tensor:
-    if not path.is_file():
-        raise InputError(f"there is no file of data {path}")
-    try:
-        lines = [line for line in csv.reader(path.read_text(encoding="utf-8-sig").splitlines()) if line]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot read it as text with commas ({error})") from error
-    if lines and not any(map(is_number, lines[0])):
-        lines = lines[1:]
-    if not lines:
-        raise InputError(f"{path} has no line of numbers")
+    _, lines = read_table(path)
     for number, line in enumerate(lines, 1):
         wrong = [cell for cell in line if not is_number(cell)]
-        if wrong or len(line) != len(lines[0]):
-            what = f"{wrong[0]!r}" if wrong else f"{len(line)} cells"
-            raise InputError(
-                f"{path}: example {number} has {what}: expected {len(lines[0])} numbers, as in the first line"
-            )
+        if wrong:
+            raise InputError(f"{path}: example {number} has {wrong[0]!r}: expected {len(line)} numbers")
     x = torch.tensor([[float(cell) for cell in line] for line in lines], dtype=torch.float64).to(dtype)
     if not bool(x.isfinite().all()):
         raise InputError(f"{path} has entries that are not finite (NaN or infinity)")

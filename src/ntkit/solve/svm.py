@@ -25,6 +25,9 @@ from ntkit.errors import InputError
 DEFAULT_CS = tuple(10.0**power for power in range(-2, 5))
 # LIBSVM goes through the matrix itself as long as it fits, and this many MB hold the rows of 3,500 examples.
 CACHE_MB = 200
+# Kernel entries that LIBSVM may go through in one pair of classes, some seconds: a linear kernel with a large C on
+# classes that overlap goes on for hours otherwise.
+ENTRIES = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class SVM:
             raise InputError(f"max_iter is a number of steps, 1 or more, or -1 for no limit: got {steps!r}")
         if self.class_weight not in (None, "balanced") and not isinstance(self.class_weight, dict):
             raise InputError(f"class_weight is None, 'balanced' or a dict: got {self.class_weight!r}")
+        weights = self.class_weight.values() if isinstance(self.class_weight, dict) else ()
+        if any(isinstance(w, bool) or not isinstance(w, Real) or not 0 < float(w) < math.inf for w in weights):
+            raise InputError(f"the weights of classes are positive numbers: got {self.class_weight!r}")
 
     def absolute(self, matrix: np.ndarray) -> float:
         """What LIBSVM is given as C for this training kernel.
@@ -102,6 +108,11 @@ class SVM:
         if unknown:
             raise InputError(f"class_weight names {unknown[0]!r}, and the classes are {', '.join(map(repr, known))}")
         return {known[label]: weight for label, weight in self.class_weight.items()}
+
+
+def steps_for(examples: int) -> int:
+    """LIBSVM's steps in which it goes through `ENTRIES` of the kernel of so many examples."""
+    return max(1, ENTRIES // examples)
 
 
 @dataclass(frozen=True)

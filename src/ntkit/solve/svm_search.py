@@ -23,7 +23,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from ntkit.errors import InputError
 from ntkit.kernel.fully_connected import FullyConnected, family
 from ntkit.solve.estimators import NTKClassifier, as_array
-from ntkit.solve.svm import DEFAULT_CS, SVM, require_cs, search
+from ntkit.solve.svm import DEFAULT_CS, SVM, require_cs, search, steps_for
 
 Split = tuple[np.ndarray, np.ndarray]
 FOLDS = 5  # scikit-learn's own number
@@ -46,6 +46,9 @@ class NTKSVMSearch(ClassifierMixin, BaseEstimator):
         bias_std: of the biases.
         scaled_inputs: whether the first layer divides by the square root of its number of inputs. The study's code has
             relative=False, weight_std=1 and scaled_inputs=False.
+        max_iter: LIBSVM's steps at most in each pair of classes; None for 5e8 / (number of examples), which is some
+            seconds, -1 for no limit. Machines that reach it are scored as they are and counted in `grid_.stopped`; if
+            the chosen one does, scikit-learn's ConvergenceWarning says so.
         random_state: shuffles the examples before stratified folds are cut.
         progress: called with (kernels done, kernels in all).
 
@@ -53,12 +56,13 @@ class NTKSVMSearch(ClassifierMixin, BaseEstimator):
         best_params_: depth, fixed and C. best_score_: accuracy on held-out examples, the mean of the splits.
         grid_: every accuracy, a `Grid`. scores_: the same by depth, fixed layers and C, NaN where there is no network.
         classifier_: the `NTKClassifier` with the best kernel and C, fitted to all examples.
+        n_iter_: LIBSVM's steps in the longest of its pairs of classes.
         classes_, n_features_in_, feature_names_in_: as in scikit-learn.
 
     Cost of a fit: max(depths) + 4 matrices (N, N) in float64, and len(Cs) machines at most for each kernel and split.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (an estimator's parameters are its constructor's)
         self,
         depths: Sequence[int] = (1, 2, 3, 4, 5),
         Cs: Sequence[float] = DEFAULT_CS,
@@ -68,6 +72,7 @@ class NTKSVMSearch(ClassifierMixin, BaseEstimator):
         weight_std: float = math.sqrt(2),
         bias_std: float = 0.0,
         scaled_inputs: bool = True,
+        max_iter: int | None = None,
         random_state: int | np.random.RandomState | None = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -78,6 +83,7 @@ class NTKSVMSearch(ClassifierMixin, BaseEstimator):
         self.weight_std = weight_std
         self.bias_std = bias_std
         self.scaled_inputs = scaled_inputs
+        self.max_iter = max_iter
         self.random_state = random_state
         self.progress = progress
 
@@ -101,8 +107,9 @@ class NTKSVMSearch(ClassifierMixin, BaseEstimator):
         )  # fmt: skip
         kernels = (((m.function.depth, m.function.fixed), m.matrix.numpy()) for m in members)
         every, tell = sum(depths), self.progress
+        most = steps_for(len(X)) if self.max_iter is None else self.max_iter
         self.grid_ = search(
-            kernels, codes, splits, cs, columns=columns, relative=self.relative,
+            kernels, codes, splits, cs, columns=columns, relative=self.relative, max_iter=most,
             progress=None if tell is None else lambda done: tell(done, every),
         )  # fmt: skip
         self.scores_ = np.full((len(depths), max(depths), len(cs)), np.nan)
@@ -112,7 +119,8 @@ class NTKSVMSearch(ClassifierMixin, BaseEstimator):
         self.best_params_ = {"depth": depth, "fixed": fixed, "C": c}
         self.best_score_ = self.grid_.best_accuracy
         function = FullyConnected(depth, fixed, self.weight_std, self.bias_std, self.scaled_inputs)
-        self.classifier_ = NTKClassifier(function, head=SVM(c, self.relative)).fit(X, y)
+        self.classifier_ = NTKClassifier(function, head=SVM(c, self.relative, max_iter=most)).fit(X, y)
+        self.n_iter_ = int(np.max(self.classifier_.machine_.n_iter_))
         return self
 
     def predict(self, X: Any) -> np.ndarray:
