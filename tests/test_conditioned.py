@@ -91,6 +91,25 @@ def test_it_vanishes_at_the_data_as_the_ridge_goes_to_zero() -> None:
     torch.testing.assert_close(Posterior(RBF(1.5), DATA, ridge=1e-3)(far).dense(), RBF(1.5)(far).dense())
 
 
+@pytest.mark.parametrize(
+    ("prior", "n", "ridge"), [(PRIORS["network"], 20, 1e-7), (DotProduct(), 40, 1e-6)], ids=["network", "dot product"]
+)
+def test_no_variance_is_negative(prior: KernelFunction, n: int, ridge: float) -> None:
+    """Where nothing is left, a kernel in float32 leaves its rounding."""
+    if isinstance(prior, Empirical):
+        prior = Empirical(ntkit.linearize(copy.deepcopy(prior.tangent.model).float()))
+    data = normal(n, 3).float()
+    k = Posterior(prior, data, ridge=ridge)
+    x = torch.cat([data, 10 * data])
+    variance, entries = k.diagonal(x), k(x).dense().diagonal()
+    assert float(variance.min()) == 0
+    assert bool(variance.sqrt().isfinite().all())
+    torch.testing.assert_close(variance, entries.clamp_min(0), rtol=0, atol=1e-6 * float(prior.diagonal(x).max()))
+    covariances = k(x, x.flip(0))  # these may well be negative
+    assert float(covariances.diagonal().min()) < 0
+    torch.testing.assert_close(covariances.diagonal(), covariances.dense().diagonal())
+
+
 def test_conditioning_twice_is_conditioning_on_both() -> None:
     first, second = DATA[:4], DATA[4:]
     ridge = Absolute(0.2)

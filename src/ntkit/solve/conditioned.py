@@ -51,8 +51,8 @@ class Posterior(KernelFunction):
             data, "the data on which a kernel is conditioned are held fixed, without derivatives: detach them"
         )
         self.prior, self.data = prior, data
-        self._kernel = prior(data)
         with torch.no_grad():
+            self._kernel = prior(data)
             self.factor = Cholesky().factor(self._kernel, ridge)
 
     def __call__(self, x1: Any, x2: Any = None) -> PosteriorKernel:
@@ -117,10 +117,12 @@ class PosteriorKernel(Changed):
     def _changed(self, values: Tensor, rows: slice, cols: slice) -> Tensor:
         return values.to(self.device, self.dtype) - self._rows[:, rows].T @ self._cols[:, cols]
 
-    def diagonal(self) -> Tensor:  # noqa: D102
+    def diagonal(self) -> Tensor:
+        """The variances that are left, none below zero: at the data rounding alone would make some negative."""
         size = min(self.shape)
         explained = (self._rows[:, :size] * self._cols[:, :size]).sum(0)
-        return self._inner.diagonal().to(self.device, self.dtype) - explained
+        left = self._inner.diagonal().to(self.device, self.dtype) - explained
+        return left.clamp_min(0) if self.symmetric else left
 
     def _described(self) -> str:
         data = digest([repr(sorted(self._data.identity().items()))])[:16]
