@@ -75,6 +75,54 @@ def test_near_examples_far_from_the_origin_keep_their_distance_in_float32() -> N
     assert torch.equal(got.diagonal(), torch.ones(8))
 
 
+def plain(x: Tensor, y: Tensor, lengthscale: float) -> Tensor:
+    """By the differences of every pair."""
+    return (-(x[:, None] - y[None]).square().sum(2) / (2 * lengthscale**2)).exp()
+
+
+@pytest.mark.parametrize("away", [1e4, 1e8, 1e12])
+def test_one_example_far_away_leaves_the_others_as_they_are(away: float) -> None:
+    x = normal(9, 3)
+    x[4] += away
+    k = RBF(1.3)
+    for found, expected in (
+        (k(x).dense(), plain(x, x, 1.3)), (k(x, x[:5]).dense(), plain(x, x[:5], 1.3)),
+        (k(x[:4], x).tile(slice(1, 4), slice(2, 9)), plain(x[1:4], x[2:9], 1.3)),
+    ):  # fmt: skip
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+    near = [0, 1, 2, 3, 5, 6, 7, 8]
+    torch.testing.assert_close(k(x).dense()[near][:, near], k(x[near]).dense(), rtol=0, atol=1e-7)
+    single = k(x.float()).dense()
+    torch.testing.assert_close(single[near][:, near], k(x[near].float()).dense(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("away", [1e4, 1e8])
+def test_groups_far_from_each_other_keep_their_distances(away: float) -> None:
+    """Neither a mean nor a median is near to all of them."""
+    x = normal(12, 3)
+    x[::3] += away
+    x[1::3] -= 3 * away
+    for scale in (1.0, 1e-3):  # of the examples and the lengthscale alike
+        found = RBF(1.3 * scale)(x * scale).dense()
+        torch.testing.assert_close(found, plain(x * scale, x * scale, 1.3 * scale), rtol=0, atol=1e-7)
+        assert float(torch.linalg.eigvalsh(found)[0]) > -1e-7
+
+
+def test_gradients_among_examples_far_away() -> None:
+    x, y = normal(4, 3), normal(3, 3, seed=1)
+    x[0] += 1e5
+    y[0] = x[0] + 0.3
+    y[1] = x[0]  # without a distance there is none either
+    x, y = x.requires_grad_(), y.requires_grad_()
+    found = torch.autograd.grad((RBF(1.3)(x, y).dense() * normal(4, 3, seed=2)).sum(), (x, y))
+    wanted = torch.autograd.grad((plain(x, y, 1.3) * normal(4, 3, seed=2)).sum(), (x, y))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    assert float(found[0][0].abs().max()) > 1e-2
+    with pytest.raises(RuntimeError, match=r"derivative for .* is not implemented"):  # not a wrong one
+        torch.autograd.functional.hessian(lambda a: RBF(1.3)(a, y.detach()).dense().sum(), x.detach())
+
+
 @each
 def test_gradients(k: KernelFunction) -> None:
     x, y = normal(4, 3).requires_grad_(), normal(3, 3, seed=1).requires_grad_()

@@ -22,6 +22,9 @@ from ntkit.tangent.identity import digest
 
 # Examples between which the median distance is measured: two million pairs.
 MEDIAN_OF = 2000
+# The part of an RBF entry that rounding may take before distances are taken pair by pair.
+LOST = 1e-8
+ONE_BY_ONE = "donot_use_mm_for_euclid_dist"
 
 
 class ClosedForm(KernelFunction):
@@ -113,7 +116,8 @@ class RBF(ClosedForm):
     """The Gaussian kernel exp(-|x - y|^2 / (2 lengthscale^2)).
 
     Distances are taken in float64, whatever the type of the examples: in float32 the difference of two large squares
-    would lose the near ones.
+    would lose the near ones. Where float64 would lose them as well (examples further than 6,700 lengthscales from the
+    others), they are taken pair by pair, without squares: slower, in the memory of a tile, and once differentiable.
 
     Attributes:
         lengthscale: the distance at which the kernel has fallen to exp(-1/2).
@@ -158,11 +162,25 @@ class RBF(ClosedForm):
         return cls(median)
 
     def entries(self, rows: Tensor, cols: Tensor, origin: Tensor) -> Tensor:  # noqa: D102
-        left, right = ((t.to(wide(t)) - origin.to(wide(t))) / self.lengthscale for t in (rows, cols))
+        (left, a), (right, b) = (self._about(origin, t) for t in (rows, cols))
+        lost = bool(_far(a).any() & _far(b).any())
+        if lost:  # a few examples far away pull the mean along, and not the median
+            middle = cols.detach().median(0).values
+            (left, a), (right, b) = (self._about(middle, t) for t in (rows, cols))
         exponent = left @ right.T
-        exponent -= left.square().sum(1)[:, None] / 2
-        exponent -= right.square().sum(1)[None, :] / 2
+        exponent -= a[:, None]
+        exponent -= b[None, :]
+        if lost:  # of a far and a near one that are neighbours no more is lost than of two near ones
+            i, j = _far(a).nonzero()[:, 0], _far(b).nonzero()[:, 0]
+            some, others = (t.to(wide(t)) for t in (rows[i], cols[j]))
+            apart = torch.cdist(some, others, compute_mode=ONE_BY_ONE)
+            exponent[i[:, None], j] = (apart / self.lengthscale).square() / -2
         return exponent.clamp_max_(0).exp_().to(rows.dtype)
+
+    def _about(self, origin: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors from a point in lengthscales, and half their squares."""
+        away = (x.to(wide(x)) - origin.to(wide(x))) / self.lengthscale
+        return away, away.square().sum(1) / 2
 
     def own(self, rows: Tensor) -> Tensor:  # noqa: D102
         return rows.new_ones(len(rows))
@@ -224,6 +242,11 @@ def vectors(x: Tensor, name: str) -> Tensor:
     if not bool(x.detach().isfinite().all()):
         raise InputError(f"{name} has entries that are not finite (NaN or infinity)")
     return x.reshape(len(x), -1)
+
+
+def _far(halves: Tensor) -> Tensor:
+    """Which squares are so large that their last digit counts."""
+    return 2 * halves.detach() * torch.finfo(halves.dtype).eps > LOST
 
 
 def wide(t: Tensor) -> torch.dtype:
