@@ -59,6 +59,20 @@ def test_the_matrix_is_the_kernel_with_the_examples_of_the_fit() -> None:
     assert single.dtype == np.float32
 
 
+@pytest.mark.parametrize(
+    "step", [KernelMatrix(RBF(1.5)), KernelMatrix(), KernelFeatures(RBF(1.5), landmarks=20, random_state=0)]
+)
+@pytest.mark.parametrize("first", [np.float32, np.float64])
+def test_examples_are_of_the_type_of_the_fit(step: Any, first: Any) -> None:
+    second = np.float64 if first is np.float32 else np.float32
+    fitted = clone(step).fit(X.astype(first))
+    found = fitted.transform(X[:9].astype(second))
+    assert found.dtype == first
+    np.testing.assert_allclose(found, fitted.transform(X[:9].astype(np.float32).astype(first)), rtol=1e-5, atol=1e-5)
+    again = fitted.fit(X.astype(second))  # the last fit counts
+    assert again.transform(X[:9].astype(first)).dtype == second
+
+
 def test_a_network_and_what_is_made_of_kernels_are_kernels_too() -> None:
     tangent = ntkit.linearize(network())
     x = torch.tensor(X[:20], dtype=torch.float32)

@@ -47,7 +47,10 @@ class _Transformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         # of one example alone no distance can be taken
         least = 2 if reset and self.kernel is None else 1
         checked = validate_data(self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=least)
-        x = torch.tensor(checked, dtype=self.dtype, device=self.device)
+        # what comes later meets the examples of the fit, and is of their type
+        x = torch.tensor(checked, dtype=self.dtype if reset else self._dtype, device=self.device)
+        if reset:
+            self._dtype = x.dtype
         if self.shape is None:
             return x
         if x[0].numel() != np.prod(self.shape, dtype=int):
@@ -72,7 +75,8 @@ class KernelMatrix(_Transformer):
     Args:
         kernel: a kernel function of one scalar per example; None for an RBF with the median distance of the fit.
         shape: of one example, where it is not a vector: rows of X are reshaped to it, (1, 28, 28) for example.
-        dtype: of the examples, as the kernel function wants them; None for that of X (float64 or float32).
+        dtype: of the examples, as the kernel function wants them; None for that of the X of the fit (float64 or
+            float32), which later ones are cast to.
         device: where the examples go.
 
     Attributes:
