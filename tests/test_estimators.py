@@ -20,9 +20,13 @@ from torch.utils.data import Dataset, TensorDataset
 import ntkit
 from ntkit.errors import InputError, ModelError, NotPositiveDefiniteError
 from ntkit.kernel.base import DenseKernel
+from ntkit.kernel.closed import RBF
+from ntkit.kernel.explicit import Features, Nystrom
+from ntkit.solve.conditioned import Posterior
 from ntkit.solve.estimators import NTKClassifier, NTKRegressor, Precomputed
 from ntkit.solve.mlp import MLP
 from ntkit.solve.ridge import GCV, Absolute, LeaveOneOut
+from ntkit.solve.svm import SVM
 from tests import oracles
 
 N, M, D, C = 9, 5, 4, 3
@@ -527,6 +531,42 @@ NAN = torch.where(torch.arange(D) == 2, float("nan"), X)
 def test_unusable_fits(estimator, x, y, words):
     with pytest.raises(ValueError, match=words):
         estimator.fit(x, y)
+
+
+def hidden() -> Features:
+    return Features(net()[:2])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [hidden, lambda: hidden() + RBF(2.0), lambda: 2.0 * hidden() * RBF(2.0), lambda: Nystrom(hidden(), X[:4]),
+     lambda: Nystrom(hidden() + RBF(2.0), X[:4]), lambda: Posterior(hidden(), X[:2], ridge=0.1)],
+    ids=["features", "sum", "product", "Nystrom", "Nystrom of a sum", "posterior"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "y", "options"),
+    [
+        (NTKRegressor, Y, {}),
+        (NTKRegressor, Y, {"ridge": GCV()}),
+        (NTKClassifier, LABELS, {}),
+        (NTKClassifier, LABELS, {"head": SVM(2.0)}),
+    ],
+    ids=["ridge", "search", "classes", "SVM"],
+)
+def test_kernel_functions_may_have_parameters_that_are_trained(make, kind, y, options):
+    """Their matrices ask for gradients, and mean the same without."""
+    function = make()
+    assert function(X).dense().requires_grad
+    found = clone(kind(function, **options)).fit(X, y)
+    matrix, cross = (k.dense().detach() for k in (function(X), function(X_NEW, X)))
+    plain = kind(Precomputed(), **options).fit(matrix, y)
+    of = [kind.predict, *([NTKClassifier.decision_function] if kind is NTKClassifier else [])]
+    for call in of:
+        expected = call(plain, cross)
+        if expected.dtype.kind == "f":
+            np.testing.assert_allclose(call(found, X_NEW), expected, rtol=1e-7, atol=1e-9)
+        else:
+            np.testing.assert_array_equal(call(found, X_NEW), expected)
 
 
 def test_the_memory_budget_reaches_the_kernel():

@@ -98,7 +98,7 @@ class _NTKEstimator(BaseEstimator):
         """f(x), shape (M, C)."""
         check_is_fitted(self)
         kernel, prior = self._new_kernel(X, self.dual_coef_.shape[1], around=self.regression_.around)
-        return self.regression_.predict(kernel, prior).cpu().numpy()
+        return self.regression_.predict(kernel, prior).detach().cpu().numpy()
 
     # ------------------------------------------------------------ kernels
 
@@ -475,7 +475,7 @@ class NTKClassifier(ClassifierMixin, _NTKEstimator):
             raise InputError(
                 f"a kernel between new and training examples has shape (M, N) with N={examples}: got {found.shape}"
             )
-        return found.dense().double().cpu().numpy()
+        return found.dense().detach().double().cpu().numpy()
 
     def decision_function(self, X: Any) -> np.ndarray:
         """f(x), (M, C); for two classes f_1(x) - f_0(x), (M,). With an SVM, that of scikit-learn's `SVC`."""

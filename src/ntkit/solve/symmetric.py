@@ -129,7 +129,7 @@ def symmetric_matrix(kernel: Kernel | Tensor | np.ndarray) -> SymmetricMatrix:
         raise InputError(
             f"a solve needs a square kernel between the training examples and themselves: got shape {(rows, cols)}"
         )
-    dense = kernel.dense()
+    dense = kernel.dense().detach()  # kernels of modules carry gradients to their parameters
     device = torch.device("cpu") if dense.device.type == "mps" else dense.device  # MPS has no float64
     values = dense.to(device=device, dtype=torch.float64, copy=True)
     del dense
