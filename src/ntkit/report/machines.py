@@ -257,9 +257,8 @@ def _page(own: Small, found: Found, n: int, classes: int, splits: int, seconds: 
 
 def _stopped(found: Found) -> tuple[str, ...]:
     """A sentence on fits that were ended, if there were any."""
-    stopped, fits = (
-        sum(getattr(grid, name) for grid in (found.search.grid_, found.rbf)) for name in ("stopped", "fits")
-    )
+    grids = found.search.grid_, found.rbf
+    stopped, fits = sum(grid.stopped for grid in grids), sum(grid.fits for grid in grids)
     if not stopped:
         return ()
     return (

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ntkit.errors import ModelError
 from ntkit.tangent.grain import grain
 
 if TYPE_CHECKING:
@@ -84,7 +85,15 @@ def _pulled_back_together(
         reached[:] = [grad is not None for grad in grads]
         return [grad for grad in grads if grad is not None]
 
-    found = iter(torch.vmap(pulled_back)(cotangents))
+    try:
+        found = iter(torch.vmap(pulled_back)(cotangents))
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise ModelError(
+            f"a hook on the way back looks at the values of gradients ({str(error).splitlines()[0]}): remove the hooks "
+            "that the model puts on tensors"
+        ) from error
     return [next(found) if there else None for there in reached]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ntkit.tangent.capture import Source
 from ntkit.tangent.factors import Factor, Outer, PulledBack, Rows, Total
 from ntkit.tangent.grain import grain
+from ntkit.tangent.untouched import plain_precision
 from ntkit.tangent.workspace import Workspace
 
 
@@ -89,7 +90,9 @@ class Derivatives:
         workspace = self._workspace(scratch)
         for part, factor in self.factors.items():
             partner = factor if other is self else other.factors[part]
-            yield part.name, factor.gram(partner, trace=trace, workspace=workspace)
+            with plain_precision(self.outputs.device):
+                product = factor.gram(partner, trace=trace, workspace=workspace)
+            yield part.name, product
 
     def gram(self, other: Derivatives, *, trace: bool = False, scratch: int | None = None) -> Tensor:
         """The kernel of two batches: (n*k, m*k) example-major, or with `trace` (n, m), the mean over k."""
@@ -102,8 +105,9 @@ class Derivatives:
     def squared_norms(self, scratch: int | None = None) -> Tensor:
         """The kernel's diagonal as (n, k)."""
         total, workspace = torch.zeros_like(self.outputs), self._workspace(scratch)
-        for factor in self.factors.values():
-            total += factor.squared_norms(workspace)
+        with plain_precision(self.outputs.device):
+            for factor in self.factors.values():
+                total += factor.squared_norms(workspace)
         return total
 
     def _workspace(self, scratch: int | None) -> Workspace:
@@ -226,6 +230,9 @@ def _span(source: Source) -> _Span | None:
     if len(source.leaves) != 1:
         return None
     tensor, leaf = source.tensor, next(iter(source.leaves.values()))
+    reach = sum((size - 1) * step for size, step in zip(leaf.shape, leaf.stride(), strict=True))
+    if leaf.numel() and reach != leaf.numel() - 1:  # with gaps, or entries that share memory
+        return None
     if tensor is leaf:
         return _Span(0, max(0, leaf.numel() - 1), (0, tuple(leaf.shape), leaf.stride()))
     if tensor.dtype != leaf.dtype or tensor.untyped_storage().data_ptr() != leaf.untyped_storage().data_ptr():

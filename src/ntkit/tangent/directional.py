@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ntkit.tangent.generic import dense
 from ntkit.tangent.images import Innermost, matters
 from ntkit.tangent.trial import run_model
 
@@ -41,7 +42,7 @@ def pullback(
             scalars = readout.scalars(run_model(model, selection, some), some.targets)
         weighted = (scalars * cotangents.to(scalars)).sum()
         grads = torch.autograd.grad(weighted, selection.tensors, allow_unused=True)
-    zeroed = (torch.zeros_like(t) if g is None else g for g, t in zip(grads, selection.tensors, strict=True))
+    zeroed = (torch.zeros_like(t) if g is None else dense(g) for g, t in zip(grads, selection.tensors, strict=True))
     return torch.cat([grad.detach().reshape(-1) for grad in zeroed])
 
 
@@ -102,7 +103,7 @@ def backward_product(
         scalars = readout.scalars(run_model(model, selection, some), some.targets)
         weights = torch.zeros_like(scalars, requires_grad=True)
         grads = torch.autograd.grad(scalars, selection.tensors, weights, create_graph=True, allow_unused=True)
-        pairs = [(g * d).sum() for g, d in zip(grads, directions, strict=True) if g is not None]
+        pairs = [(dense(g) * d).sum() for g, d in zip(grads, directions, strict=True) if g is not None]
         if not pairs:
             return torch.zeros_like(scalars).detach()
         try:

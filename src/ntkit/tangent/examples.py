@@ -143,7 +143,15 @@ def _length(data: Any) -> int:
 
 def _take(t: Tensor, index: slice | Sequence[int], device: torch.device | None) -> Tensor:
     part = t[index if isinstance(index, slice) else list(index)].detach()
-    return part if device is None else part.to(device)
+    return outside_inference(part if device is None else part.to(device))
+
+
+def outside_inference(t: Tensor) -> Tensor:
+    """The same values where autograd can keep them: it takes no tensor that was made in inference mode."""
+    if not t.is_inference():
+        return t
+    with torch.inference_mode(False):
+        return t.clone()
 
 
 def _copy(t: Any) -> Any:
@@ -152,7 +160,7 @@ def _copy(t: Any) -> Any:
 
 def _move(items: Any, device: torch.device | None) -> Any:
     if isinstance(items, Tensor):
-        return items.detach() if device is None else items.detach().to(device)
+        return outside_inference(items.detach() if device is None else items.detach().to(device))
     if isinstance(items, dict):
         return {name: _move(item, device) for name, item in items.items()}
     if isinstance(items, (tuple, list)):

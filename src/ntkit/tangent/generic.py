@@ -52,7 +52,12 @@ def generic_rows(
                         scalars[0, k], parameters, retain_graph=k < count - 1, allow_unused=True
                     )
                 for column, grad, parameter in zip(each, grads, parameters, strict=True):
-                    column.append(torch.zeros_like(parameter) if grad is None else grad)
+                    column.append(torch.zeros_like(parameter) if grad is None else dense(grad))
             for name, column in zip(names, each, strict=True):
                 rows[name].append(torch.stack(column).detach())
     return torch.cat(outputs), {name: Rows(torch.stack(parts)) for name, parts in rows.items()}
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient that holds all its entries: those of embeddings may be sparse."""
+    return gradient.to_dense() if gradient.is_sparse else gradient

@@ -24,13 +24,13 @@ from ntkit.tangent.directional import (
     pullback,
     try_innermost,
 )
-from ntkit.tangent.examples import Batch, Examples
+from ntkit.tangent.examples import Batch, Examples, outside_inference
 from ntkit.tangent.generic import generic_rows
 from ntkit.tangent.identity import architecture, describe
 from ntkit.tangent.images import OVERWRITTEN
 from ntkit.tangent.readout import Logits, Readout
 from ntkit.tangent.trial import Anatomy, check_scalars, disagreements, examine, run_model, true_products
-from ntkit.tangent.untouched import check_evaluation, untouched
+from ntkit.tangent.untouched import check_evaluation, fixed
 from ntkit.tangent.workspace import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Tangent:
         """The scalars themselves, (N, K). Cost: N forward passes."""
         examples = self.examples(x)
         found: Tensor | None = None
-        with untouched(self.model), torch.no_grad():
+        with fixed(self.model), torch.no_grad():
             for start in range(0, len(examples), batch):
                 some = examples.batch(slice(start, start + batch), self.device)
                 scalars = self.readout.scalars(run_model(self.model, self.selection, some), some.targets)
@@ -169,7 +169,7 @@ class Tangent:
     def _anatomy(self, examples: Examples, some: Batch) -> Anatomy:
         key = (some.signature, self.selection.tensors[0].device)
         if key not in self._anatomies:
-            with untouched(self.model):
+            with fixed(self.model):
                 anatomy = examine(self.model, self.selection, self.readout, examples, self.device)
             announce(anatomy)
             self._anatomies[key] = anatomy
@@ -192,7 +192,7 @@ class Tangent:
         examples = self.examples(x)
         some = examples.batch([i % len(examples) for i in range(2)], self.device)
         anatomy = self._anatomy(examples, some)
-        with untouched(self.model):
+        with fixed(self.model):
             with FlopCounterMode(display=False) as forward, torch.no_grad():
                 output = some.call(self.model)
                 self.readout.scalars(output, some.targets)
@@ -230,7 +230,7 @@ class Tangent:
         some = examples.batch(index, self.device)
         anatomy = self._anatomy(examples, some)
         parts = anatomy.parts
-        with untouched(self.model):
+        with fixed(self.model):
             try:
                 outputs, terms = (None, []) if everything else self._captured(anatomy, some)
                 generic = list(self.selection.names if everything else anatomy.generic)
@@ -312,8 +312,8 @@ class Tangent:
             InputError: if `cotangents` is not (N, K).
         """
         examples, how = self.examples(x), (self.model, self.selection, self.readout)
-        total = torch.zeros(self.count, dtype=self.dtype, device=self.device)
-        with untouched(self.model):
+        with fixed(self.model):
+            total = torch.zeros(self.count, dtype=self.dtype, device=self.device)
             key = self._key(examples)
             if key not in self._innermost:
                 self._innermost[key] = try_innermost(*how, examples.batch(slice(0, 2), self.device))
@@ -323,7 +323,7 @@ class Tangent:
                 raise InputError(f"cotangents have shape {tuple(cotangents.shape)}, expected {expected}")
             for start in range(0, len(examples), batch):
                 some = examples.batch(slice(start, start + batch), self.device)
-                weights = cotangents[start : start + some.size].to(self.device)
+                weights = outside_inference(cotangents[start : start + some.size].to(self.device))
                 total += pullback(*how, some, weights, innermost=innermost)
         return total
 
@@ -339,10 +339,10 @@ class Tangent:
         """
         if tangent.shape != (self.count,):
             raise InputError(f"a direction in parameter space has shape ({self.count},): got {tuple(tangent.shape)}")
-        directions = self.selection.split(tangent.to(self.device, self.dtype))
+        directions = self.selection.split(outside_inference(tangent.to(self.device, self.dtype)))
         examples, how = self.examples(x), (self.model, self.selection, self.readout)
         parts = []
-        with untouched(self.model):
+        with fixed(self.model):
             key = self._key(examples)
             if key not in self._forward_mode:
                 self._forward_mode[key] = forward_mode_agrees(*how, examples.batch(slice(0, 2), self.device))

@@ -19,7 +19,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Run a model's plain Python path, and give back buffers and global switches as they were, also after an error.
 
     Fused attention kernels and compiled code hide the operations that a kernel has to see, so both are switched off
-    inside. Buffers can change in a forward pass (power iteration, counters); they are restored from copies.
+    inside; so are inference mode, which has no derivatives, and autocast around the call, which would round them.
+    Buffers can change in a forward pass (power iteration, counters); they are restored from copies.
     """
     buffers = [
         (module, name, buffer, buffer._version, buffer.detach().clone())
@@ -33,7 +34,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             torch.backends.cudnn.enabled = False  # its recurrent layers have no derivative in evaluation mode
-        with torch.compiler.set_stance("force_eager"), torch.enable_grad():
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        plainly = torch.compiler.set_stance("force_eager"), plain_precision(device), torch.inference_mode(False)
+        with plainly[0], plainly[1], plainly[2], torch.enable_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -48,6 +51,23 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if buffer._version != version:
                     buffer.copy_(copy)
+
+
+@contextmanager
+def fixed(model: nn.Module) -> Iterator[None]:
+    """The same of a model that must be a fixed function of each example, whatever was done to it since it was taken.
+
+    Raises:
+        ModelError: see `check_evaluation`.
+    """
+    check_evaluation(model)
+    with untouched(model):
+        yield
+
+
+def plain_precision(device: torch.device) -> torch.autocast:
+    """Products in the types of their operands, whatever the caller casts automatically."""
+    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager
