@@ -225,6 +225,8 @@ def test_names() -> None:
     k = 2.0 * (RBF(1.0) + DotProduct()) * RBF(2.0).normalised()
     dot = "DotProduct(offset=0.0, degree=1, scale=1.0)"
     assert repr(k) == f"2.0 * (RBF(lengthscale=1.0) + {dot}) * RBF(lengthscale=2.0).normalised()"
+    assert repr((2.0 * RBF(1.0)).normalised()) == "(2.0 * RBF(lengthscale=1.0)).normalised()"
+    assert repr((RBF(1.0) * RBF(2.0)).centred(on=X)).startswith("(RBF(lengthscale=1.0) * RBF(lengthscale=2.0)).")
     assert repr((RBF(1.0) + RBF(2.0)).centred(on=X)) == "(RBF(lengthscale=1.0) + RBF(lengthscale=2.0)).centred(on=...)"
 
 
@@ -254,6 +256,10 @@ def test_refusals() -> None:
         (SEVERAL + RBF1)(X)
     with pytest.raises(InputError, match="cannot multiply kernels"):
         (SEVERAL * RBF1)(X)
+    for n in (7, 1):  # of one example the numbers would be spread over its scalars
+        for k, verb in ((SEVERAL + RBF1, "add"), (RBF1 + SEVERAL, "add"), (SEVERAL * RBF1, "multiply")):
+            with pytest.raises(InputError, match=rf"cannot {verb} kernels of \d+ and \d+ rows for the same examples"):
+                k.diagonal(X[:n])
     with pytest.raises(InputError, match="no derivative with respect to its inputs: detach"):
         (TANGENT + RBF1)(X, Y.clone().requires_grad_())  # and not the derivative of one of the two
     with torch.no_grad():

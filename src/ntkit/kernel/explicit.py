@@ -22,7 +22,7 @@ from ntkit.errors import InputError
 from ntkit.kernel.base import Kernel
 from ntkit.kernel.closed import RBF, vectors, wide
 from ntkit.kernel.features import FeatureKernel, FeatureMap
-from ntkit.kernel.function import KernelFunction, checked_factor, is_number, lengths, require_fixed
+from ntkit.kernel.function import KernelFunction, check_rows, checked_factor, is_number, lengths, require_fixed
 from ntkit.tangent.examples import Examples
 from ntkit.tangent.identity import content, describe, digest
 from ntkit.tangent.sketch import Sketch
@@ -263,8 +263,8 @@ class Nystrom(FeatureFunction):
         """
         require_fixed(landmarks, "landmarks are held fixed, without derivatives: detach them")
         self.function, self.landmarks = function, landmarks
-        self._kernel = function(landmarks)
         with torch.no_grad():
+            self._kernel = function(landmarks)
             dense = self._kernel.dense()
         dense = dense.to(wide(dense))
         if not bool(dense.isfinite().all()):
@@ -345,8 +345,7 @@ class SumOfFeatures(FeatureFunction):
             InputError: if the two have another number of rows.
         """
         left, right = self.left.features(x), self.right.features(x)
-        if len(left) != len(right):
-            raise InputError(f"cannot add kernels of {len(left)} and {len(right)} rows for the same examples")
+        check_rows("add", len(left), len(right))
         return torch.cat([left, right], 1)
 
     def identity(self, x: Any) -> dict[str, str]:  # noqa: D102

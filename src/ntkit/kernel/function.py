@@ -139,7 +139,9 @@ class SumFunction(KernelFunction):
         return self.left(x1, x2) + self.right(x1, x2)
 
     def diagonal(self, x: Any) -> Tensor:  # noqa: D102
-        return self.left.diagonal(x) + self.right.diagonal(x)
+        left, right = self.left.diagonal(x), self.right.diagonal(x)
+        check_rows("add", len(left), len(right))
+        return left + right
 
     def __repr__(self) -> str:
         return f"{self.left!r} + {self.right!r}"
@@ -156,7 +158,9 @@ class ProductFunction(KernelFunction):
         return self.left(x1, x2) * self.right(x1, x2)
 
     def diagonal(self, x: Any) -> Tensor:  # noqa: D102
-        return self.left.diagonal(x) * self.right.diagonal(x)
+        left, right = self.left.diagonal(x), self.right.diagonal(x)
+        check_rows("multiply", len(left), len(right))
+        return left * right
 
     def __repr__(self) -> str:
         return f"{_bracketed(self.left)} * {_bracketed(self.right)}"
@@ -202,7 +206,7 @@ class NormalisedFunction(KernelFunction):
         return Normalised(kernel, rows, cols)
 
     def __repr__(self) -> str:
-        return f"{_bracketed(self.inner)}.normalised()"
+        return f"{_bracketed(self.inner, SumFunction, ProductFunction, ScaledFunction)}.normalised()"
 
 
 class CentredFunction(KernelFunction):
@@ -221,7 +225,7 @@ class CentredFunction(KernelFunction):
         return Recentred(self.inner(x1, x2), rows, cols, self._level, self._whole)
 
     def __repr__(self) -> str:
-        return f"{_bracketed(self.inner)}.centred(on=...)"
+        return f"{_bracketed(self.inner, SumFunction, ProductFunction, ScaledFunction)}.centred(on=...)"
 
 
 def lengths(diagonal: Tensor, scalars: int, name: str) -> Tensor:
@@ -252,6 +256,16 @@ def require_fixed(x: Any, message: str) -> None:
         raise InputError(message)
 
 
+def check_rows(verb: str, left: int, right: int) -> None:
+    """Refuse to put together two kernels of the same examples that have different numbers of scalars for each.
+
+    Raises:
+        InputError: with both numbers of rows.
+    """
+    if left != right:
+        raise InputError(f"cannot {verb} kernels of {left} and {right} rows for the same examples")
+
+
 def checked_factor(factor: float) -> float:
     """A number that a kernel may be multiplied by.
 
@@ -274,5 +288,6 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _bracketed(function: KernelFunction) -> str:
-    return f"({function!r})" if isinstance(function, SumFunction) else repr(function)
+def _bracketed(function: KernelFunction, *looser: type[KernelFunction]) -> str:
+    """Its text, in brackets where what stands beside it binds closer."""
+    return f"({function!r})" if isinstance(function, looser or SumFunction) else repr(function)
