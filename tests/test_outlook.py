@@ -237,3 +237,13 @@ def test_from_the_command_line(here: Path) -> None:
         ["--no-times", "--iterations", 9],
     ):
         assert "belong to the times" in refused("plan", "nets:net", "data.npz", *options)
+
+
+def test_the_trace_kernel_that_helps_is_timed_for_itself() -> None:
+    """It contracts K pairs of scalars, a full kernel K^2."""
+    assert measure_pace(kernel(), size=64).traced is not None
+    assert measure_pace(kernel(trace=True), size=64).traced is None
+    slow = replace(PACE, alone=Speeds(1e-3, 1.0, "cpu"), traced=Speeds(1e-3, 1e-6, "cpu"))
+    by_trace = named(said(30_000, size=1000, memory=10**15).regression, "conjugate", "trace kernel")
+    again = outlook(kernel(), examples=30_000, size=1000, pace=slow, memory=10**15)
+    assert named(again.regression, "conjugate", "trace kernel").seconds == pytest.approx(by_trace.seconds)

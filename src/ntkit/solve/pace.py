@@ -32,6 +32,7 @@ class Pace:
         product: seconds for one example's share of a product without the matrix; NaN where there is none.
         cholesky: FLOP/s of factoring a float32 matrix, all threads.
         threads: of one worker.
+        traced: `alone`, of the trace kernel of a full one; None where the kernel is a reduced one itself.
     """
 
     tiles: Speeds
@@ -40,6 +41,7 @@ class Pace:
     product: float
     cholesky: float
     threads: int
+    traced: Speeds | None = None
 
 
 def measure_pace(kernel: TangentKernel, *, size: int, workers: int = 1) -> Pace:
@@ -69,7 +71,11 @@ def measure_pace(kernel: TangentKernel, *, size: int, workers: int = 1) -> Pace:
         product = math.nan if kernel.trace else _seconds(lambda: some @ vector, kernel.device) / few
     except ModelError:  # it can be differentiated only once
         product = math.nan
-    return Pace(tiles, alone, sketch, product, cholesky, max(1, before // workers))
+    traced = None
+    if kernel.scalars > 1:
+        reduced = TangentKernel(tangent, x, trace=True, memory=kernel.memory)
+        traced = measure(reduced, layout_of(reduced, "float32", kernel.memory))
+    return Pace(tiles, alone, sketch, product, cholesky, max(1, before // workers), traced)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

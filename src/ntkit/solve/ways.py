@@ -210,7 +210,7 @@ def _helpers(job: Job) -> tuple[_Helper, ...]:
     )
     if k == 1:
         return (by_features,)
-    tiles = job.pace.alone
+    tiles = job.pace.traced or job.pace.alone
     making = n * tiles.capture + n**2 / 2 * tiles.pair + 9 * n**3 / job.double
     return _Helper("helped by the trace kernel", making, 4 * n**2 * columns / job.double, 24 * n**2, 0), by_features
 
