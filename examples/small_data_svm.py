@@ -17,10 +17,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 import ntkit
-from ntkit.kernel.fully_connected import FullyConnected
+from ntkit import SVM, FullyConnected, NTKSVMSearch
 from ntkit.solve.mlp import MLP
-from ntkit.solve.svm import SVM
-from ntkit.solve.svm_search import NTKSVMSearch
 
 # 1. A table of sixty wines: depth, fixed layers and C are found by cross-validation.
 wines, growers = load_wine(return_X_y=True)

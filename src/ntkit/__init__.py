@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     from ntkit.kernel.empirical import TangentKernel, empirical_ntk
     from ntkit.kernel.explicit import Nystrom, RandomFourier
     from ntkit.kernel.features import FeatureKernel, FeatureMap, features, size_for
+    from ntkit.kernel.fully_connected import FullyConnected
     from ntkit.kernel.function import Empirical, KernelFunction
     from ntkit.kernel.infinite import InfiniteKernel, InfiniteWidth, infinite_ntk
     from ntkit.kernel.saved import SavedKernel, open_kernel
     from ntkit.solve.conditioned import Posterior
     from ntkit.solve.estimators import NTKClassifier, NTKRegressor
+    from ntkit.solve.svm import SVM
+    from ntkit.solve.svm_search import NTKSVMSearch
     from ntkit.solve.transformers import KernelFeatures, KernelMatrix
     from ntkit.tangent.linearize import Tangent, linearize
     from ntkit.tangent.readout import Logits, Loss, RandomLogits, SingleLogit, SumOfLogits
@@ -39,12 +42,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RBF",
+    "SVM",
     "DenseKernel",
     "DotProduct",
     "Empirical",
     "FeatureKernel",
     "FeatureMap",
     "FidelityWarning",
+    "FullyConnected",
     "InfiniteKernel",
     "InfiniteWidth",
     "InputError",
@@ -57,6 +62,7 @@ __all__ = [
     "ModelError",
     "NTKClassifier",
     "NTKRegressor",
+    "NTKSVMSearch",
     "NotPositiveDefiniteError",
     "NtkitError",
     "Nystrom",
@@ -87,6 +93,7 @@ _HOME = {
     "Empirical": "ntkit.kernel.function",
     "FeatureKernel": "ntkit.kernel.features",
     "FeatureMap": "ntkit.kernel.features",
+    "FullyConnected": "ntkit.kernel.fully_connected",
     "InfiniteKernel": "ntkit.kernel.infinite",
     "InfiniteWidth": "ntkit.kernel.infinite",
     "Kernel": "ntkit.kernel.base",
@@ -97,11 +104,13 @@ _HOME = {
     "Loss": "ntkit.tangent.readout",
     "NTKClassifier": "ntkit.solve.estimators",
     "NTKRegressor": "ntkit.solve.estimators",
+    "NTKSVMSearch": "ntkit.solve.svm_search",
     "Nystrom": "ntkit.kernel.explicit",
     "Posterior": "ntkit.solve.conditioned",
     "RBF": "ntkit.kernel.closed",
     "RandomFourier": "ntkit.kernel.explicit",
     "RandomLogits": "ntkit.tangent.readout",
+    "SVM": "ntkit.solve.svm",
     "SavedKernel": "ntkit.kernel.saved",
     "SingleLogit": "ntkit.tangent.readout",
     "SumOfLogits": "ntkit.tangent.readout",
