@@ -18,11 +18,13 @@ from torch import Tensor, nn
 import ntkit
 from ntkit.errors import InputError, ModelError, NotPositiveDefiniteError, StoreError
 from ntkit.kernel.base import DenseKernel, Kernel
-from ntkit.kernel.closed import RBF
+from ntkit.kernel.closed import RBF, DotProduct
+from ntkit.kernel.explicit import Nystrom
 from ntkit.kernel.function import Empirical, KernelFunction
 from ntkit.kernel.infinite import InfiniteWidth
 from ntkit.uses import condense
 from ntkit.uses.condense.inducing import kip_gradient
+from ntkit.uses.condense.regression import FEATURE_COPIES, blocks
 from ntkit.uses.condense.support import Labelled, balanced
 
 KERNEL = RBF(2.0)
@@ -103,7 +105,7 @@ def test_the_ridge_is_part_of_the_gradient() -> None:
     x = clouds(4, seed=3)[0].requires_grad_()
     assert torch.autograd.gradcheck(loss, x)
     (wanted,) = torch.autograd.grad(loss(x), x)
-    value = kip_gradient(Scaling(), x, y, batch, ridge=0.2, memory=2000)
+    value = kip_gradient(Scaling(), x, y, batch, ridge=0.2, memory=6000)  # blocks of 4, 4 and 1
     assert value == pytest.approx(loss(x).item(), rel=1e-12)
     torch.testing.assert_close(x.grad, wanted, rtol=1e-9, atol=1e-12)
 
@@ -141,7 +143,7 @@ def test_no_other_labels_are_better() -> None:
             assert loss_of(support.x, y + size * away, *data, 0.05) > best
 
 
-@pytest.mark.parametrize("memory", [None, 3000, 1])
+@pytest.mark.parametrize("memory", [None, 38_000, 1], ids=["at once", "uneven blocks", "one target at a time"])
 def test_labels_from_blocks_are_the_pseudo_inverse(memory: int | None) -> None:
     """Also of points that are there twice: then they are the smallest labels among the best."""
     data = clouds(40)
@@ -157,8 +159,73 @@ def test_labels_from_blocks_are_the_pseudo_inverse(memory: int | None) -> None:
         )
         np.testing.assert_allclose(found.support.y.numpy(), wanted, atol=1e-8)
         assert found.rank == rank
-        assert told[-1] == (40, 40)
-        assert len(told) == {None: 1, 3000: 40, 1: 40}[memory] or memory == 3000
+        heights = np.diff([0, *(done for done, _ in told)]).tolist()
+        assert sum(heights) == 40
+        assert {total for _, total in told} == {40}
+        if memory == 38_000:
+            assert heights[0] == heights[1] > heights[2]  # blocks of several rows, and one of fewer
+        else:
+            assert heights == ([1] * 40 if memory else [40])
+
+
+class OfMatrix(KernelFunction):
+    """A given kernel between points that are numbered."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    def __call__(self, x1: Any, x2: Any = None) -> Kernel:
+        rows, cols = (x[:, 0].detach().long() for x in (x1, x1 if x2 is None else x2))
+        return DenseKernel(self.matrix[rows][:, cols] * (1 + 0 * x1.sum()), symmetric=x2 is None)
+
+
+@pytest.mark.parametrize("smallest", [1e-17, 1e-15, 1e-13])
+def test_a_kernel_that_is_singular_in_float64_is_refused(smallest: float) -> None:
+    """By its eigenvalues, whether a Cholesky factorization goes through or not; fit, labels and steps alike."""
+    n = 12
+    turned = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=seeded())).Q
+    values = torch.ones(n, dtype=torch.float64)
+    values[0] = smallest
+    kernel = OfMatrix((turned * values) @ turned.T)
+    support = condense.Support(torch.arange(n).double()[:, None], condense.centred(torch.arange(n) % C, C))
+    data = support.x, torch.arange(n) % C
+    calls: list[Any] = [
+        lambda ridge: condense.fit(kernel, support, ridge=ridge),
+        lambda ridge: condense.label_solve(kernel, support, data, ridge=ridge),
+        lambda ridge: kip_gradient(
+            kernel, support.x.clone().requires_grad_(), support.y, Labelled.of(data), ridge=ridge
+        ),
+    ]
+    for call in calls:
+        if smallest > n * torch.finfo(torch.float64).eps:
+            call(0.0)
+            continue
+        with pytest.raises(NotPositiveDefiniteError, match=r"Take a larger ridge") as caught:
+            call(0.0)
+        assert abs(caught.value.smallest_eigenvalue) < 1e-14
+        call(1e-10)
+
+
+def test_a_ridge_spares_the_eigenvalues_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("looked at")
+
+    data = clouds(30)
+    start = condense.random_support(data, 2, generator=seeded())
+    monkeypatch.setattr(torch.linalg, "eigvalsh", never)
+    x = start.x.clone().requires_grad_()
+    assert math.isfinite(kip_gradient(KERNEL, x, start.y, Labelled.of(data)))
+    with pytest.raises(AssertionError, match="looked at"):
+        kip_gradient(KERNEL, x, start.y, Labelled.of(data), ridge=1e-16)
+
+
+def test_points_that_do_not_reach_the_data_have_no_labels() -> None:
+    x, labels = clouds(30)
+    far = condense.Support(1e4 + 100 * torch.eye(3, 4).double(), condense.centred(torch.arange(3), 3))
+    with pytest.raises(InputError, match="the kernel between the data and the points is zero"):
+        condense.label_solve(KERNEL, far, (x, labels))
+    with pytest.raises(NotPositiveDefiniteError):  # nor each other, nor themselves
+        condense.fit(0.0 * KERNEL, far)
 
 
 def test_labels_that_are_learned_come_down_to_the_solved_ones() -> None:
@@ -223,14 +290,45 @@ def test_patience_ends_it_and_gives_the_best_back() -> None:
 
 
 def test_batches_have_as_many_of_every_class() -> None:
+    """Those of a rare one come again, all of them equally often but for one time."""
     labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 3)
     rows = Labelled(torch.zeros(73, 2), labels, 3).rows()
     chosen = balanced(rows, 30, seeded())
-    assert labels[chosen].bincount().tolist() == [10, 10, 3]
-    assert len(chosen.unique()) == len(chosen)
+    assert labels[chosen].bincount().tolist() == [10, 10, 10]
+    assert chosen[:20].unique().numel() == 20
+    assert sorted(chosen[20:].bincount()[70:].tolist()) == [3, 3, 4]
+    often = torch.stack([balanced(rows, 30, seeded(seed))[20:].bincount(minlength=73)[70:] for seed in range(60)])
+    assert (often == 4).any(0).all()  # it is not always the same one that comes once more
     other = balanced(rows, 30, seeded(1))
     assert not torch.equal(chosen, other)
     assert torch.equal(chosen, balanced(rows, 30, seeded()))
+    for size in (73, 90):  # all there are
+        assert balanced(rows, size, seeded()).sort().values.tolist() == [*range(73)]
+    assert labels[balanced(rows, 72, seeded())].bincount().tolist() == [24, 24, 24]
+
+
+@pytest.mark.parametrize("size", [3, 31, 60, 500])
+def test_batches_of_even_classes_are_drawn_as_ever(size: int) -> None:
+    """One order of every class, its first so many: published runs are of such data."""
+    rows = Labelled(torch.zeros(60, 2), torch.arange(60) % C, C).rows()
+    draw = seeded(5)
+    wanted = torch.cat([of[torch.randperm(20, generator=draw)[: size // C]] for of in rows])
+    assert torch.equal(balanced(rows, size, seeded(5)), wanted)
+
+
+def test_a_step_on_a_rare_class_weighs_it_as_much_as_the_others() -> None:
+    x, labels = clouds(90)
+    kept = (labels != 2) | (torch.arange(90) < 9)  # three of class 2
+    data = x[kept], labels[kept]
+    start = condense.random_support(data, 1, generator=seeded())
+    settings = condense.Inducing(steps=1, batch=36)
+    found = condense.kernel_inducing_points(KERNEL, start, data, generator=seeded(1), settings=settings)
+    rows = [np.flatnonzero(data[1].numpy() == c) for c in range(C)]
+    rare = data[0][rows[2]]
+    draw = seeded(1)
+    parts = [data[0][rows[c]][torch.randperm(30, generator=draw)[:12]] for c in (0, 1)] + [rare.repeat(4, 1)]
+    wanted = loss_of(start.x, start.y, torch.cat(parts), torch.arange(C).repeat_interleave(12), 1e-6)
+    assert found.records[1].batch_loss == pytest.approx(wanted, rel=1e-9)
 
 
 RUN = """
@@ -380,6 +478,31 @@ def test_gradient_features_are_the_pntk() -> None:
     assert kernel(x).identity() == again(x).identity() != condense.GradientFeatures(*models)(x).identity()
 
 
+def test_blocks_leave_room_for_all_features_that_a_kernel_makes() -> None:
+    """Also where they are made on the way: in sums and products, and for Nystrom features of few landmarks."""
+    phi, x = condense.GradientFeatures(network(0)), images(6)
+    support = condense.Support(x, condense.centred(torch.arange(6) % C, C))
+    width, memory = phi.features(x[:1]).shape[1], 2**20
+
+    def height(kernel: KernelFunction) -> int:
+        return next(blocks(10_000, kernel, support, memory)).stop
+
+    rbf = RBF(4.0)
+    for kernel in (phi, phi + rbf, rbf + phi, phi * rbf, 2.0 * (rbf * phi), (rbf + phi).normalised(), Nystrom(phi, x)):
+        assert 8 * FEATURE_COPIES * width * height(kernel) <= memory
+        assert height(kernel) == height(phi)
+    assert 8 * FEATURE_COPIES * 2 * width * height(phi * phi) <= memory
+    assert height(rbf) > height(phi)
+
+
+def test_blocks_have_the_memory_of_the_device_of_the_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("ntkit.kernel.memory.default_memory", lambda device: asked.append(device) or 2**20)
+    support = condense.random_support(clouds(30), 1, generator=seeded())
+    blocks(10, KERNEL, support, None)
+    assert asked == [support.x.device]
+
+
 def test_gradient_features_are_differentiable() -> None:
     kernel, z = condense.GradientFeatures(network(0)), images(2, 1)
     assert torch.autograd.gradcheck(lambda x: kernel(x, z).dense(), images(2).requires_grad_())
@@ -463,6 +586,8 @@ def test_channels_are_standardised_by_the_training_images() -> None:
     torch.testing.assert_close(scale(other), (other - train.mean((0, 2, 3))[:, None, None])
                                / train.std((0, 2, 3))[:, None, None])  # fmt: skip
     torch.testing.assert_close(scale.inverse(got), train, atol=1e-4, rtol=0)
+    signals = train.flatten(2)
+    torch.testing.assert_close(condense.Standardised.fit(signals)(signals), got.flatten(2))  # (N, C, T), by channel
     vectors = torch.randn(50, 7, generator=seeded())
     torch.testing.assert_close(condense.Standardised.fit(vectors)(vectors), (vectors - vectors.mean()) / vectors.std())
 
@@ -661,6 +786,10 @@ def test_what_cannot_be_used_is_refused_in_words() -> None:
     double = condense.Support(start.x.repeat(2, 1), start.y.repeat(2, 1))
     with pytest.raises(NotPositiveDefiniteError, match=r"Take a larger ridge"):
         condense.fit(KERNEL, double, ridge=0.0)
+    for scale in (1.0, 1e-9):  # Cholesky by itself goes through by luck
+        flat = condense.Support(scale * x[:12], condense.centred(labels[:12], 3))
+        with pytest.raises(NotPositiveDefiniteError, match=r"Take a larger ridge"):
+            condense.fit(DotProduct(), flat, ridge=0.0)
     with pytest.raises(InputError, match=r"one scalar for each example"):
         condense.fit(Empirical(ntkit.linearize(nn.Linear(4, 2).double())), start)
     with pytest.raises(InputError, match="as many examples or more"):
@@ -683,6 +812,23 @@ def test_what_cannot_be_used_is_refused_in_words() -> None:
         condense.train_network(
             lambda: nn.Linear(4, 3), start, data, generator=seeded(), training=condense.Training(200, 1e3)
         )
+    made: list[int] = []
+
+    def make() -> nn.Module:
+        made.append(1)
+        return nn.Linear(4, 3)
+
+    with pytest.raises(InputError, match=r"the test examples have the shape of the support points, \(4,\): got \(3,\)"):
+        condense.train_network(make, start, (x[:, :3], labels), generator=seeded())
+    assert not made
+    for wrong, words in (
+        (nn.Linear(4, 3), "make is a function that gives a new network, .*: got Linear"),
+        ("Linear", "make is a function that gives a new network, .*: got str"),
+        (lambda: None, "gives a network with parameters: got NoneType"),
+        (lambda: nn.Flatten(), "gives a network with parameters: got Flatten"),
+    ):
+        with pytest.raises(InputError, match=words):
+            condense.train_network(wrong, start, data, generator=seeded())  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="a channel of the training examples is constant"):
         condense.Standardised.fit(torch.ones(5, 1, 2, 2))
     with pytest.raises(InputError, match="regularisation is a positive"):
@@ -722,6 +868,11 @@ def test_what_is_refused_has_made_no_folder(tmp_path: Path) -> None:
         kip(KERNEL, condense.Flip())
     with pytest.raises(InputError, match=r"keeps the shape of examples: .* makes \(2, 3\) of \(2, 4\)"):
         kip(KERNEL, Cropped())
+    for memory in (0, -1, 1.5):
+        with pytest.raises(InputError, match="a memory budget is a positive number of bytes"):
+            condense.kernel_inducing_points(
+                KERNEL, start, data, generator=generator, folder=tmp_path / "run", memory=memory
+            )  # pyright: ignore[reportArgumentType]
     assert not (tmp_path / "run").exists()
     assert torch.equal(generator.get_state(), seeded(1).get_state())
     kip(KERNEL)  # corrected, in the same folder

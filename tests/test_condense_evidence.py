@@ -82,6 +82,9 @@ def test_few_exact_targets_are_learned_by_heart_unless_they_are_moved() -> None:
     assert np.mean(plain[300]) < np.mean(plain[64])
     assert np.mean(plain[300]) < np.mean(moved[300])
     by_heart = [run["batch_loss"][-1] for run in record("anchor-lossless")["runs"]]
+    first = [run["batch_loss"][1] for run in record("anchor-lossless")["runs"]]
+    assert "the loss on them falls to less than half" in PAGE
+    assert max(last / before for last, before in zip(by_heart, first, strict=True)) < 0.5
     assert max(by_heart) < 0.7 * min(run["loss"][-1] for run in record("anchor-lossless")["runs"])
 
 

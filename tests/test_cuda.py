@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ntkit
+from ntkit.kernel.closed import RBF
 from ntkit.kernel.matrixfree import MatrixFreeKernel
 from ntkit.solve.course import GradientFlow
 from ntkit.solve.evolve import evolve
@@ -20,7 +21,7 @@ from ntkit.solve.iterative import ConjugateGradients
 from ntkit.solve.losses import CrossEntropy, Loss, SquareLoss
 from ntkit.solve.precondition import kronecker
 from ntkit.solve.ridge import Absolute
-from ntkit.uses import active, distill, dynamics, finetune
+from ntkit.uses import active, condense, distill, dynamics, finetune
 from tests import oracles
 from tests.cases import CASES, Case
 
@@ -281,6 +282,42 @@ def test_targets_of_distillation() -> None:
         targets = table.targets(numbers.to(device))
         loss = distill.DistillationLoss()(logits.to(device).requires_grad_(), targets.to(device))
         assert bool(loss.isfinite())
+
+
+def condensed(x: Tensor, y: Tensor, folder: Path, model: nn.Module) -> list[Tensor]:
+    """All the way from examples to points, labels and a network; a second call goes on from the state on disk."""
+    generator, kernel = torch.Generator().manual_seed(0), RBF(2.0)
+    white = condense.ZCA.fit(x)
+    data = condense.Standardised.fit(x)(x), y
+    start = condense.random_support(data, 2, generator=generator)
+    centres = condense.centre_support(data, 2, generator=generator)
+    learned = [
+        condense.kernel_inducing_points(
+            kernel, start, data, generator=torch.Generator().manual_seed(1), held_out=data, folder=folder,
+            settings=condense.Inducing(steps=8, batch=30, learn_labels=True, patience=3),
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    best, last = learned[1].support, learned[1].records[-1]
+    assert torch.equal(learned[0].support.x, best.x)
+    assert {t.device.type for t in (best.x, best.y, centres.x, centres.y)} == {x.device.type}
+    shifted = condense.Shift(1)(condense.Flip()(x.reshape(-1, 1, 5, 1), generator), generator)
+    solved = condense.label_solve(kernel, centres, data).support
+    score = condense.fit(kernel, best).score(data)
+    trained = condense.train_network(
+        lambda: model, centres, (data[0].cpu(), y.cpu()), generator=generator, training=condense.Training(20, batch=4)
+    )
+    numbers = torch.tensor([score.loss, last.loss, last.condition, trained.loss, trained.train_loss])
+    return [white.inverse(white(x)), best.x, best.y, centres.x, centres.y, shifted, solved.y, numbers]
+
+
+def test_few_points_for_a_data_set(tmp_path: Path) -> None:
+    x, y = vectors(60), torch.arange(60) % C
+    x[:, :C] += 2 * torch.eye(C, dtype=torch.float64)[y]
+    expected = condensed(x, y, tmp_path / "cpu", network(8))
+    found = condensed(x.cuda(), y.cuda(), tmp_path / "cuda", network(8).cuda())
+    for mine, theirs in zip(found, expected, strict=True):
+        agreed(mine, theirs, 1e-6)
 
 
 def test_watched_runs_go_on_where_they_stopped(tmp_path: Path) -> None:

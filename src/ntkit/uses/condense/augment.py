@@ -40,7 +40,7 @@ class Flip(Augmentation):
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
         _images(x)
-        turned = torch.rand(len(x), generator=generator) < self.probability
+        turned = torch.rand(len(x), generator=generator, device=generator.device) < self.probability
         return torch.where(turned.to(x.device)[:, None, None, None], x.flip(3), x)
 
 
@@ -67,8 +67,10 @@ class Shift(Augmentation):
         _images(x)
         n, _, height, width = x.shape
         p = self.pixels
-        rows = torch.arange(height) + torch.randint(2 * p + 1, (n, 1), generator=generator)
-        columns = torch.arange(width) + torch.randint(2 * p + 1, (n, 1), generator=generator)
+        down, along = (
+            torch.randint(2 * p + 1, (n, 1), generator=generator, device=generator.device).cpu() for _ in range(2)
+        )
+        rows, columns = torch.arange(height) + down, torch.arange(width) + along
         padded = nn.functional.pad(x, (p, p, p, p), mode="replicate")
         return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 

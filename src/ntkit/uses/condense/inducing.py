@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ntkit.errors import InputError, ModelError
+from ntkit.kernel.memory import checked_memory
 from ntkit.tangent.identity import describe
 from ntkit.uses.condense.augment import Augmentation
 from ntkit.uses.condense.course import Course, Recorded
@@ -32,7 +33,8 @@ class Inducing:
     Attributes:
         steps: of Adam.
         learning_rate: of Adam.
-        batch: targets of one step, class-balanced; all there are where there are fewer.
+        batch: targets of one step, as many of every class, so that those of a rare one come several times; all there
+            are, each once and so not balanced, where there are no more.
         learn_labels: whether the targets of the support set move as well.
         ridge: in units of the mean diagonal entry of K_ss.
         augment: what is done to every batch of targets, in this order; a sequence.
@@ -148,6 +150,7 @@ def kernel_inducing_points(
             )
     if own.patience is not None and seen is None:
         raise InputError("patience asks for examples held out: give held_out=(x, labels)")
+    checked_memory(memory, start.x.device)
     _try(kernel, start, targets, own, generator)
 
     x, y = (t.detach().clone() for t in (start.x, start.y))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ntkit.errors import InputError
-from ntkit.uses.condense.regression import RIDGE, block, blocks, checked_ridge, lower, regularised
+from ntkit.uses.condense.regression import RIDGE, block, blocks, checked_ridge, lower, regularised, spectrum
 from ntkit.uses.condense.support import Labelled, Support, centred
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def label_solve(
         progress: is told (examples done, in all).
 
     Raises:
-        InputError: if the data do not fit the support set.
+        InputError: if the data do not fit the support set, or the kernel between both is zero.
         NotPositiveDefiniteError: if K_ss + lambda I is singular in float64.
     """
     checked_ridge(ridge)
@@ -70,7 +70,7 @@ def label_solve(
         raise InputError(f"{n} points stand for as many examples or more: got {len(found.x)}")
     with torch.no_grad():
         matrix, absolute = regularised(kernel, support.x, ridge)
-        factor, ends = lower(matrix, absolute), torch.linalg.eigvalsh(matrix)[[0, -1]]
+        values, factor = spectrum(matrix, absolute), lower(matrix, absolute)
         triangle = factor.new_zeros(0, n + support.classes)
         for rows in blocks(len(found.x), kernel, support, memory):
             weights = torch.cholesky_solve(block(kernel, found.x[rows], support.x).T, factor).T
@@ -80,8 +80,10 @@ def label_solve(
                 progress(rows.stop, len(found.x))
         reduced, right = triangle[:, :n], triangle[:, n:]
         u, s, vh = torch.linalg.svd(reduced, full_matrices=False)
+        if not s[0] > 0:
+            raise InputError("the kernel between the data and the points is zero: no targets of theirs reach the data")
         # rounding in K_ts is magnified by the inverse: what is below that is no direction of the points
-        kept = s > s[0] * max(len(found.x), float(ends[1] / ends[0])) * torch.finfo(s.dtype).eps
+        kept = s > s[0] * max(len(found.x), float(values[-1] / values[0])) * torch.finfo(s.dtype).eps
         y = vh.T[:, kept] @ ((u.T @ right)[kept] / s[kept, None])
 
     def loss(y: Tensor) -> float:

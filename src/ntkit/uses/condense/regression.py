@@ -10,18 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from ntkit.errors import InputError, NotPositiveDefiniteError
 from ntkit.kernel.explicit import FeatureFunction
+from ntkit.kernel.function import KernelFunction
 from ntkit.kernel.memory import checked_memory
+from ntkit.solve.symmetric import EPS
 from ntkit.uses.condense.support import Labelled, Support, centred
-
-if TYPE_CHECKING:
-    from ntkit.kernel.function import KernelFunction
 
 RIDGE = 1e-6
 # Copies of a block of K_ts that an infinite-width kernel of a few layers keeps for its gradients.
@@ -113,8 +112,8 @@ def fit(kernel: KernelFunction, support: Support, *, ridge: float = RIDGE) -> Fi
     checked_ridge(ridge)
     with torch.no_grad():
         matrix, absolute = regularised(kernel, support.x, ridge)
+        values = spectrum(matrix, absolute)
         coefficients = torch.cholesky_solve(support.y, lower(matrix, absolute))
-        values = torch.linalg.eigvalsh(matrix)
     return Fitted(kernel, support, coefficients, float(absolute), float(values[-1] / values[0]))
 
 
@@ -147,24 +146,45 @@ def regularised(kernel: KernelFunction, x: Tensor, ridge: float) -> tuple[Tensor
 
 
 def lower(matrix: Tensor, absolute: Tensor) -> Tensor:
-    """The Cholesky factor.
+    """The Cholesky factor. The eigenvalues are looked at only where the ridge is too small to vouch for them.
 
     Raises:
-        NotPositiveDefiniteError: if there is none.
+        NotPositiveDefiniteError: if the matrix cannot be solved with, see `spectrum`.
     """
+    # none of K_ss + lambda I is below lambda, and none above the trace
+    if not bool(absolute.detach() > EPS * len(matrix) * matrix.detach().diagonal().sum()):
+        spectrum(matrix, absolute)
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed) or not factor.detach().isfinite().all():
-        with torch.no_grad():
-            finite = bool(matrix.isfinite().all())
-            smallest = float(torch.linalg.eigvalsh(matrix)[0]) if finite else math.nan
-            mean = float(matrix.diagonal().mean())
-        raise NotPositiveDefiniteError(
-            f"the kernel of the support points plus its ridge {float(absolute):.1e} is not positive definite (smallest "
-            f"eigenvalue {smallest:.1e}, mean of the diagonal {mean:.1e}): points that have become alike? Take a "
-            "larger ridge, such as 1e-4",
-            smallest, 1e-4 * mean,
-        )  # fmt: skip
+        _refuse(_eigenvalues(matrix), absolute)
     return factor
+
+
+def spectrum(matrix: Tensor, absolute: Tensor) -> Tensor:
+    """The eigenvalues, ascending, of a matrix that can be solved with. Cost: 4/3 n^3.
+
+    Raises:
+        NotPositiveDefiniteError: if the smallest cannot be told from zero in float64, as in `ntkit.solve.direct`.
+    """
+    values = _eigenvalues(matrix)
+    if not values[0] > EPS * len(values) * values[-1]:
+        _refuse(values, absolute)
+    return values
+
+
+def _eigenvalues(matrix: Tensor) -> Tensor:
+    matrix = matrix.detach()
+    return torch.linalg.eigvalsh(matrix) if matrix.isfinite().all() else torch.full_like(matrix[0], math.nan)
+
+
+def _refuse(values: Tensor, absolute: Tensor) -> NoReturn:
+    smallest, mean = float(values[0]), float(values.mean())  # that of the diagonal as well
+    raise NotPositiveDefiniteError(
+        f"the kernel of the support points plus its ridge {float(absolute.detach()):.1e} is not positive definite "
+        f"(smallest eigenvalue {smallest:.1e}, mean of the diagonal {mean:.1e}): points that have become alike? Take a "
+        "larger ridge, such as 1e-4",
+        smallest, 1e-4 * mean,
+    )  # fmt: skip
 
 
 def block(kernel: KernelFunction, targets: Tensor, x: Tensor) -> Tensor:
@@ -182,9 +202,15 @@ def block(kernel: KernelFunction, targets: Tensor, x: Tensor) -> Tensor:
 
 def blocks(size: int, kernel: KernelFunction, support: Support, memory: int | None) -> Iterator[slice]:
     """Slices of targets such that a block of K_ts with what its gradients need stays within the memory."""
-    each = COPIES * len(support) + 4 * support.x[0].numel()
-    if isinstance(kernel, FeatureFunction):
-        with torch.no_grad():
-            each += FEATURE_COPIES * kernel.features(support.x[:1]).shape[1]
-    height = max(min(checked_memory(memory) // (8 * each), 8192), 1)
+    with torch.no_grad():
+        features = FEATURE_COPIES * _features(kernel, support.x[:1])
+    each = COPIES * len(support) + 4 * support.x[0].numel() + features
+    height = max(min(checked_memory(memory, support.x.device) // (8 * each), 8192), 1)
     return (slice(start, min(start + height, size)) for start in range(0, size, height))
+
+
+def _features(kernel: KernelFunction, x: Tensor) -> int:
+    """Features of one example that a kernel makes, or that the kernels do of which it is made."""
+    parts = [part for part in vars(kernel).values() if isinstance(part, KernelFunction)]
+    own = kernel.features(x).shape[1] if isinstance(kernel, FeatureFunction) else 0
+    return max(own, sum(_features(part, x) for part in parts))

@@ -30,7 +30,8 @@ class Standardised:
         """Estimate both on training examples, (N, C, H, W) or (N, D).
 
         Args:
-            x: the examples.
+            x: the examples. Of three axes or more the second is that of the channels: (N, C, T) are signals, and images
+                (N, H, W) of one channel are to be given as (N, 1, H, W), `x[:, None]`.
             columns: whether vectors are lines of a table, whose columns are in units of their own: each is then brought
                 to its scale alone, and one that is constant to zero.
 
@@ -88,7 +89,7 @@ class ZCA:
         _examples(x)
         if not regularisation > 0:
             raise InputError(f"regularisation is a positive number, such as 0.1: got {regularisation}")
-        total, square = torch.zeros(x[0].numel(), dtype=torch.float64), 0.0
+        total, square = torch.zeros(x[0].numel(), dtype=torch.float64, device=x.device), 0.0
         for part in x.split(4096):
             total = total + _normalised(part).sum(0)
         mean = total / len(x)

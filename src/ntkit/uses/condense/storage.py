@@ -85,7 +85,8 @@ class Folder:
         course.generator.set_state(parts["generator"])
         course.step, course.loss = facts["step"], float(facts["loss"])
         course.records = [_recorded(**found) for found in facts["records"]]
-        course.best = (facts["best"], Support(parts["best.x"], parts["best.y"])) if "best.x" in parts else None
+        best = [parts[name].to(course.x.device) for name in ("best.x", "best.y") if name in parts]
+        course.best = (facts["best"], Support(*best)) if best else None
 
     def write(self, course: Course, *, now: bool) -> None:
         """Keep the state: if it is due, or at once; then the points go into a file of their own as well.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +106,7 @@ class Labelled:
         centred(labels, number)
         if number < 2:
             raise InputError(f"{named} have one class: condensing needs two or more")
-        return cls(x, labels.long(), number)
+        return cls(x, labels.to(x.device, torch.int64), number)
 
     def rows(self) -> list[Tensor]:
         """The numbers of the examples of every class.
@@ -121,15 +122,25 @@ class Labelled:
 
 
 def balanced(rows: list[Tensor], size: int, generator: torch.Generator) -> Tensor:
-    """Numbers of examples, as many of every class as of any other, each at most once.
+    """Numbers of examples, as many of every class as of any other; all of them once where there are no more than asked.
 
     Args:
         rows: the numbers of every class.
-        size: of the whole, divided by the classes; a class that has fewer gives all of its own.
+        size: of the whole, divided by the classes. A class that has fewer than its share gives its own again, each as
+            often as any other of them or once more.
         generator: of the draw.
     """
+    if size >= sum(len(found) for found in rows):
+        return torch.cat([_drawn(found, len(found), generator) for found in rows])
     share = max(size // len(rows), 1)
-    return torch.cat([found[torch.randperm(len(found), generator=generator)[:share]] for found in rows])
+    return torch.cat([_drawn(found, share, generator) for found in rows])
+
+
+def _drawn(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """So many at random, all of them before any comes again."""
+    rounds = range(math.ceil(size / len(rows)))
+    orders = [torch.randperm(len(rows), generator=generator, device=generator.device) for _ in rounds]
+    return rows[torch.cat(orders)[:size].to(rows.device)]
 
 
 def random_support(data: tuple[Tensor, Tensor], per_class: int, *, generator: torch.Generator) -> Support:
@@ -165,11 +176,12 @@ def centre_support(data: tuple[Tensor, Tensor], per_class: int, *, generator: to
     found = Labelled.of(data)
     centres, labels = [], []
     for c, rows in enumerate(_enough(found, per_class)):
-        seed = int(torch.randint(2**31 - 1, (), generator=generator))
-        fit = KMeans(per_class, random_state=seed).fit(found.x[rows].flatten(1).double().numpy())
+        seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
+        fit = KMeans(per_class, random_state=seed).fit(found.x[rows].flatten(1).double().cpu().numpy())
         centres.append(torch.from_numpy(fit.cluster_centers_).unflatten(1, found.x.shape[1:]))
         labels += [c] * per_class
-    return Support(torch.cat(centres), centred(torch.tensor(labels), found.classes))
+    y = centred(torch.tensor(labels), found.classes)
+    return Support(torch.cat(centres).to(found.x.device), y.to(found.x.device))
 
 
 def _enough(data: Labelled, per_class: int) -> list[Tensor]:

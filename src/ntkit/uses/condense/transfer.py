@@ -78,8 +78,8 @@ def train_network(
     """Train a network on the targets of a support set by least squares, and test it.
 
     Args:
-        make: gives a network whose output is (n, C). It is called, and trained, with torch's global generator (of
-            dropout) seeded from `generator`; that generator is put back.
+        make: a function that gives a network whose output is (n, C), on any device. It is called, and the network
+            trained, with torch's global generator (of dropout) seeded from `generator`; that generator is put back.
         support: what is trained on.
         test: examples (N, ...) and class numbers (N,).
         generator: of the weights, of the order, and of what the network draws.
@@ -87,33 +87,43 @@ def train_network(
         progress: is told (steps done, in all).
 
     Raises:
-        InputError: if shapes do not fit.
+        InputError: if shapes do not fit, or `make` gives no network with parameters.
         ModelError: if the output is not (n, C), or training diverges.
     """
     own = training or Training()
     found = Labelled.of(test, classes=support.classes, named="the test examples")
+    if found.x.shape[1:] != support.x.shape[1:]:
+        raise InputError(
+            f"the test examples have the shape of the support points, {tuple(support.x.shape[1:])}: got "
+            f"{tuple(found.x.shape[1:])}"
+        )
+    if isinstance(make, nn.Module) or not callable(make):
+        raise InputError(f"make is a function that gives a new network, lambda: ...: got {type(make).__name__}")
     # what makes the weights, and dropout, draw from the global generators, whose seeds are set together
     devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int(torch.randint(2**31 - 1, (), generator=generator)))
+        torch.manual_seed(int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device)))
         model = make()
-        dtype = next(model.parameters()).dtype
-        x, y = support.x.to(dtype), support.y.to(dtype)
+        weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        if weight is None:
+            raise InputError(f"make gives a network with parameters: got {type(model).__name__}")
+        x, y = support.x.to(weight), support.y.to(weight)
         _train(model, x, y, own, generator, progress)
     model.zero_grad(set_to_none=True)
     model.eval()
     with torch.no_grad():
-        said = torch.cat([model(part.to(dtype)) for part in found.x.split(1000)]).double()
-        kept = torch.cat([model(part) for part in x.split(1000)]).double()
+        said = torch.cat([model(part.to(weight)) for part in found.x.split(1000)]).double().cpu()
+        kept = torch.cat([model(part) for part in x.split(1000)]).double().cpu()
     if not said.isfinite().all():
         raise ModelError(f"training diverged with a learning rate of {own.learning_rate}: take a smaller one")
-    right = float((said.argmax(1) == found.labels).double().mean())
+    labels = found.labels.cpu()
+    right = float((said.argmax(1) == labels).double().mean())
     return Transferred(
         model=model,
         accuracy=right,
         standard_error=math.sqrt(right * (1 - right) / len(said)),
-        loss=float(_loss(said, centred(found.labels, found.classes))) / found.classes,
-        train_loss=float(_loss(kept, support.y.double())) / support.classes,
+        loss=float(_loss(said, centred(labels, found.classes))) / found.classes,
+        train_loss=float(_loss(kept, support.y.cpu())) / support.classes,
     )
 
 
@@ -133,7 +143,7 @@ def _train(
     for step in range(own.steps):
         chosen = slice(None)
         if len(x) > own.batch:
-            chosen = torch.randperm(len(x), generator=generator)[: own.batch]
+            chosen = torch.randperm(len(x), generator=generator, device=generator.device)[: own.batch].to(x.device)
         loss = _loss(model(x[chosen]), y[chosen])
         optimizer.zero_grad()
         loss.backward()
