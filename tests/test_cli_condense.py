@@ -43,6 +43,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     x = draw.normal(size=(180, 1, 4, 4)).astype(np.float32) + 2 * draw.normal(size=(3, 1, 4, 4))[y].astype(np.float32)
     np.savez(tmp_path / "data.npz", x=3 + 2 * x, y=y)
     np.savez(tmp_path / "flat.npz", x=x.reshape(180, 16), y=y)
+    np.savez(tmp_path / "last.npz", x=x.transpose(0, 2, 3, 1), y=y)
+    np.savez(tmp_path / "pairs.npz", x=np.concatenate([x, x[..., ::-1]], 1), y=y)
+    np.savez(tmp_path / "bare.npz", x=x[:, 0], y=y)
+    np.savez(tmp_path / "rare.npz", x_train=x[:49], y_train=[*y[:48], 3], x_test=x, y_test=[*y[1:], 3])
     np.savez(tmp_path / "targets.npz", x=x, y=np.eye(3, dtype=np.float32)[y])
     np.savez(tmp_path / "pixels.npz", x=(x > 0).astype(np.uint8), y=y)
     np.savez(tmp_path / "more.npz", x_train=x, y_train=y, x_test=x, y_test=y + 1)
@@ -54,6 +58,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             *((*row[:8], "cba"[c], *row[8:]) for row, c in zip(x.reshape(180, 16), y, strict=True)),
         ],
         "torn.csv": [(1, 2, "a"), (3, "", "b")],
+        "seldom.csv": [(*row, "cba"[c]) for row, c in zip(x.reshape(180, 16), y, strict=True)] + [(*range(16), "z")],
         "one.csv": [(1, 2, "a"), (3, 4, "a")],
         "short.csv": [(1, 2, "a"), (3, 4, "b"), (5, 6, "a")],
     }.items():
@@ -178,6 +183,33 @@ def test_columns_of_a_table_are_brought_to_one_scale(here: Path) -> None:
             assert offset == pytest.approx(x[:, column].mean(), abs=0.2 * slope)
 
 
+def test_images_of_other_channels_are_condensed_without_a_picture(here: Path) -> None:
+    code, text = run("pairs.npz", "--per-class", "1", *QUICK, "--flip")
+    assert code == 0, text
+    assert not (here / "condensed" / "images.svg").exists()
+    assert (here / "condensed" / "index.html").read_text().count("<svg") == 1
+    with np.load(here / "condensed" / "support.npz") as kept:
+        assert kept["x"].shape == (3, 2, 4, 4)
+
+
+def test_a_column_far_from_zero_is_not_rounded_away(here: Path) -> None:
+    """Seconds since 1970, say: in float32 neighbours are 128 apart."""
+    draw = np.random.default_rng(1)
+    y = np.arange(120) % 2
+    x = np.stack([1.7e9 + draw.normal(size=120) + 5 * y, draw.normal(size=120)], axis=1)
+    lines = [",".join(map(str, (*row, c))) for row, c in zip(x.tolist(), y, strict=True)]
+    (here / "late.csv").write_text("\n".join(lines))
+    code, text = run("late.csv", "--per-class", "2", *QUICK)
+    assert code == 0, text
+    rows = json.loads((here / "condensed" / "results.json").read_text())["rows"]
+    assert rows[3]["kernel"]["accuracy"] > 0.9
+    with np.load(here / "condensed" / "support.npz") as kept:
+        gaps = np.abs(x[None] - kept["x_start"][:, None]).max(2).min(1)
+        assert gaps.max() < 1e-5
+        slope = np.polyfit(kept["x_scaled"][:, 0], kept["x"][:, 0] - 1.7e9, 1)[0]
+        assert slope == pytest.approx(x[:, 0].std(), rel=0.1)
+
+
 @pytest.mark.parametrize(
     "kernel",
     ["fc:2", "rbf", "infinite:condensed_nets:flat", "finite:condensed_nets:flat"],
@@ -215,6 +247,11 @@ def test_whitened_images_and_patience(here: Path) -> None:
         (("data.npz", "--label-column", "y"), "leave --label-column out"),
         (("targets.npz",), "class numbers (integers) as y"),
         (("pixels.npz",), "uint8, raw pixels"),
+        (("last.npz",), "got (144, 4, 4, 1), with the channels last. Save x.transpose(0, 3, 1, 2)"),
+        (("bare.npz",), "images (N, C, H, W): got (144, 4, 4). Of images with one channel save x[:, None]"),
+        (("table.csv", "--zca"), "table.csv is a table, whose columns are scaled one by one: --zca is for images"),
+        (("rare.npz", "--validation", "0.9"), "is left after --validation 0.9"),
+        (("seldom.csv", "--validation", "0.6"), "none of class z is left after --validation 0.6"),
         (("more.npz",), "the test examples have 4 classes, the training examples 3"),
         (("data.npz", "--kernel", "poly"), "unknown kernel 'poly': expected one of fc:DEPTH, rbf"),
         (("data.npz", "--kernel", "fc:0"), "unknown kernel 'fc:0'"),
@@ -275,6 +312,18 @@ def test_what_was_laid_into_the_state_folder_stays(here: Path, monkeypatch: pyte
     code, text = run("flat.npz", "--per-class", "1", *QUICK, "--out", "out")
     assert code == 0, text
     assert [path.name for path in (here / "out.part").iterdir()] == ["thesis.txt"]
+
+
+def test_images_of_an_earlier_run_do_not_stay_beside_points_without(here: Path) -> None:
+    for data, wanted in (("data.npz", True), ("flat.npz", False)):
+        code, text = run(data, "--per-class", "1", *QUICK, "--out", "out", "--force")
+        assert code == 0, text
+        assert (here / "out" / "images.svg").exists() == wanted
+    (here / "theirs").mkdir()
+    (here / "theirs" / "images.svg").write_text("a drawing")  # not of such a run
+    code, text = run("flat.npz", "--per-class", "1", *QUICK, "--out", "theirs", "--force")
+    assert code == 0, text
+    assert (here / "theirs" / "images.svg").read_text() == "a drawing"
 
 
 def test_a_run_killed_before_its_first_state_begins_again(here: Path) -> None:

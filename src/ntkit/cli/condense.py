@@ -30,7 +30,9 @@ def condense(
     kernel: Annotated[str, typer.Option(metavar="KERNEL", help=KERNEL_HELP)] = "fc:1",
     steps: Annotated[int, typer.Option(help="Of Adam.", min=1)] = 300,
     learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 4e-2,
-    batch: Annotated[int, typer.Option(help="Targets of a step, as many of every class.", min=1)] = 5000,
+    batch: Annotated[
+        int, typer.Option(help="Targets of a step, as many of every class; all if there are no more.", min=1)
+    ] = 5000,
     ridge: Annotated[float, typer.Option(help="In units of the mean diagonal entry of the points' kernel.")] = 1e-6,
     learn_labels: Annotated[
         bool, typer.Option("--learn-labels", help="Move the labels of the points as well.")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ntkit.errors import InputError, ModelError
 from ntkit.kernel.closed import RBF
 from ntkit.kernel.infinite import InfiniteWidth
-from ntkit.report.files import as_json, check_folder, replacing, write_folder
+from ntkit.report.files import as_json, check_folder, earlier_results, replacing, write_folder
 from ntkit.report.inputs import Cut, Data, Factory, count_outputs, cut_at_random, load_data, load_factory
 from ntkit.report.labelled import load_training
 from ntkit.report.page import Card, Figure, Page, Section, Table, render
@@ -39,10 +39,12 @@ BLUE, ORANGE = "#2f80ed", "#e07b00"
 KERNELS = "fc:DEPTH, rbf, infinite:MODULE:FACTORY, finite:MODULE:FACTORY"
 # Units of the network that is trained on the points where the user names none, and images of a class that are shown.
 WIDTH, SHOWN = 1024, 10
+# Channels at most, where the last axis of images is shorter than the two before it, and has to be theirs.
+LAST = 4
 # Where training diverges, learning rates down to this part of the first are tried, each a quarter of the one before.
 SMALLEST = 1024
-# Points of a class up to which classes are columns of a picture, not rows.
-FEW = 3
+# Points of a class up to which classes are columns of a picture, not rows; channels of images that can be shown.
+FEW, CHANNELS = 3, (1, 3)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Condensing:
         settings: of the run.
         cut: how many examples are used.
         validation: share of the training examples that is held out, to watch the run and to stop it.
-        zca: whether images are whitened; without it they are standardised by channel, and tables by column.
+        zca: whether images are whitened; without it they are standardised by channel, and tables by column, which are
+            not whitened.
         network: makes what is trained on the points; None for one hidden layer.
         training: of that network.
         label: column of the table with the classes, its name or number from 1; None for the last one.
@@ -169,15 +172,15 @@ def run_condense(folder: Path, own: Condensing, *, force: bool = False, listener
     held = max(1, round(own.validation * len(order)))
     aim = data.x_train[order[held:]]
     scale = condense.ZCA.fit(aim) if own.zca else condense.Standardised.fit(aim, columns=names is not None)
-    x = scale(data.x_train)
-    train = (x[order[held:]], data.y_train[order[held:]])
-    validation = (x[order[:held]], data.y_train[order[:held]])
-    test = (scale(data.x_test), data.y_test)
+    x = scale(data.x_train).float()
+    train, validation = ((x[part], data.y_train[part]) for part in (order[held:], order[:held]))
+    test = (scale(data.x_test).float(), data.y_test)
+    _check_classes(own, data.y_train, train[1], names)
     for change in own.settings.augment:
         change(train[0][:2], torch.Generator().manual_seed(0))  # refuses what are no images
     kernel = kernel_of(train[0])
     if own.network is not None:
-        outputs = count_outputs(own.network.build(seed=own.cut.seed, dtype=torch.float32), data.x_train)
+        outputs = count_outputs(own.network.build(seed=own.cut.seed, dtype=torch.float32), x)
         if outputs != classes:
             raise InputError(f"the network has {outputs} outputs, and the data {classes} classes")
     drawn_points = condense.random_support(train, own.per_class, generator=generator)
@@ -209,7 +212,7 @@ def run_condense(folder: Path, own: Condensing, *, force: bool = False, listener
 
     listener.step("writing the page")
     grid = None
-    if drawn_points.x.ndim == 4:
+    if drawn_points.x.ndim == 4 and drawn_points.x.shape[1] in CHANNELS:
         grid = plot_support(scale.inverse(drawn_points.x), scale.inverse(found.support.x), classes)
     seconds = time.perf_counter() - start
     results = {
@@ -219,10 +222,15 @@ def run_condense(folder: Path, own: Condensing, *, force: bool = False, listener
     contents: dict[str, Any] = {"support.npz": _written(work / "support.npz", found, scale, names)}
     contents |= {} if grid is None else {"images.svg": _standalone(grid)}
     contents |= {"results.json": as_json(results), "index.html": render(_page(own, report, data.said, grid, seconds))}
-    write_folder(folder, contents, force=force)
+    write_folder(folder, contents, force=force, outdated=_written_earlier(folder))
     with suppress(OSError):  # all that was wanted is written
         remove_own(work, "support.npz")
     return report
+
+
+def _written_earlier(folder: Path) -> tuple[str, ...]:
+    """The images in a folder, if they are those of its results."""
+    return ("images.svg",) if "per_class" in earlier_results(folder) else ()
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
@@ -238,6 +246,8 @@ def _places(folder: Path) -> tuple[Path, Path]:
 def _load(own: Condensing) -> tuple[Data, np.ndarray | None]:
     """The data, and what its classes are called where the file is a table."""
     if own.data.suffix == ".csv":
+        if own.zca:
+            raise InputError(f"{own.data} is a table, whose columns are scaled one by one: --zca is for images")
         return _table(own)
     if own.label is not None:
         raise InputError(
@@ -246,7 +256,28 @@ def _load(own: Condensing) -> tuple[Data, np.ndarray | None]:
     data = load_data(own.data, own.cut, torch.float32)
     if data.y_train.is_floating_point() or not data.x_train.is_floating_point():
         raise InputError("condensing takes floating point examples with class numbers (integers) as y")
+    _check_axes(tuple(data.x_train.shape))
     return data, None
+
+
+def _check_axes(shape: tuple[int, ...]) -> None:
+    """Refuse images without channels, and those whose channels come last: others would be scaled in their place."""
+    if len(shape) == 3:
+        raise InputError(
+            f"examples are vectors (N, D) or images (N, C, H, W): got {shape}. Of images with one channel save "
+            "x[:, None], of signals (N, C, T) x[:, :, None]"
+        )
+    if len(shape) == 4 and shape[3] < min(shape[1:3]) and shape[3] <= LAST and shape[1] not in CHANNELS:
+        raise InputError(f"images are (N, C, H, W): got {shape}, with the channels last. Save x.transpose(0, 3, 1, 2)")
+
+
+def _check_classes(own: Condensing, whole: Tensor, left: Tensor, names: np.ndarray | None) -> None:
+    lost = sorted({*whole.tolist()} - {*left.tolist()})
+    if lost:
+        raise InputError(
+            f"none of class {lost[0] if names is None else names[lost[0]]} is left after --validation "
+            f"{own.validation}: take a smaller share, or leave the class out"
+        )
 
 
 def _table(own: Condensing) -> tuple[Data, np.ndarray]:
@@ -256,8 +287,8 @@ def _table(own: Condensing) -> tuple[Data, np.ndarray]:
     with suppress(ValueError, OverflowError):  # words
         y = y.astype(np.int64)
     names, numbers = np.unique(y, return_inverse=True)
-    x = torch.from_numpy(found.x).float()
-    if not x.isfinite().all():
+    x = torch.from_numpy(found.x)  # in float32 columns with a large offset would all be alike: that is for scaled ones
+    if not x.float().isfinite().all():
         raise InputError(f"{own.data} has numbers past float32, 3e38: scale them")
     data = cut_at_random(x, torch.from_numpy(numbers), own.cut, f"the rows of {own.data.name}")
     if min(len(data.x_train), len(data.x_test)) < 2:
@@ -329,7 +360,7 @@ def plot_support(start: Tensor, learned: Tensor, classes: int) -> str:
     Raises:
         InputError: if they are no such images.
     """
-    if start.shape != learned.shape or start.ndim != 4 or start.shape[1] not in {1, 3} or len(start) % classes:
+    if start.shape != learned.shape or start.ndim != 4 or start.shape[1] not in CHANNELS or len(start) % classes:
         raise InputError(
             f"two sets of images are (n, 1 or 3, H, W), n a multiple of {classes}: got {tuple(start.shape)} and "
             f"{tuple(learned.shape)}"
@@ -430,7 +461,7 @@ def _page(own: Condensing, report: Report, said: str, grid: str | None, seconds:
                 "The points",
                 (
                     "Kernel inducing points: Adam on the square error of kernel ridge regression from the points, on "
-                    "class-balanced batches of the training examples.",
+                    "batches with as many training examples of every class, or all where there are no more.",
                 ),
                 figures=figures,
                 tables=(table,),
