@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -402,6 +403,42 @@ def test_a_full_disk_leaves_the_last_state(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["state"]
     again = ConjugateGradients(1e-10, checkpoint=file).solve(spd(60), y, Absolute(0.01))
     assert torch.equal(again.value, whole.value)
+
+
+def test_two_solves_with_one_checkpoint_never_leave_half_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One begins to write, and ends, while the other is in the middle of it."""
+    file, seen = tmp_path / "state", []
+    first, second = (checkpoint.Checkpoint(file, "a system", None) for _ in range(2))
+    fsync = os.fsync
+
+    def interrupting(descriptor: int) -> None:
+        fsync(descriptor)
+        if not seen:
+            seen.append(descriptor)
+            second.write({"x": torch.ones(9)}, {}, now=True)
+            found = second.read()
+            assert found is not None
+            assert torch.equal(found.parts["x"], torch.ones(9))
+
+    monkeypatch.setattr(checkpoint.os, "fsync", interrupting)
+    first.write({"x": torch.zeros(1000)}, {}, now=True)
+    found = first.read()
+    assert found is not None
+    assert torch.equal(found.parts["x"], torch.zeros(1000))
+    assert os.listdir(tmp_path) == ["state"]
+
+
+def test_what_killed_runs_have_left_is_swept_away(tmp_path: Path) -> None:
+    old, older, young = "state." + 32 * "0" + ".partial", "state.partial", "state." + 32 * "1" + ".partial"
+    for name in (old, older, young, "state.notes.partial"):
+        (tmp_path / name).write_text("half")
+        if name != young:
+            os.utime(tmp_path / name, (0, time.time() - 2 * checkpoint.STALE))
+    ConjugateGradients(checkpoint=tmp_path / "state").solve(spd(9), normal(1)(9), Absolute(0.1))
+    # another run may be writing the one, and the other is none of ours
+    assert sorted(os.listdir(tmp_path)) == sorted(["state", young, "state.notes.partial"])
 
 
 # ---------------------------------------------------------------- what cannot be done

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 # Seconds between two states on disk.
 EVERY = 60.0
+# Seconds after which a file that is not whole is what a killed run has left: none is that long in the writing.
+STALE = 3600.0
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,9 @@ class Checkpoint:
         bound = {} if self.kernel is None else {"kernel": json.dumps(self.kernel)}
         # not by safetensors' own hand, which does not wait for the disk and has errors of its own when it is full
         data = save({name: part.contiguous() for name, part in parts.items()}, {"name": self.name, **bound, **facts})
-        partial = self.path.with_name(self.path.name + ".partial")
+        self._sweep()
+        # of this run alone: under one name, two of them would put each other's half in place
+        partial = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.partial")
         try:
             with full_disk(self.path):
                 with partial.open("wb") as file:
@@ -119,6 +126,15 @@ class Checkpoint:
         finally:
             partial.unlink(missing_ok=True)
         self.last = time.monotonic()
+
+    def _sweep(self) -> None:
+        """Remove what killed runs have left half-written."""
+        name = glob.escape(self.path.name)
+        for pattern in (f"{name}.partial", f"{name}.{'[0-9a-f]' * 32}.partial"):
+            for left in self.path.absolute().parent.glob(pattern):
+                with contextlib.suppress(OSError):  # another run has done it, or its owner is somebody else
+                    if time.time() - left.stat().st_mtime > STALE:
+                        left.unlink()
 
 
 def digest(values: Tensor, *words: float | str) -> str:
