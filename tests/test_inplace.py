@@ -55,6 +55,18 @@ def test_the_users_matrix_is_left_alone_and_a_vector_stays_one() -> None:
     assert found.ridge == pytest.approx(0.1 * float(before.diagonal().mean()))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float16, 5e4), (torch.bfloat16, 4.0), (torch.float32, 1e38), (torch.float64, 1e306)]
+)
+def test_large_numbers_and_half_precision_are_finite(dtype: torch.dtype, size: float) -> None:
+    """Whatever their sum is."""
+    matrix = (size * (0.5 * torch.ones(64, 64) + 0.5 * torch.eye(64)).double()).to(dtype)
+    y = normal(1)(64).double()
+    found = CholeskyInPlace().factor(matrix, 0.1).solve(y)
+    expected = CholeskyInPlace().factor(matrix.double() / size, 0.1).solve(y)
+    torch.testing.assert_close(found.value * size, expected.value, rtol=1e-8, atol=1e-8)
+
+
 def test_from_disk(tmp_path: Path) -> None:
     pytest.importorskip("zarr", minversion="3", reason="zarr 3 needs Python 3.11")
     matrix, y = spd(30), normal(2)(30).double()
@@ -71,6 +83,8 @@ def test_from_disk(tmp_path: Path) -> None:
         (lambda: CholeskyInPlace(torch.float16), InputError, "float32 or float64"),
         (lambda: CholeskyInPlace().factor(spd(4)[:3]), InputError, "square kernel"),
         (lambda: CholeskyInPlace().factor(spd(4) * torch.nan), InputError, "not finite"),
+        (lambda: CholeskyInPlace().factor(spd(4).half() * torch.inf), InputError, "rows 0 to 3 .* not finite"),
+        (lambda: CholeskyInPlace(torch.float32).factor(spd(4) * 1e40), InputError, "not finite in float32"),
         (lambda: CholeskyInPlace().factor(-torch.eye(4)), NotPositiveDefiniteError, "stops at row 0 of 4"),
         (lambda: CholeskyInPlace().factor(spd(4), 0.1).solve(torch.ones(3)), InputError, "as many rows"),
     ],

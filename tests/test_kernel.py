@@ -284,6 +284,17 @@ def test_scipy_takes_a_vector_that_cannot_be_written() -> None:
     assert np.allclose(kernel(KINDS[0], symmetric=True).to_scipy() @ v, truth(KINDS[0], True).numpy() @ v)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scipy_gets_half_precision_in_single(dtype: torch.dtype) -> None:
+    matrix = truth(KINDS[0], True).to(dtype)
+    operator = ntkit.DenseKernel(matrix, symmetric=True).to_scipy()
+    assert operator.dtype == np.float32
+    v = np.ones(len(matrix))
+    assert np.allclose(operator @ v, matrix.double().numpy() @ v)
+    largest = eigsh(operator, k=3, which="LM", return_eigenvectors=False, rng=np.random.default_rng(0))
+    assert np.allclose(np.sort(largest), torch.linalg.eigvalsh(matrix.double())[-3:].numpy(), rtol=1e-4)
+
+
 def test_scipy_eigensolver() -> None:
     got = kernel(KINDS[0], symmetric=True)
     largest = eigsh(got.to_scipy(), k=3, which="LM", return_eigenvectors=False, rng=np.random.default_rng(0))

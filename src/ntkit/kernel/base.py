@@ -101,7 +101,8 @@ class Kernel(ABC):
 
         transposed = self if self.symmetric else Transposed(self)
         return LinearOperator(
-            dtype=torch.empty(0, dtype=self.dtype).numpy().dtype,
+            # half precision is nothing that NumPy (bfloat16) or ARPACK (float16) could compute with
+            dtype=torch.empty(0, dtype=torch.promote_types(self.dtype, torch.float32)).numpy().dtype,
             shape=self.shape,
             matvec=lambda v: product(self, v.reshape(-1)),  # pyright: ignore[reportCallIssue]
             rmatvec=lambda v: product(transposed, v.reshape(-1)),  # pyright: ignore[reportCallIssue]

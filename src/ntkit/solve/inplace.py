@@ -143,20 +143,23 @@ class CholeskyInPlace:
         if kernel.shape[1] != n or n == 0:
             raise InputError(f"a solve needs a square kernel: got shape {kernel.shape}")
         array = np.empty((n, n), "f4" if self.dtype == torch.float32 else "f8")
+        whole = torch.from_numpy(array)
         for strip in strips(n):
             below = kernel.tile(strip, slice(0, strip.stop)).cpu()
-            if not bool(torch.isfinite(below.sum())):
+            # by the extremes: a sum of numbers that are large, or of half precision, overflows where none of them does
+            if not bool(torch.isfinite(torch.stack(below.aminmax()).to(self.dtype)).all()):
                 raise InputError(
-                    f"rows {strip.start} to {strip.stop - 1} of the kernel are not finite (NaN or infinity)"
+                    f"rows {strip.start} to {strip.stop - 1} of the kernel are not finite in {array.dtype} (NaN or "
+                    "infinity)"
                 )
-            array[strip, : strip.stop] = below.numpy()
-            array[: strip.stop, strip] = below.numpy().T
+            whole[strip, : strip.stop] = below
+            whole[: strip.stop, strip] = below.T
             if progress is not None:
                 progress(strip.stop, n)
         diagonal = array.diagonal().astype("f8")
         value = fixed.absolute(float(diagonal.mean()))
         np.fill_diagonal(array, diagonal + value)
-        stopped = blocked.factor(torch.from_numpy(array))
+        stopped = blocked.factor(whole)
         if stopped >= 0:
             raise NotPositiveDefiniteError(
                 f"the kernel plus ridge {value:.3e} is not positive definite in {array.dtype}: Cholesky stops at row "
