@@ -39,6 +39,7 @@ from ntkit.uses.distill import (
     risk_gap,
     supervision,
 )
+from tests.elsewhere import DEVICE, device
 
 N, C = 12, 5
 
@@ -438,6 +439,28 @@ def test_targets_that_are_none() -> None:
         Mixed(Given(p), Given(p), -0.1)
     with pytest.raises(InputError, match="expected 0 to 11"):
         Given(p).targets([N])
+
+
+def test_one_logit_is_no_supervision() -> None:
+    """Its softmax is 1 for every example; two of it say what its sigmoid says."""
+    torch.manual_seed(0)
+    x, single = torch.randn(N, 4, generator=seeded()), nn.Linear(4, 1)
+    words = r"two classes or more.*torch\.stack\(\[0 \* z, z\], 1\)"
+    with pytest.raises(InputError, match=words):
+        TeacherTargets.of(single, x)
+    with pytest.raises(InputError, match=words):
+        Given(torch.ones(N, 1))
+    found = TeacherTargets.of(single, x, select=lambda output: torch.stack([0 * output[:, 0], output[:, 0]], 1))
+    torch.testing.assert_close(found.table()[:, 1], single(x).detach()[:, 0].sigmoid())
+
+
+def test_labels_on_a_device_give_targets_on_the_cpu() -> None:
+    """As those of a teacher and of a table do, so that they can be mixed."""
+    p, y = simplex(N, C), torch.arange(N) % C
+    with device():
+        labels = OneHot(y.to(DEVICE), C)
+        assert labels.targets([3, 0]).device.type == "cpu"
+        torch.testing.assert_close(Mixed(labels, Given(p), 0.5).table(), 0.5 * torch.eye(C)[y] + 0.5 * p)
 
 
 def test_a_teacher_is_asked_in_evaluation_mode_and_left_alone() -> None:

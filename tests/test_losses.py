@@ -161,6 +161,18 @@ def test_every_door_asks(door: str) -> None:
             DOORS[door](wrong)
 
 
+@pytest.mark.parametrize("kind", [torch.int32, torch.int16, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("door", DOORS)
+def test_classes_of_any_whole_type(door: str, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as with those of torch's own type."""
+    x, y = data()
+    found = []
+    for labels in (y % 2, (y % 2).to(kind)):
+        monkeypatch.setitem(globals(), "data", lambda labels=labels: (x, labels))
+        found.append(DOORS[door](CrossEntropy()))
+    torch.testing.assert_close(*found)
+
+
 def test_sums_are_told_from_means() -> None:
     x, y = data()
     summed = dynamics.one_step(network(), (x, y), x, 0.1, loss=nn.CrossEntropyLoss(reduction="sum"), mean=False)

@@ -79,7 +79,7 @@ class CrossEntropy(Loss):
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:  # noqa: D102
         if not targets.is_floating_point():
-            return torch.nn.functional.cross_entropy(outputs, targets)
+            return torch.nn.functional.cross_entropy(outputs, targets.long())
         return torch.nn.functional.cross_entropy(outputs, self.targets(targets, outputs))
 
     def targets(self, targets: Tensor, outputs: Tensor) -> Tensor:
@@ -89,14 +89,12 @@ class CrossEntropy(Loss):
             InputError: if there are not as many as outputs, or they are classes or points that cannot be.
         """
         found = points(targets, outputs)
-        if targets.is_floating_point():
-            away = max(float((found.sum(1) - 1).abs().max()), float(-found.min()))
-            if not away <= TOLERANCE:
-                raise InputError(
-                    f"targets of a cross-entropy are probabilities that sum to 1: got sums from "
-                    f"{float(found.sum(1).min()):.3g} to {float(found.sum(1).max()):.3g} and a least entry of "
-                    f"{float(found.min()):.3g}. Normalise them, or use SquareLoss()"
-                )
+        if targets.is_floating_point() and not off_simplex(found) <= TOLERANCE:
+            raise InputError(
+                f"targets of a cross-entropy are probabilities that sum to 1: got sums from "
+                f"{float(found.sum(1).min()):.3g} to {float(found.sum(1).max()):.3g} and a least entry of "
+                f"{float(found.min()):.3g}. Normalise them, or use SquareLoss()"
+            )
         return found
 
     def probabilities(self, outputs: Tensor) -> Tensor:  # noqa: D102
@@ -156,6 +154,24 @@ def as_loss(loss: Any, *, mean: bool = True) -> Loss:
         f"loss: got {got}{f', not an object of it: write {loss.__name__}()' if named else ''}; expected CrossEntropy() "
         "or SquareLoss() of ntkit.solve.losses, one of your own made from its Loss, or a plain nn.CrossEntropyLoss()"
     )
+
+
+def off_simplex(found: Tensor) -> float:
+    """How far points (n, C) are from probabilities: by how much a sum misses 1, or an entry is below 0, at most."""
+    return max(float((found.sum(1) - 1).abs().max()), float(-found.min()))
+
+
+def require_classes(count: int) -> None:
+    """Refuse what has one class: its probability is 1 whatever the network says.
+
+    Raises:
+        InputError: with how to make two classes of one logit.
+    """
+    if count < 2:
+        raise InputError(
+            "probabilities are of two classes or more: got one, whose softmax is always 1. Make two of a single logit "
+            "z, (n,): torch.stack([0 * z, z], 1)"
+        )
 
 
 def points(targets: Tensor, outputs: Tensor) -> Tensor:

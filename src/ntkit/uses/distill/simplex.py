@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ntkit.errors import InputError
-from ntkit.solve.losses import TOLERANCE
+from ntkit.solve.losses import TOLERANCE, require_classes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,11 +60,12 @@ def points_of_simplex(p: Any, name: str = "probabilities") -> Tensor:
     """Probabilities (n, C), as they are.
 
     Raises:
-        InputError: if they are not finite, negative, or do not sum to 1 within `TOLERANCE`.
+        InputError: if they are of one class, not finite, negative, or do not sum to 1 within `TOLERANCE`.
     """
     found = p if isinstance(p, Tensor) else torch.as_tensor(p)
     if found.ndim != 2 or not found.is_floating_point() or 0 in found.shape:
         raise InputError(f"{name}: got shape {tuple(found.shape)} of {found.dtype}, expected probabilities (n, C)")
+    require_classes(found.shape[1])
     sums = found.double().sum(1)
     if not bool(torch.isfinite(sums).all()):
         raise InputError(f"{name}: some are not finite (NaN or infinity)")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ntkit.errors import InputError
+from ntkit.solve.losses import require_classes
 from ntkit.tangent.examples import Examples
 from ntkit.tangent.readout import logits
 from ntkit.tangent.untouched import evaluating, untouched
@@ -70,7 +71,7 @@ class Smoothed(Targets):
         Raises:
             InputError: if a label is no class, or `keep` is not between 0 and 1.
         """
-        object.__setattr__(self, "labels", class_numbers(self.labels, self.count))
+        object.__setattr__(self, "labels", class_numbers(self.labels, self.count).cpu())
         if not 0 <= self.keep <= 1:
             raise InputError(f"keep: got {self.keep!r}, expected a share of the mass, from 0 to 1")
 
@@ -146,7 +147,7 @@ class TeacherTargets(Given):
             select: takes the (n, C) logits out of the network's output, if it is not a tensor.
 
         Raises:
-            InputError: if the temperature is not positive, or a logit is not finite.
+            InputError: if the temperature is not positive, there is one logit alone, or one is not finite.
 
         Cost: one forward pass; 4 N C bytes.
         """
@@ -156,6 +157,7 @@ class TeacherTargets(Given):
         with evaluating(teacher), untouched(teacher), torch.no_grad():
             for start in range(0, len(examples), batch_size):
                 z = logits(examples.batch(slice(start, start + batch_size), device).call(teacher), select)
+                require_classes(z.shape[1])
                 parts.append((finite_logits(z, (len(z), z.shape[1])) / temperature).softmax(1).cpu())
         return cls(torch.cat(parts))
 
