@@ -11,6 +11,7 @@ from ntkit.solve.course import GradientFlow
 from ntkit.solve.evolve import evolve
 from ntkit.solve.flow import KernelFlow
 from ntkit.solve.losses import CrossEntropy, SquareLoss
+from tests.elsewhere import DEVICE, device
 from tests.test_regression import Problem
 
 shapes = pytest.mark.parametrize("full", [False, True], ids=["reduced", "full"])
@@ -64,6 +65,22 @@ def test_stops_on_the_way_change_nothing() -> None:
     torch.testing.assert_close(parts.outputs[-1], whole.outputs[-1], rtol=0, atol=1e-6)
     torch.testing.assert_close(parts.outputs[0], parts.outputs[1])
     torch.testing.assert_close(whole.predict(problem.reduced, problem.f0), whole.outputs[-1])
+
+
+@shapes
+def test_a_kernel_on_a_device(full: bool) -> None:
+    """The kernel is multiplied with where it is; what is given and what comes out is on the CPU or there."""
+    problem = Problem()
+    kernel, cross = problem.kernels(full)
+    y = torch.arange(problem.n) % problem.c
+    expected = evolve(kernel, y, CrossEntropy(), [0.2, 0.5], prior=problem.f0)
+    with device():
+        for where in ("cpu", DEVICE):
+            there, prior = kernel.to(DEVICE), problem.f0.to(where)
+            found = evolve(there, y.to(where), CrossEntropy(), [0.2, 0.5], prior=prior)
+            said = found.predict(cross.to(DEVICE), problem.f0_new.to(DEVICE)).cpu()
+            torch.testing.assert_close(found.outputs, expected.outputs)
+            torch.testing.assert_close(said, expected.predict(cross, problem.f0_new))
 
 
 def test_bad_input() -> None:

@@ -344,5 +344,8 @@ def test_bad_input() -> None:
         Ridge(0.0)
     with pytest.raises(InputError, match="at least one course"):
         flow.best([])
+    for asked in (KernelFlow.times, KernelFlow.largest_learning_rate):
+        with pytest.raises(InputError, match="the kernel is zero"):
+            asked(KernelFlow.decompose(0 * problem.reduced, problem.y))
     with pytest.raises(InputError, match="first_cross"):
         flow.covariance(GradientFlow(1.0), problem.cross, problem.reduced, problem.reduced, problem.reduced)

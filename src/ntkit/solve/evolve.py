@@ -35,8 +35,8 @@ class Evolution:
 
     Attributes:
         times: (T,), learning rate times steps.
-        outputs: f_t(X) on the training examples, (T, N, C), float64.
-        coefficients: a_t, (T, N, C).
+        outputs: f_t(X) on the training examples, (T, N, C), float64, in the memory of the CPU.
+        coefficients: a_t, (T, N, C), there too.
         evaluations: how often the gradient was computed.
         full: whether the kernel couples the outputs.
         around: whether there was an f0.
@@ -113,7 +113,8 @@ def evolve(
     used = 0
 
     def now(a: Tensor) -> Tensor:
-        return first + (matrix.values @ (a.reshape(-1, 1) if full else a)).reshape(n, count)
+        product = matrix.values @ (a.reshape(-1, 1) if full else a).to(matrix.values.device)
+        return first + product.cpu().reshape(n, count)
 
     def gradient(time: float, flat: np.ndarray) -> np.ndarray:
         nonlocal used

@@ -218,12 +218,15 @@ class KernelFlow:
         2 (1 + momentum) / l_max, and with Nesterov's momentum 2 (1 + momentum) / ((1 + 2 momentum) l_max).
 
         Raises:
-            InputError: if `momentum` is not in [0, 1).
+            InputError: if `momentum` is not in [0, 1), or the kernel is zero.
         """
         if not 0 <= momentum < 1:
             raise InputError(f"momentum: got {momentum!r}, expected 0 <= momentum < 1")
+        largest = float(self.eigenvalues.max())
+        if not largest > 0:
+            raise InputError("the kernel is zero: nothing is ever learned, at any learning rate")
         factor = 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
-        return factor / float(self.eigenvalues.max())
+        return factor / largest
 
     def covariance(
         self,
