@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from ntkit.errors import InputError, ModelError
 from ntkit.solve.regression import KernelRegression
 from ntkit.solve.ridge import GCV, Absolute
+from ntkit.tangent.linearize import Tangent
 from ntkit.tangent.readout import Logits, SumOfLogits
 from ntkit.uses import finetune
+from ntkit.uses.finetune.candidates import KernelKind
 from ntkit.uses.finetune.powerlaw import PowerLaw
 from tests.oracles import generalized_cross_validation, jacobian_rows, leave_one_out, ridge_solve, snapshot
 
@@ -258,6 +260,15 @@ def test_power_laws() -> None:
         PowerLaw.fit([10, 20, 30], [0.2, 0.1, 0.0])
 
 
+class Unpaid(KernelKind):
+    """A kernel that nobody asks for."""
+
+    heads = 1
+
+    def of(self, tangent: Tangent, x: Any, generator: torch.Generator) -> Tensor:
+        raise AssertionError("a kernel has been computed")
+
+
 def test_what_cannot_be_ranked() -> None:
     model, (x, y) = net(), data()
     with pytest.raises(InputError, match="no candidate"):
@@ -272,9 +283,14 @@ def test_what_cannot_be_ranked() -> None:
         ranked({"a": model, "b": nn.Sequential(*net()[:4], nn.Dropout(), nn.Linear(H, 2)).double()})
     with pytest.raises(InputError, match="heads and at are positive"):
         ranked({"a": model}, at=0)
-    with pytest.raises(InputError, match="too few to fit a power law"):
-        ranked({"a": model}, data=(x[:21], y[:21]), at=500)
-    with pytest.warns(finetune.SeenLabelsWarning), pytest.raises(InputError, match="10 scalars for each example"):
-        ranked({"a": finetune.Candidate(model, readout=Logits())})
+    with pytest.raises(InputError, match="from 0 on: got -1"):
+        ranked({"a": model}, data=(x, y - 1))
+    with pytest.raises(InputError, match="too few to fit a power law"):  # before a kernel is paid for
+        ranked({"a": model}, data=(x[:21], y[:21]), at=500, kernel=Unpaid())
+    several = {"a": model, "b": finetune.Candidate(model, readout=Logits())}
+    with pytest.raises(InputError, match="candidate 'b': its read-out gives 10 scalars for each example"):
+        ranked(several, kernel=Unpaid())
+    with pytest.raises(InputError, match="'a': predictions of 0 have no power law"):
+        ranked({"a": model}, data=(x, torch.zeros(N, 1).double()), at=500)
     with pytest.raises(InputError, match="three candidates"):
         ranked({"a": model}).spearman({"a": 1.0})

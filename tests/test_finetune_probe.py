@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError, StoreError
 from ntkit.uses import finetune
+from ntkit.uses.finetune.schedule import epoch
 from tests.oracles import snapshot
 
 D, H, C, OLD = 5, 6, 3, 4
@@ -302,14 +303,49 @@ def test_the_recommendation_in_words() -> None:
     assert "tau = 0, 8 cannot be told from it" in same
     assert "matters little" in same
     useless = words(row(0, 1.0, 3.0, 0.7), row(4, 0.5, 2.0, 0.9, 0.91), row(8, 0.1, 1.0, 0.8))
-    assert "does not beat the probed head" in useless
-    regression = words(row(0, 1.0, 3.0, math.nan), row(4, 0.5, 2.0, math.nan))
-    assert "validation loss" in regression
+    assert "does not beat the probed head here: that of tau = 4 alone" in useless
+    longer = words(row(0, 1.0, 3.0, 0.7), row(4, 0.5, 2.0, 0.9, 0.5), row(8, 0.1, 1.0, 0.8, 0.95))
+    assert "tau = 4), then fine-tune" in longer
+    assert "does not beat the probed head here: that of tau = 8 alone" in longer  # not the one that is tuned from
+    assert "does not beat the probed head" in words(row(8, 0.1, 1.0, 0.8, 0.95))
+    regression = [replace(row(tau, 1.0, 1.0, math.nan, math.nan), loss=loss) for tau, loss in ((0, 0.5), (4, 0.4))]
+    assert "validation loss 0.4" in words(*regression)
+    assert "does not beat" not in words(*regression)
+    better = [*regression, replace(regression[1], tau=8, loss=0.6, probed_loss=0.3)]
+    assert "tau = 4), then fine-tune" in words(*better)
+    assert "does not beat the probed head here: that of tau = 8 alone" in words(*better)
     equal = (row(0, 1.0, 3.0, 0.9), replace(row(4, 0.5, 2.0, 0.9), loss=0.05), row(8, 0.1, 1.0, 0.9))
     assert "tau = 4), then" in words(*equal)  # of equals the smallest loss
     found = sweep()
     assert found.recommendation in str(found)
     assert str(found).count("\n") == 6
+
+
+def test_accuracies_are_of_classes() -> None:
+    """Real-valued points have none, and the loss decides; probabilities have that of their likeliest class."""
+    (x, y), (x_seen, y_seen) = data(), data(30, 1)
+    square, sharp = finetune.SquareLoss(), torch.eye(C).double()
+    found = sweep(train=(x, x[:, :C]), seen=(x_seen, x_seen[:, :C]), loss=square)
+    for one in found.rows:
+        assert all(map(math.isnan, (one.probed_accuracy, one.accuracy, one.train_accuracy)))
+    assert found.best.loss == min(one.loss for one in found.rows)
+    assert "validation loss" in found.recommendation
+    classes, points = sweep(loss=square), sweep(train=(x, sharp[y]), seen=(x_seen, sharp[y_seen]), loss=square)
+    assert [one.accuracy for one in points.rows] == [one.accuracy for one in classes.rows]
+
+
+def test_no_batch_of_one_is_left_over() -> None:
+    """A head with BatchNorm is trained on 25 examples in steps of 8, and on every one of them in every epoch."""
+    found = sweep(
+        head=finetune.Reinitialised(("norm", "last"), finetune.LinearHead("fc")), train=data(25),
+        finetuning=replace(FINETUNING, frozen_statistics=False),
+    )  # fmt: skip
+    assert len(found.rows) == 3
+    steps = {(25, 8): [8, 8, 9], (24, 8): [8] * 3, (26, 8): [8, 8, 8, 2], (3, 1): [1] * 3, (1, 8): [1]}
+    for (n, size), expected in steps.items():
+        parts = list(epoch(n, size, torch.Generator().manual_seed(0)))
+        assert [len(part) for part in parts] == expected
+        assert torch.cat(parts).tolist() == torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def test_what_cannot_be_probed() -> None:
@@ -318,6 +354,8 @@ def test_what_cannot_be_probed() -> None:
         sweep(train=(x, y[:3]))
     with pytest.raises(InputError, match="a pair"):
         sweep(train=x)
+    with pytest.raises(InputError, match="from 0 on: got -1"):
+        sweep(train=(x, y - 1))
     with pytest.raises(InputError, match="different kinds"):
         sweep(seen=(x, torch.eye(C).double()[y]))
     with pytest.raises(InputError, match="sum to 1"):

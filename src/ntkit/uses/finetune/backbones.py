@@ -74,6 +74,8 @@ def rank_backbones(
     points = torch.nn.functional.one_hot(y.long(), classes).double() if not y.is_floating_point() else y.double()
     points = points[:, None] if points.ndim == 1 else points
     draws = _Draws.of(n, kernel.heads, generator)
+    if at not in (None, n) and len(draws.subsets) < 2:
+        raise InputError(f"{n} examples are too few to fit a power law and predict for at={at}")
     rows = []
     for name, candidate in asked.items():
         rows.append(_ranked(name, candidate, splits[name], _Job(examples, points, kernel, ridge, at, draws)))
@@ -130,16 +132,13 @@ def _ranked(name: str, candidate: Candidate, split: Split, job: _Job) -> Ranked:
         count = tangent.count
         sketch = torch.Generator().manual_seed(job.draws.sketch ^ seed)
         matrix = matrix + job.kernel.of(tangent, job.examples.data, sketch) / len(seeds)
-    if matrix.shape != (len(job.points),) * 2:
-        raise InputError(
-            f"candidate {name!r}: its read-out gives {len(matrix) // len(job.points)} scalars for each example, "
-            "expected one, such as SumOfLogits()"
-        )
     points = job.points.to(matrix.device)
     fit = KernelRegression.decompose(matrix, points).fit(job.ridge)
     law = _law(matrix, points, fit.gcv, job)
     if law is None and job.at not in (None, len(points)):
-        raise InputError(f"{len(points)} examples are too few to fit a power law and predict for at={job.at}")
+        raise InputError(
+            f"candidate {name!r}: predictions of 0 have no power law, and none for at={job.at}: leave `at` out"
+        )
     return Ranked(
         name=name,
         predicted=fit.gcv,

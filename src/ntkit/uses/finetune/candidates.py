@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.errors import ModelError
+from ntkit.errors import InputError, ModelError
 from ntkit.kernel.empirical import TangentKernel
 from ntkit.kernel.features import features
 from ntkit.tangent import parameters as selecting
@@ -129,7 +129,8 @@ def checked(name: str, candidate: Candidate, head: str | Sequence[str], examples
     """A candidate cut in two, with a warning where its kernel may have seen the labels.
 
     Raises:
-        ModelError: naming the candidate, if it is in training mode or cannot be cut there.
+        InputError: naming the candidate, if its read-out gives several scalars.
+        ModelError: the same, if it is in training mode or cannot be cut there.
     """
     try:
         check_evaluation(candidate.model)
@@ -137,6 +138,14 @@ def checked(name: str, candidate: Candidate, head: str | Sequence[str], examples
         split.check(examples)
     except ModelError as error:
         raise ModelError(f"candidate {name!r}: {error}") from error
+    if candidate.readout is not None:
+        own = linearize(candidate.model, readout=candidate.readout, parameters=candidate.parameters)
+        scalars = own.outputs(examples.pick([0])).shape[1]
+        if scalars != 1:
+            raise InputError(
+                f"candidate {name!r}: its read-out gives {scalars} scalars for each example, expected one, such as "
+                "SumOfLogits()"
+            )
     if candidate.seen or candidate.readout is not None:
         cause = "was trained on these examples" if candidate.seen else "keeps its own head, which may be fitted to them"
         warnings.warn(

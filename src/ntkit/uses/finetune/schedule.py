@@ -31,7 +31,8 @@ class Probing:
     Attributes:
         taus: lengths from which fine-tuning is begun, in epochs (passes over the data); 0 is a head that is not probed.
         optimizer: from parameters to an optimiser; SGD with momentum at a constant rate by default, as in the paper.
-        batch_size: examples of one step; None for all, where an epoch is one step.
+        batch_size: examples of one step; None for all, where an epoch is one step. One that is left over at the end of
+            an epoch joins the step before: BatchNorm cannot train on it alone.
         smoothing: of the targets, for probing alone: the head then keeps some energy however long it is probed.
         stop: probing ends where the energy is at most this part of the energy before probing, and what is left of
             `taus` is left out; None for never.
@@ -68,7 +69,7 @@ class Finetuning:
         epochs: passes over the data.
         optimizer: from parameters to an optimiser; SGD with momentum, a tenth of the rate of probing, by default.
         schedule: from that optimiser to a scheduler of its rate, stepped after every batch; none by default.
-        batch_size: examples of one step; None for all, where an epoch is one step.
+        batch_size: examples of one step; None for all, where an epoch is one step; see `Probing`.
         smoothing: of the targets; the energy is measured against the same.
         frozen_statistics: BatchNorm keeps the running statistics that it has.
         seed: of dropout and the order of examples, the same for every tau.
@@ -97,8 +98,11 @@ def epoch(n: int, batch_size: int | None, generator: torch.Generator) -> Iterato
     """Places of the examples of every step of one pass: all of them in a random order, or all at once."""
     if batch_size is None:
         yield torch.arange(n)
-    else:
-        yield from torch.randperm(n, generator=generator).split(batch_size)
+        return
+    parts = torch.randperm(n, generator=generator).split(batch_size)
+    if len(parts) > 1 and len(parts[-1]) == 1 < batch_size:
+        parts = (*parts[:-2], torch.cat(parts[-2:]))
+    yield from parts
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class Row:
         speed: mean length of the features' change in the first full-batch step, for each unit of learning rate:
             foreseen, before fine-tuning.
         change: of the features, by fine-tuning.
-        probed_accuracy: before fine-tuning.
+        probed_accuracy: before fine-tuning; NaN where targets do not say classes, as the other accuracies.
         probed_loss: the same.
         accuracy: after fine-tuning.
         loss: the same, against the targets as given, not smoothed.
@@ -75,6 +75,13 @@ class Sweep:
         return max(self.rows, key=lambda row: (row.accuracy, -row.loss))
 
     @property
+    def best_probed(self) -> Row:
+        """The row whose probed head alone, before any fine-tuning, is best, by the same measure as `best`."""
+        if math.isnan(self.rows[0].probed_accuracy):
+            return min(self.rows, key=lambda row: row.probed_loss)
+        return max(self.rows, key=lambda row: (row.probed_accuracy, -row.probed_loss))
+
+    @property
     def as_good(self) -> tuple[Row, ...]:
         """Rows whose accuracy is within one standard error of the best: which of them is best is not known."""
         best = self.best
@@ -100,7 +107,7 @@ class Sweep:
     @property
     def recommendation(self) -> str:
         """What to do, in a few sentences."""
-        best, first, last = self.best, self.rows[0], self.rows[-1]
+        best = self.best
         if math.isnan(best.accuracy):
             found = f"validation loss {best.loss:.4g}"
         else:
@@ -117,22 +124,13 @@ class Sweep:
                 f"With {self.validation} validation examples tau = {', '.join(others)} cannot be told from it (one "
                 "standard error)."
             )
-        if len(self.rows) == 1:
-            return " ".join(said)
-        if first in self.as_good and last in self.as_good:
-            said.append("How long the head is probed matters little here.")
-        elif best is first:
+        said += self._of_lengths()
+        probed = self.best_probed
+        if probed.probed_loss <= best.loss if math.isnan(best.accuracy) else probed.probed_accuracy >= best.accuracy:
             said.append(
-                "The features want to move: more energy helps. Try a head with re-initialised last layers "
-                "(Reinitialised), label smoothing while probing, or a larger learning rate."
+                f"Fine-tuning does not beat the probed head here: that of tau = {probed.tau} alone is cheaper and as "
+                "good."
             )
-        elif best is last:
-            said.append(
-                "The features are good as they are: less energy helps. Try to probe longer, a larger head (MLPHead), "
-                "or a smaller learning rate of fine-tuning."
-            )
-        if best.probed_accuracy >= best.accuracy:
-            said.append("Fine-tuning does not beat the probed head here: the head alone is cheaper and as good.")
         jumps = [
             (before, after)
             for before, after in zip(self.rows, self.rows[1:], strict=False)
@@ -146,6 +144,25 @@ class Sweep:
                 "fine-tuning."
             )
         return " ".join(said)
+
+    def _of_lengths(self) -> list[str]:
+        """What the lengths of probing, compared, say about the features."""
+        best, first, last = self.best, self.rows[0], self.rows[-1]
+        if first is last:
+            return []
+        if first in self.as_good and last in self.as_good:
+            return ["How long the head is probed matters little here."]
+        if best is first:
+            return [
+                "The features want to move: more energy helps. Try a head with re-initialised last layers "
+                "(Reinitialised), label smoothing while probing, or a larger learning rate."
+            ]
+        if best is last:
+            return [
+                "The features are good as they are: less energy helps. Try to probe longer, a larger head (MLPHead), "
+                "or a smaller learning rate of fine-tuning."
+            ]
+        return []
 
     def __str__(self) -> str:
         """The table, and the recommendation."""
