@@ -58,3 +58,10 @@ def test_a_filter_used_twice() -> None:
     torch.testing.assert_close(said(model, Examples(x), None, 8), model(x).detach())
     with pytest.raises(InputError, match=r"shape \(3, 1, 4, 4\), expected"):
         said(model, Examples(x[:, :1]), None, 8)
+
+
+def test_two_modules_share_a_filter() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1), nn.Flatten())
+    model[1].weight = model[0].weight
+    x = torch.randn(3, 2, 4, 4)
+    torch.testing.assert_close(said(model, Examples(x), None, 8), model(x).detach())

@@ -281,6 +281,11 @@ def test_bad_input() -> None:
         one_step(model, (x, y), seen, 0.1, weights=torch.ones(2))
     with pytest.raises(InputError, match="positive number"):
         one_step(model, (x, y), seen, 0.0)
+    first, *others = model.parameters()
+    still = torch.optim.SGD([{"params": [first], "lr": 0.0}, {"params": others, "lr": 0.01}])
+    assert float(one_step(model, (x, y), seen, still).logits.gap) < 0.1
+    with pytest.raises(InputError, match="first group of parameters, which is 0"):
+        one_step(model, (x, y), seen, still, matrices=True)
     with pytest.raises(InputError, match="not taken apart"):
         one_step(model, (x, y), seen, torch.optim.RMSprop(model.parameters()))
     with pytest.raises(InputError, match="not the model's"):

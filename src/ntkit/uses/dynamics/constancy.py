@@ -18,8 +18,10 @@ from ntkit.errors import InputError
 from ntkit.kernel.empirical import TangentKernel
 from ntkit.solve.course import GradientDescent
 from ntkit.solve.flow import KernelFlow
+from ntkit.solve.regression import as_targets
 from ntkit.solve.spectrum import drift
 from ntkit.tangent.linearize import linearize
+from ntkit.tangent.readout import logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,7 +78,7 @@ def constancy(
     Args:
         network: makes a new one of a width; what it draws follows torch's seed, which is set from `generator`.
         widths: at least two.
-        train: (x, y): N examples with targets (N, C).
+        train: (x, y): N examples with targets (N, C), or (N,) for one output.
         test: other examples.
         generator: of seeds.
         steps: of gradient descent.
@@ -87,7 +89,7 @@ def constancy(
     Cost: for each network an N*C x N*C kernel twice, its eigendecomposition, and `steps` full-batch steps.
 
     Raises:
-        InputError: if there are fewer than two widths, or numbers are out of range.
+        InputError: if there are fewer than two widths, numbers are out of range, or targets do not fit the outputs.
     """
     if len(set(widths)) < 2 or min(widths) < 1:
         raise InputError(f"a slope needs two widths or more: got {list(widths)}")
@@ -114,18 +116,18 @@ def _trained(
     model: nn.Module, width: int, seed: int, train: tuple[Any, Tensor], test: Any, steps: int, rate: float
 ) -> Trained:
     tangent = linearize(model)
-    x, y = train[0], train[1].to(tangent.device)
+    x, before, prior = train[0], tangent.outputs(train[0]), tangent.outputs(test)
+    y = as_targets(train[1], "targets", tuple(before.shape))
     first, cross = TangentKernel(tangent, x).dense(), TangentKernel(tangent, test, x).dense()
-    before, prior = tangent.outputs(x), tangent.outputs(test)
     flow = KernelFlow.decompose(first, y, prior=before)
     step = rate * flow.largest_learning_rate()
     course = GradientDescent(steps, step)
     twin = copy.deepcopy(model)
     optimizer = torch.optim.SGD(twin.parameters(), lr=step)
-    examples = tangent.examples(x).batch(slice(None), tangent.device)
+    examples, wanted = tangent.examples(x).batch(slice(None), tangent.device), y.to(before)
     for _ in range(steps):
         optimizer.zero_grad()
-        (0.5 * (examples.call(twin) - y).square().sum() / len(y)).backward()
+        (0.5 * (logits(examples.call(twin), None) - wanted).square().sum() / len(y)).backward()
         optimizer.step()
     after = linearize(twin)
     outputs = after.outputs(test).double()

@@ -41,11 +41,13 @@ def channels_last(model: nn.Module) -> Callable[..., Any]:
     The same numbers but for rounding; a forward pass of a small network of convolutions costs less than half. The
     model's own filters are not touched.
     """
-    filters = {
-        f"{name}.weight" if name else "weight": module.weight.detach().to(memory_format=torch.channels_last)
-        for name, module in model.named_modules()
-        if type(module) is nn.Conv2d and "weight" in module._parameters
-    }
+    filters: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}  # of each filter one, also where several modules share it: torch wants the same then
+    for name, module in model.named_modules():
+        if type(module) is nn.Conv2d and "weight" in module._parameters:
+            if id(module.weight) not in copies:
+                copies[id(module.weight)] = module.weight.detach().to(memory_format=torch.channels_last)
+            filters[f"{name}.weight" if name else "weight"] = copies[id(module.weight)]
     if not filters or isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):  # compiled: as it is
         return model
     return lambda *arguments, **keywords: torch.func.functional_call(model, filters, arguments, keywords)

@@ -170,7 +170,7 @@ def one_step(
         of all Jacobians.
 
     Raises:
-        InputError: if targets, weights or optimiser do not fit.
+        InputError: if targets, weights or optimiser do not fit; for `matrices` if the first group's learning rate is 0.
         ModelError: if the model is in training mode with BatchNorm or Dropout.
     """
     loss = as_loss(loss, mean=mean)
@@ -181,6 +181,11 @@ def one_step(
     gradient_at_logits = _misfit(outputs, y, loss, weights, mean=mean)
     gradient = tangent.vjp(x, gradient_at_logits.flatten(1))
     step = displacement(model, tangent.selection, gradient, optimizer)
+    if matrices and not step.learning_rate:
+        raise InputError(
+            "K is measured in learning rates of the optimiser's first group of parameters, which is 0: take the step "
+            "where it is positive, put another group first, or leave `matrices` out"
+        )
     before = tangent.outputs(observe)
     whole = tangent.jvp(observe, step.total)
     own = tangent.jvp(observe, -step.scale * gradient)
