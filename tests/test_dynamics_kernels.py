@@ -13,7 +13,7 @@ from ntkit.errors import InputError, ModelError, StoreError
 from ntkit.solve.course import GradientDescent
 from ntkit.solve.flow import KernelFlow
 from ntkit.solve.losses import CrossEntropy, Loss, SquareLoss
-from ntkit.tangent.readout import SumOfLogits
+from ntkit.tangent.readout import RandomLogits, SumOfLogits
 from ntkit.uses.dynamics import Every, KernelPath, KernelRecorder, Linearized, constancy, influence, one_step
 from tests import oracles
 
@@ -118,6 +118,54 @@ def test_the_trace_kernel_and_its_alignment() -> None:
     assert bool(unlabelled(model, x).alignment.isnan().all())
 
 
+def test_the_alignment_of_a_full_kernel() -> None:
+    """The centred cosine with y y^T of the flattened targets, where a class is missing among the examples too."""
+    model, (x, y, _) = network(), data()
+    centre = torch.kron(torch.eye(len(x)).double() - 1 / len(x), torch.eye(3).double())
+    k = kernel_of(model, x, x)
+    own = centre @ k @ centre
+    for labels in (y, y % 2, (y % 2).int(), soft_points(y)):
+        targets = labels if labels.is_floating_point() else nn.functional.one_hot(labels.long(), 3).double()
+        flat = centre @ targets.reshape(-1)
+        expected = float(flat @ own @ flat / (own.norm() * flat.square().sum()))
+        recorder = KernelRecorder(x, labels=labels, trace=False)
+        recorder.record(model, 0)
+        assert float(recorder.path().alignment[0]) == pytest.approx(expected, rel=1e-9)
+    mixed = RandomLogits(3, torch.Generator().manual_seed(0))  # as many scalars as classes, and none of them a class
+    for readout, trace, known in ((mixed, False, False), (mixed, True, True), (SumOfLogits(), False, True)):
+        recorder = KernelRecorder(x, labels=y, readout=readout, trace=trace)
+        recorder.record(model, 0)
+        assert bool(recorder.path().alignment.isfinite().all()) == known
+
+
+def test_what_has_no_alignment(tmp_path: Path) -> None:
+    """Labels that are all the same, and the constant kernel of a network that has died, are no reason to fail."""
+    model, (x, y, _) = network(), data()
+    for labels in (torch.zeros_like(y), torch.full_like(y, 2), soft_points(y)[:1].expand(len(x), 3)):
+        for trace in (True, False):
+            recorder = KernelRecorder(x, labels=labels, trace=trace)
+            recorder.record(model, 0)
+            assert bool(recorder.path().alignment.isnan())
+            assert float(recorder.path().similarity) == pytest.approx(1)
+    dead = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        dead[0].bias.fill_(-100)
+    recorder = KernelRecorder(x, labels=y)
+    recorder.record(dead, 0)
+    assert bool(recorder.path().alignment.isnan())
+    assert bool(recorder.path().similarity.isnan())
+    for labels in (y - 1, torch.zeros(len(x), 3).long()):
+        with pytest.raises(InputError, match="classes"):
+            KernelRecorder(x, labels=labels)
+    for labels in (y + 3, soft_points(y)[:, :2]):
+        with pytest.raises(InputError, match="labels of a network with 3 outputs"):
+            KernelRecorder(x, labels=labels, trace=False, folder=tmp_path / "kernels").record(model, 0)
+        assert not (tmp_path / "kernels").exists()
+    KernelRecorder(x, trace=False, folder=tmp_path / "kernels").record(model, 0)
+    with pytest.raises(InputError, match="labels of a network with 3 outputs"):
+        KernelRecorder(x, labels=y + 3, trace=False, folder=tmp_path / "kernels")
+
+
 def soft_points(y: Tensor) -> Tensor:
     return 0.8 * nn.functional.one_hot(y, 3).double() + 0.1 * torch.arange(3).double()
 
@@ -162,6 +210,12 @@ def test_kernels_on_disk(tmp_path: Path) -> None:
     raw[400] ^= 1
     broken.write_bytes(bytes(raw))
     with pytest.raises(StoreError, match="is damaged"):
+        KernelRecorder(x, folder=tmp_path / "kernels", trace=False)
+    broken.write_bytes(b"")
+    with pytest.raises(StoreError, match="is damaged"):
+        KernelRecorder(x, folder=tmp_path / "kernels", trace=False)
+    (tmp_path / "kernels" / "kernels.json").unlink()
+    with pytest.raises(StoreError, match=r"without kernels\.json"):
         KernelRecorder(x, folder=tmp_path / "kernels", trace=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write"):
@@ -234,3 +288,32 @@ def test_wide_networks_follow_the_flow() -> None:
     assert max(one.gap for one in found.networks if one.width == 512) < 0.1
     with pytest.raises(InputError, match="two widths"):
         constancy(network, (16,), (x, target), new, generator=torch.Generator())
+    with pytest.raises(InputError, match=r"targets: expected shape \(5, 3\), got \(5, 1\)"):
+        constancy(network, (8, 16), (x, y), new, generator=torch.Generator())
+
+
+def test_one_output_with_and_without_its_axis() -> None:
+    """Targets (N,) and (N, 1), outputs (N,) and (N, 1): the same training, and one that follows its flow."""
+
+    class Flat(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)[:, 0]
+
+    def single(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 1)).double()
+
+    x, _, new = data(n=5)
+    y = x.prod(1)
+    found = [
+        constancy(made, (64, 256), (x, targets), new, generator=torch.Generator().manual_seed(0), steps=60, seeds=1)
+        for targets in (y, y[:, None])
+        for made in (single, lambda width: Flat(single(width)))
+    ]
+    for other in found[1:]:
+        for one, same in zip(other.networks, found[0].networks, strict=True):
+            assert (one.drift, one.gap) == pytest.approx((same.drift, same.gap), rel=1e-9)
+    assert found[0].networks[-1].gap < 0.1

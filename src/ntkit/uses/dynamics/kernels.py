@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ class KernelPath:
         drift: ||K_t - K_0|| / ||K_0||, Frobenius.
         cosine: cosine distance of K_t from K_0: what has changed but for the scale.
         velocity: ||K_t - K_s|| / (||K_s|| (t - s)) since the record before; 0 for the first.
-        similarity: centred kernel alignment of K_t and K_0 (CKA).
-        alignment: centred alignment with the labels; NaN where there are none.
+        similarity: centred kernel alignment of K_t and K_0 (CKA); NaN where one of them is constant.
+        alignment: centred alignment with the labels; NaN where there are none, where all are the same or the kernel is
+            constant, and for a kernel of several scalars that are not all the logits.
         effective_rank: participation ratio of the eigenvalues.
         trace: of the kernel.
         largest: the largest eigenvalues, (T, k).
@@ -76,19 +78,25 @@ class KernelRecorder:
 
         Args:
             x: n examples; a few hundred say what all would.
-            labels: classes (n,) or targets (n, C), for the alignment.
+            labels: classes (n,) or targets (n,) or (n, C), for the alignment.
             readout: which kernel; with all logits and `trace` the trace kernel.
             trace: whether to take the mean over the outputs, or the full kernel.
             schedule: when to look; ever more rarely by default.
             folder: to keep the matrices in; None for memory alone.
 
         Raises:
-            InputError: if there are not as many labels as examples.
+            InputError: if there are not as many labels as examples, or they are neither classes nor targets of what
+                the folder holds.
             StoreError: if the folder holds other kernels, or cannot be read.
         """
         self._x, self._labels = Examples(x), labels
         if labels is not None and (labels.ndim not in (1, 2) or len(labels) != len(self._x)):
             raise InputError(f"labels are those of {len(self._x)} examples: got shape {tuple(labels.shape)}")
+        if labels is not None and not labels.is_floating_point() and (labels.ndim != 1 or int(labels.min()) < 0):
+            raise InputError(
+                f"labels that are whole numbers are classes ({len(self._x)},) from 0 on: got shape "
+                f"{tuple(labels.shape)}, the least {int(labels.min())}"
+            )
         self._readout, self._trace = Logits() if readout is None else readout, trace
         self.schedule = Logarithmic(10) if schedule is None else schedule
         self.steps: list[int] = []
@@ -98,6 +106,11 @@ class KernelRecorder:
         self._folder = None if folder is None else Path(folder)
         if self._folder is not None and (self._folder / "kernels.json").exists():
             self._resume(self._folder)
+        elif self._folder is not None and any(self._folder.glob("kernel-*.npz")):
+            raise StoreError(
+                f"{self._folder} holds kernels without kernels.json, which says what they are of: restore it, or take "
+                "another folder"
+            )
 
     @property
     def last(self) -> int | None:
@@ -110,7 +123,8 @@ class KernelRecorder:
         The model may be in training mode: it is looked at in evaluation mode, and left as it is.
 
         Raises:
-            InputError: if the step is no number or not after the last one, or the network fails on the examples.
+            InputError: if the step is no number or not after the last one, the network fails on the examples, or
+                labels do not fit its outputs.
             ModelError: if the network has no finite kernel, or is another one than before.
             StoreError: if the matrix cannot be written; those before are kept.
         """
@@ -128,6 +142,7 @@ class KernelRecorder:
         with evaluating(model):
             kernel = TangentKernel(linearize(model, readout=self._readout), self._x.data, trace=self._trace)
             matrix = kernel.dense().double().cpu()
+        self._check_labels(kernel.scalars)
         self._architecture, self.scalars = found, kernel.scalars
         if self._folder is not None:
             self._write(self._folder, step, matrix)
@@ -158,7 +173,7 @@ class KernelRecorder:
         """What the matrices say. Cost: an eigendecomposition for each.
 
         Raises:
-            InputError: if nothing has been recorded, or labels do not fit.
+            InputError: if nothing has been recorded.
         """
         if not self.steps:
             raise InputError("nothing has been recorded yet")
@@ -176,7 +191,7 @@ class KernelRecorder:
             rows["drift"].append(moved.relative_change)
             rows["cosine"].append(moved.cosine_distance)
             rows["velocity"].append(0.0 if before is None else drift(before, now).relative_change / (step - then))
-            rows["similarity"].append(cka(first, now, scalars=self.scalars))
+            rows["similarity"].append(_cosine(lambda now=now: cka(first, now, scalars=self.scalars)))
             rows["alignment"].append(self._aligned(now))
             rows["effective_rank"].append(seen.participation_ratio)
             rows["trace"].append(seen.trace)
@@ -218,21 +233,53 @@ class KernelRecorder:
                 raise StoreError(f"{folder} holds kernels with other {name}: take another folder, or the same {name}")
         for path in sorted(folder.glob("kernel-*.npz")):
             try:
-                with np.load(path, allow_pickle=False) as file:
+                with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                     self.matrices.append(torch.from_numpy(file["matrix"]))
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 raise StoreError(
                     f"{path} is damaged ({error}): restore it from a copy, or delete it and those after it"
                 ) from error
             self.steps.append(int(path.stem.removeprefix("kernel-")))
         self._architecture, self.scalars = facts["architecture"], facts["scalars"]
+        self._check_labels(self.scalars)
+
+    @property
+    def _all_logits(self) -> bool:
+        """Whether rows of the kernel are those of all the logits, in their order."""
+        return isinstance(self._readout, Logits) and not self._trace
+
+    def _check_labels(self, scalars: int) -> None:
+        if self._labels is None or not self._all_logits:
+            return
+        if self._labels.is_floating_point():
+            fits = self._labels.reshape(len(self._labels), -1).shape[1] == scalars
+        else:
+            fits = scalars == 1 or int(self._labels.max()) < scalars
+        if not fits:
+            got = f"shape {tuple(self._labels.shape)}, the largest {self._labels.max().item():g}"
+            raise InputError(
+                f"labels of a network with {scalars} outputs: got {got}, expected classes or targets of it"
+            )
 
     def _aligned(self, kernel: DenseKernel) -> float:
-        if self._labels is None:
-            return float("nan")
         labels = self._labels
-        points = labels if labels.is_floating_point() else torch.nn.functional.one_hot(labels.long()).double()
-        return alignment(kernel, points).centred
+        if labels is None or (self.scalars > 1 and not self._all_logits):
+            return float("nan")  # nobody has said which targets other scalars have
+        if labels.is_floating_point():
+            points = labels.reshape(len(labels), -1)
+        else:
+            points = torch.nn.functional.one_hot(labels.long(), self.scalars if self.scalars > 1 else -1).double()
+        if bool((points == points[0]).all()):
+            return float("nan")
+        return _cosine(lambda: alignment(kernel, points).centred)
+
+
+def _cosine(measure: Callable[[], float]) -> float:
+    """A cosine between matrices; NaN where a kernel is constant and has none, as that of a network that has died."""
+    try:
+        return measure()
+    except InputError:
+        return float("nan")
 
 
 def _file(folder: Path, step: int) -> Path:
