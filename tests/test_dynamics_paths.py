@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -112,6 +114,8 @@ def test_what_does_not_belong_is_refused(tmp_path: Path) -> None:
         PathRecorder(x + 1, labels=y, folder=tmp_path)
     with pytest.raises(StoreError, match="other labels"):
         PathRecorder(x, labels=(y + 1) % 4, folder=tmp_path)
+    with pytest.raises(StoreError, match="other select"):
+        PathRecorder(x, labels=y, folder=tmp_path, select=lambda output: output.flip(1))
     again = PathRecorder(x, labels=y, folder=tmp_path)
     with pytest.raises(ModelError, match="another network"):
         again.record(network(outputs=5), 3)
@@ -219,6 +223,32 @@ def test_refused_at_the_first_record(tmp_path: Path) -> None:
         PathRecorder(x, folder=tmp_path)
 
 
+def test_the_same_selection_goes_on(tmp_path: Path) -> None:
+    """Another function of the same code is the same; folders that do not say which they were made with are taken."""
+    x, y = probes()
+    for step in range(2):
+        PathRecorder(x, labels=y, folder=tmp_path, select=lambda output: output.flip(1)).record(network(), step)
+    facts = json.loads((tmp_path / "probes.json").read_text())
+    del facts["select"]
+    (tmp_path / "probes.json").write_text(json.dumps(facts))
+    assert len(PathRecorder(x, labels=y, folder=tmp_path)) == 2
+
+
+def test_one_logit_is_no_path(tmp_path: Path) -> None:
+    """Its softmax is 1 whatever the network says; two of it are what a sigmoid says."""
+    x, _ = probes()
+    single = network(outputs=1)
+    with pytest.raises(InputError, match=r"two classes or more.*torch\.stack\(\[0 \* z, z\], 1\)"):
+        PathRecorder(x, folder=tmp_path).record(single, 0)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="two classes or more"):
+        Paths(torch.arange(2), torch.randn(2, 5, 1), None, "made")
+    recorder = PathRecorder(x, select=lambda output: torch.stack([0 * output[:, 0], output[:, 0]], 1))
+    recorder.record(single, 0)
+    expected = single.eval()(x).detach()[:, 0].sigmoid()
+    torch.testing.assert_close(recorder.paths().probabilities[0, :, 1], expected)
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     x, _ = probes()
     (tmp_path / "file").write_text("")
@@ -236,9 +266,17 @@ def test_saved_paths(tmp_path: Path) -> None:
     assert torch.equal(found.logits, paths.logits)
     assert torch.equal(found.labels, y)
     assert found.probes == paths.probes
-    (tmp_path / "none.npz").write_bytes(b"no")
+    whole = (tmp_path / "paths.npz").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for spoiled in (b"no", b"", whole[: len(whole) // 2], bytes(flipped)):
+        (tmp_path / "none.npz").write_bytes(spoiled)
+        with pytest.raises(StoreError, match="no recorded paths"):
+            Paths.load(tmp_path / "none.npz")
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
     with pytest.raises(StoreError, match="no recorded paths"):
-        Paths.load(tmp_path / "none.npz")
+        Paths.load(tmp_path / "array.npz")
 
 
 def test_merged() -> None:
@@ -374,6 +412,28 @@ def test_area_is_of_training_not_of_records() -> None:
     dense, sparse = made(q, labels), made(q[some], labels, some)
     assert float(dense.area()) == pytest.approx(0.5, abs=1e-6)
     assert float(sparse.area()) == pytest.approx(0.5, abs=1e-6)
+
+
+@few
+@given(knots=knots)
+def test_averages_are_of_training_not_of_records(knots: tuple[Tensor, Tensor]) -> None:
+    """The integral of the straight lines, over the steps; the area is its part for the label."""
+    q, steps = knots
+    paths = made(q, torch.tensor([0, 1, 2]), steps)
+    expected = torch.trapezoid(q, steps.double(), dim=0) / float(steps[-1] - steps[0])
+    torch.testing.assert_close(paths.average(), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(paths.average().sum(1), torch.ones(3).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(paths.area(), expected.diagonal())
+    torch.testing.assert_close(made(q[:1]).average(), q[0])
+
+
+def test_the_runner_up_is_that_of_training() -> None:
+    """Class 1 is ahead at the many records of the start, class 2 for most of training."""
+    early, late = torch.tensor([0.1, 0.6, 0.2, 0.1]), torch.tensor([0.1, 0.2, 0.6, 0.1])
+    q = torch.stack([early] * 5 + [late] * 2)[:, None]
+    paths = made(q, torch.tensor([0]), torch.tensor([0, 1, 2, 3, 4, 5, 90]))
+    assert paths.corners(0) == (0, 2)
+    assert int(paths.average().argmax(1)) == 2
 
 
 def test_learned_and_forgotten() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ntkit.errors import InputError, StoreError
+from ntkit.solve.losses import require_classes
 
 # Corners of the triangle on which three classes are drawn.
 CORNERS = ((0.0, 0.0), (1.0, 0.0), (0.5, math.sqrt(0.75)))
@@ -43,7 +46,7 @@ class Paths:
         """Check the shapes.
 
         Raises:
-            InputError: if they do not fit, or steps do not ascend.
+            InputError: if they do not fit, are of one class, or steps do not ascend.
         """
         if self.logits.ndim != 3 or self.steps.shape != self.logits.shape[:1] or 0 in self.logits.shape:
             got = f"{tuple(self.logits.shape)} and {tuple(self.steps.shape)}"
@@ -51,6 +54,7 @@ class Paths:
         if bool((self.steps[1:] <= self.steps[:-1]).any()):
             raise InputError("steps of a path have to ascend: merge recordings with merge(...)")
         count, classes = self.logits.shape[1:]
+        require_classes(classes)
         if self.labels is not None:
             if self.labels.shape != (count,) or self.labels.is_floating_point():
                 raise InputError(f"labels are {count} classes: got {tuple(self.labels.shape)}, {self.labels.dtype}")
@@ -104,20 +108,20 @@ class Paths:
             yield inner
             now = inner[-1]
 
-    def area(self) -> Tensor:
-        """Mean over the steps of the probability of the label, (n,): low for what is learned late or never.
+    def average(self) -> Tensor:
+        """Mean over the steps of the probabilities, (n, C), float64.
 
         The mean is over steps of training, not over records, so that a sparse schedule says the same.
+        """
+        return self._over_training(self.probabilities)
+
+    def area(self) -> Tensor:
+        """The same of the label alone, (n,): low for what is learned late or never.
 
         Raises:
             InputError: if there are no labels.
         """
-        q, steps = self._of_label(), self.steps.double()
-        if len(steps) == 1:
-            return q[0].double()
-        widths = steps.diff()[:, None]
-        middles = (q[1:] + q[:-1]).double() / 2
-        return (widths * middles).sum(0) / (steps[-1] - steps[0])
+        return self._over_training(self._of_label())
 
     def learned_at(self) -> Tensor:
         """The first recorded step from which on the label is the likeliest class; -1 where it is not at the end, (n,).
@@ -171,7 +175,7 @@ class Paths:
     def reduced(self, probe: int, weight: float = 1.0) -> Tensor:
         """One path for a triangle: the probabilities of its label, of the runner-up and of all the rest, (T, 3).
 
-        With three classes they stand in their own order. The runner-up is the other class with the largest mean.
+        With three classes they stand in their own order. The runner-up is the other class with the largest `average`.
 
         Args:
             probe: its number.
@@ -212,8 +216,8 @@ class Paths:
         if classes == 3:
             return 0, 1, 2
         label = int(self._labels()[probe])
-        means = self.probabilities[:, probe].mean(0).index_fill(0, torch.tensor([label]), -1.0)
-        return label, int(means.argmax())
+        means = self._over_training(self.logits[:, probe].softmax(1))
+        return label, int(means.index_fill(0, torch.tensor([label]), -1.0).argmax())
 
     def picked(self, numbers: Sequence[int]) -> Paths:
         """Some probes alone.
@@ -257,18 +261,27 @@ class Paths:
             StoreError: if it is not such a file.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:  # numpy leaves it open else
                 labels = torch.from_numpy(file["labels"]) if "labels" in file else None
                 return cls(
                     torch.from_numpy(file["steps"]), torch.from_numpy(file["logits"]), labels, str(file["probes"])
                 )
-        except (OSError, ValueError, KeyError) as error:
-            raise StoreError(f"{path}: no recorded paths ({error})") from error
+        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            raise StoreError(f"{path}: no recorded paths, or damaged ({error})") from error
 
     def _labels(self) -> Tensor:
         if self.labels is None:
             raise InputError("this needs the probes' labels: record with PathRecorder(..., labels=classes)")
         return self.labels
+
+    def _over_training(self, values: Tensor) -> Tensor:
+        """Mean over the steps of what has been recorded, (T, ...): between two records it goes in a straight line."""
+        if len(self.steps) == 1:
+            return values[0].double()
+        halves, shares = self.steps.double().diff() / 2, torch.zeros(len(self.steps), dtype=torch.float64)
+        shares[:-1] += halves
+        shares[1:] += halves
+        return torch.tensordot(shares / shares.sum(), values.double(), 1)
 
     def _of_label(self) -> Tensor:
         index = self._labels().expand(len(self.steps), -1)[..., None]

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError, StoreError
+from ntkit.solve.losses import require_classes
 from ntkit.tangent.examples import Examples
-from ntkit.tangent.identity import architecture, content
+from ntkit.tangent.identity import architecture, content, describe
 from ntkit.uses.dynamics.looking import as_step, check_independent, said
 from ntkit.uses.dynamics.paths import Paths
 from ntkit.uses.dynamics.schedules import Every, Schedule
@@ -68,7 +69,8 @@ class PathRecorder:
 
         Raises:
             InputError: if labels do not fit.
-            StoreError: if the folder holds records of other probes, or cannot be read or written.
+            StoreError: if the folder holds records of other probes, labels or another `select`, or cannot be read or
+                written.
         """
         self._examples = Examples(x)
         self._labels = None if labels is None else torch.as_tensor(labels).cpu().long()
@@ -113,7 +115,7 @@ class PathRecorder:
 
         Raises:
             InputError: if the step is no number or not after the last one (see `rewind`), the network fails on the
-                probes, or a label is none of its classes.
+                probes, has one output alone, or a label is none of its classes.
             ModelError: if the model is another one than before, mixes its examples, or its outputs are not finite.
             StoreError: if it cannot be written; what was recorded is kept.
         """
@@ -131,8 +133,9 @@ class PathRecorder:
             raise ModelError(f"the network gives {len(found)} outputs for {len(self._examples)} probes")
         if self._records and found.shape != self._records[0].shape:
             raise ModelError(f"the network has {found.shape[1]} outputs, before it had {self._records[0].shape[1]}")
-        if not self._records:
-            check_classes(self._labels, found.shape[1])  # now, and not when training is over
+        if not self._records:  # now, and not when training is over
+            require_classes(found.shape[1])
+            check_classes(self._labels, found.shape[1])
         if not bool(torch.isfinite(found).all()):
             raise ModelError(
                 f"outputs at step {step} are not finite: training has diverged. The {len(self)} records before are kept"
@@ -217,8 +220,7 @@ class PathRecorder:
             if not self._steps:
                 folder.mkdir(parents=True, exist_ok=True)
                 facts = {
-                    "version": VERSION, "probes": self._digest, "architecture": self._architecture,
-                    "shape": list(found.shape), "labels": None if self._labels is None else self._labels.tolist(),
+                    "version": VERSION, **self._facts(), "architecture": self._architecture, "shape": list(found.shape)
                 }  # fmt: skip
                 part = folder / "probes.json.part"
                 part.write_text(json.dumps(facts))
@@ -238,6 +240,11 @@ class PathRecorder:
         except OSError as error:
             raise StoreError(f"{path}: cannot write the record ({error}). Those before are kept") from error
 
+    def _facts(self) -> dict[str, Any]:
+        """What has to be the same for a recording to go on."""
+        labels = None if self._labels is None else self._labels.tolist()
+        return {"probes": self._digest, "labels": labels, "select": describe(self._select)}
+
     def _resume(self, folder: Path) -> None:
         try:
             facts = json.loads((folder / "probes.json").read_text())
@@ -245,8 +252,9 @@ class PathRecorder:
             raise StoreError(f"{folder}: cannot read the recorded paths ({error})") from error
         if facts.get("version") != VERSION:
             raise StoreError(f"{folder}: paths of format {facts.get('version')}, this is {VERSION}")
-        labels = None if self._labels is None else self._labels.tolist()
-        for name, mine in (("probes", self._digest), ("labels", labels)):
+        own = self._facts()
+        facts.setdefault("select", own["select"])  # recordings of before it was compared do not have it
+        for name, mine in own.items():
             if facts[name] != mine:
                 raise StoreError(f"{folder} holds paths of other {name}: take another folder, or the same {name}")
         shape = tuple(facts["shape"])
