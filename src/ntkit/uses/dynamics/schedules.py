@@ -41,6 +41,22 @@ class Every(Schedule):
 
 
 @dataclass(frozen=True)
+class AndLast(Schedule):
+    """Another schedule's steps, and the last one of training.
+
+    Attributes:
+        schedule: the other.
+        last: number of the last step.
+    """
+
+    schedule: Schedule
+    last: int
+
+    def due(self, step: int) -> bool:  # noqa: D102
+        return step == self.last or self.schedule.due(step)
+
+
+@dataclass(frozen=True)
 class Logarithmic(Schedule):
     """All steps at first, then ever more rarely: evenly on a log scale.
 

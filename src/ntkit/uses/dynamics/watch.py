@@ -21,7 +21,7 @@ from ntkit.uses.dynamics.kernels import KernelPath, KernelRecorder
 from ntkit.uses.dynamics.looking import said
 from ntkit.uses.dynamics.paths import Paths
 from ntkit.uses.dynamics.recorder import PathRecorder
-from ntkit.uses.dynamics.schedules import Logarithmic, Schedule
+from ntkit.uses.dynamics.schedules import AndLast, Logarithmic, Schedule
 
 # Seconds between checkpoints.
 APART = 20.0
@@ -67,7 +67,8 @@ class Look:
     Attributes:
         probes: training examples whose paths are recorded, at most.
         kernel_examples: of those, how many the kernel is computed on.
-        schedule: of the paths; the kernel is computed some six times as rarely as the default.
+        schedule: of the paths; the kernel is computed some six times as rarely as the default. Both are looked at
+            after the last step too.
     """
 
     probes: int = 1000
@@ -122,12 +123,12 @@ def watch(
     """Train a network and watch what becomes of its predictions and of its kernel.
 
     The model that is given is trained. With a folder a killed run goes on from its last checkpoint, given the same
-    network, data and run.
+    network, data, run and look, and a generator in the same state.
 
     Args:
         model: freshly made.
-        train: (x, y), classes.
-        test: (x, y).
+        train: (x, y), classes (N,).
+        test: (x, y), classes (M,).
         generator: draws probes and the order of examples.
         run: how to train.
         look: what to look at.
@@ -135,37 +136,39 @@ def watch(
         progress: called with (steps done, steps in all).
 
     Raises:
-        InputError: if anything does not fit.
+        InputError: if anything does not fit; nothing has been trained or written then.
         ModelError: if training diverges; what was recorded is kept.
         StoreError: if the folder holds another run, or cannot be written.
     """
     run, look = Run() if run is None else run, Look() if look is None else look
     (x, y), examples = train, Examples(train[0])
-    if y.shape != (len(examples),) or y.is_floating_point():
-        raise InputError(f"y are classes ({len(examples)},): got {tuple(y.shape)}, {y.dtype}")
+    for name, data in (("train", train), ("test", test)):
+        _check(name, *data, model)
     seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device).item())
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     seen = order[: look.probes].sort().values
     identity = digest([
-        architecture(model), *model.state_dict().values(), content(examples), y, describe(run), describe(look)
+        architecture(model), *model.state_dict().values(), content(examples), y, content(Examples(test[0])), test[1],
+        str(seed), describe(run), describe(look),
     ])  # fmt: skip
     place = None if folder is None else Path(folder)
     optimizer = run.optimizer(model.parameters())
     watched = examples.pick(seen.tolist())
-    recorder = PathRecorder(watched, labels=y[seen], folder=place, schedule=look.schedule)
+    recorder = PathRecorder(watched, labels=y[seen], folder=place, schedule=AndLast(look.schedule, run.steps))
     few = seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed + 1))[: look.kernel_examples]]
-    kernels = KernelRecorder(examples.pick(few.tolist()), labels=y[few], schedule=Logarithmic(5))
+    rarely = AndLast(Logarithmic(5), run.steps)
+    kernels = KernelRecorder(examples.pick(few.tolist()), labels=y[few], schedule=rarely)
     state = _State(model, optimizer, kernels, identity, place)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         start = state.load()
         recorder.rewind(start + 1 if start else 0)
         if not start:
-            _look(recorder, kernels, state, model, 0, (x, y), test, run)
+            _look(recorder, kernels, state, model, 0, (x, y), test)
         saved = time.monotonic()
         for step in range(start + 1, run.steps + 1):
             _update(model, optimizer, examples, y, _batch(step, len(examples), run.batch_size, seed), run.loss)
-            _look(recorder, kernels, state, model, step, (x, y), test, run)
+            _look(recorder, kernels, state, model, step, (x, y), test)
             if time.monotonic() - saved > APART or step == run.steps:
                 state.save(step)
                 saved = time.monotonic()
@@ -175,6 +178,19 @@ def watch(
     paths = recorder.paths()
     left = tuple(one for one in recorder.replaced() if not _again(one, paths))
     return Watched(paths, watched, kernels.path(), scores[:, 0].long(), scores[:, 1], scores[:, 2], left)
+
+
+def _check(name: str, x: Any, y: Tensor, model: nn.Module) -> None:
+    """Refuse what is no class of the network, whose outputs are those of the first example."""
+    examples = Examples(x)
+    if y.shape != (len(examples),) or y.is_floating_point():
+        raise InputError(f"{name}: y are classes ({len(examples)},): got {tuple(y.shape)}, {y.dtype}")
+    outputs = said(model, Examples(examples.pick([0])), None, 1).shape[1]
+    if int(y.min()) < 0 or int(y.max()) >= outputs:
+        raise InputError(
+            f"{name}: y are classes from 0 to {outputs - 1}, the network has {outputs} outputs: got {int(y.min())} to "
+            f"{int(y.max())}"
+        )
 
 
 def _again(old: Paths, paths: Paths) -> bool:
@@ -192,10 +208,9 @@ def _look(
     step: int,
     train: tuple[Any, Tensor],
     test: tuple[Any, Tensor],
-    run: Run,
 ) -> None:
     recorder.record(model, step)
-    if kernels.record(model, step) or step == run.steps:
+    if kernels.record(model, step):
         state.scores.append([step, _accuracy(model, *train), _accuracy(model, *test)])
 
 
@@ -254,7 +269,9 @@ class _State:
         except Exception as error:  # torch says in many ways that a file is none
             raise StoreError(f"{self.path}: no checkpoint ({error})") from error
         if found.get("identity") != self.identity:
-            raise StoreError(f"{self.path} is of another network, other data or another run: take another folder")
+            raise StoreError(
+                f"{self.path} is of another network, other data, another seed or another run: take another folder"
+            )
         self.model.load_state_dict(found["model"])
         self.optimizer.load_state_dict(found["optimizer"])
         torch.set_rng_state(found["random"])
