@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,23 @@ def test_a_page_and_what_is_behind_it(here: Path) -> None:
     assert run("pathnets:pair", "two.npz", "--steps", "30", "--out", "two")[0] == 0  # no triangle for two classes
 
 
+def test_doubt_is_over_training_not_over_records(here: Path) -> None:
+    """One label in four is wrong: doubt has the same mean over the steps as the area, up to the last."""
+    draw, data = np.random.default_rng(1), np.load(here / "data.npz")
+    np.savez(here / "noisy.npz", x=data["x"], y=(data["y"] + (draw.random(90) < 0.25)) % 4)
+    code, text = run("pathnets:net", "noisy.npz", "--steps", "119", "--batch", "16", "--out", "out")
+    assert code == 0, text
+    results = json.loads((here / "out" / "results.json").read_text())
+    paths = Paths.load(here / "out" / "paths.npz")
+    assert int(paths.steps[-1]) == results["kernel"]["steps"][-1] == results["steps"][-1] == 119
+    said, labels = paths.average().argmax(1), torch.tensor(results["labels"])
+    assert results["said"] == said.tolist()
+    assert said.tolist() != paths.probabilities.mean(0).argmax(1).tolist()
+    doubted = int((said != labels).sum())
+    assert doubted > 3
+    assert f"{doubted} labels are doubtful" in (here / "out" / "index.html").read_text()
+
+
 def test_goes_on_after_a_kill(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed before the page is written, the same command ends with the same numbers."""
     command = ("pathnets:net", "data.npz", "--steps", "60", "--batch", "16", "--out")
@@ -128,6 +146,47 @@ def test_what_was_set_aside_is_kept(here: Path, monkeypatch: pytest.MonkeyPatch)
     assert run(*command, "--force")[0] == 0
     assert torch.equal(Paths.load(here / "out" / "replaced-1.npz").logits, old.logits)
     assert torch.equal(Paths.load(here / "out" / "replaced-2.npz").logits, old.logits)
+
+
+def test_few_probes_and_one_class(here: Path) -> None:
+    """A page of two probes, and one of a class alone, with which no kernel can agree."""
+    code, text = run("pathnets:net", "data.npz", "--steps", "30", "--probes", "2", "--out", "few")
+    assert code == 0, text
+    assert len(json.loads((here / "few" / "results.json").read_text())["area"]) == 2
+    x = np.load(here / "data.npz")["x"]
+    np.savez(here / "one.npz", x=x, y=np.ones(len(x), dtype=np.int64))
+    code, text = run("pathnets:net", "one.npz", "--steps", "30", "--out", "one")
+    assert code == 0, text
+    turned = re.findall(r"The kernel turned by [^<]*", (here / "one" / "index.html").read_text())
+    assert len(turned) == 1
+    assert turned[0].endswith("to the end).")
+
+
+def test_nothing_but_its_own_is_deleted(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that only has the name is refused before any work; what is put beside a run's files stays."""
+    own = here / "out.part"
+    own.mkdir()
+    (own / "thesis.txt").write_text("mine")
+    command = ("pathnets:net", "data.npz", "--steps", "20", "--out", "out")
+    code, text = run(*command)
+    assert code == 2
+    assert "thesis.txt" in text
+    assert [path.name for path in own.iterdir()] == ["thesis.txt"]
+    (own / "thesis.txt").unlink()
+    assert run(*command)[0] == 0
+    assert not own.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "render", lambda _: sys.exit(9))
+        assert run(*command, "--force")[0] == 9
+    (own / "thesis.txt").write_text("mine")
+    assert run(*command, "--force")[0] == 0
+    assert [path.name for path in own.iterdir()] == ["thesis.txt"]
+    (own / "thesis.txt").unlink()
+    own.rmdir()
+    own.write_text("mine, too")
+    code, text = run(*command, "--force")
+    assert code == 2
+    assert "is a file" in text
 
 
 def test_what_is_refused(here: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
 
 # So many of the hardest examples are shown.
 SHOWN = 12
-# A label that the network gave less than this on the average over its training is called suspicious.
-DOUBTED = 0.5
+# Names of what a run has in FOLDER.part; nothing else there is ever deleted.
+KEPT = (
+    "checkpoint.pt", "checkpoint.part", "probes.json", "probes.json.part", "records.bin", "paths.npz", "paths.npz.part",
+    "replaced-*.bin", "replaced-*.npz", "replaced-*.part",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class LearningResult:
         forgotten: how often a probe was right and then wrong.
         detour: length of the path over the distance it covers.
         labels: of the probes.
-        said: the class that the network gave on the average over training.
+        said: the likeliest class by the mean over training.
         seconds: all of it.
         made: versions and the machine.
     """
@@ -116,11 +120,14 @@ def run_paths(folder: Path, own: Learning, *, force: bool = False, listener: Lis
         listener: is told what is being done.
 
     Raises:
-        InputError: if anything the user named cannot be used; nothing has been computed then.
+        InputError: if anything the user named cannot be used, or FOLDER.part holds something else; nothing has been
+            computed then.
         ModelError: if training diverges, or the network has no tangent kernel.
         StoreError: if FOLDER.part is of another run.
     """
     check_folder(folder, force=force)
+    work = folder.with_name(folder.name + ".part")
+    _check_work(work)
     start = time.perf_counter()
     model = own.factory.build(seed=own.cut.seed, dtype=own.dtype)
     if own.weights is not None:
@@ -134,7 +141,6 @@ def run_paths(folder: Path, own: Learning, *, force: bool = False, listener: Lis
         if own.adam
         else partial(torch.optim.SGD, lr=own.learning_rate, momentum=0.9)
     )
-    work = folder.with_name(folder.name + ".part")
     listener.step("training and watching")
     seen = watch(
         model, (data.x_train, data.y_train), (data.x_test, data.y_test),
@@ -147,14 +153,43 @@ def run_paths(folder: Path, own: Learning, *, force: bool = False, listener: Lis
         factory=own.factory.spec, data=data.said, parameters=sum(p.numel() for p in model.parameters()),
         steps=seen.steps, train=seen.train, test=seen.test, kernel=seen.kernel, area=paths.area(),
         learned_at=paths.learned_at(), forgotten=paths.forgotten(), detour=paths.detour(),
-        labels=paths.labels if paths.labels is not None else torch.empty(0), said=paths.probabilities.mean(0).argmax(1),
+        labels=paths.labels if paths.labels is not None else torch.empty(0), said=paths.average().argmax(1),
         seconds=time.perf_counter() - start,
     )  # fmt: skip
     text = render(_page(own, result, seen, task))
     recorded = _recorded(work, folder, seen)
     write_folder(folder, {**recorded, "results.json": as_json(result), "index.html": text}, force=force)
-    shutil.rmtree(work, ignore_errors=True)  # all that it held is in the folder now
+    _remove(work)  # all that it held is in the folder now
     return result
+
+
+def _check_work(work: Path) -> None:
+    """Refuse a folder that is not that of an earlier run, before anything is written to it or deleted from it.
+
+    Raises:
+        InputError: naming what is in it.
+    """
+    if not work.exists() or (work / "probes.json").exists():
+        return
+    other = sorted(path.name for path in work.iterdir() if not _is_ours(path)) if work.is_dir() else []
+    if other or not work.is_dir():
+        raise InputError(
+            f"what is recorded is kept in {work} until the page is written, and that "
+            f"{f'holds {other[0]}' if other else 'is a file'}: move it away, or choose another folder with --out"
+        )
+
+
+def _remove(work: Path) -> None:
+    """Delete what the run has kept; the folder too, unless there is something else in it."""
+    with suppress(OSError):  # the page is written: what cannot be deleted is left
+        for path in list(work.iterdir()):
+            if _is_ours(path):
+                path.unlink()
+        work.rmdir()
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_file() and any(path.match(name) for name in KEPT)
 
 
 def _recorded(work: Path, folder: Path, seen: Watched) -> dict[str, Path]:
@@ -173,18 +208,22 @@ def _recorded(work: Path, folder: Path, seen: Watched) -> dict[str, Path]:
 
 def _page(own: Learning, result: LearningResult, seen: Watched, task: Task) -> Page:
     paths, order = seen.paths, result.area.argsort()
-    doubted = (result.area < DOUBTED) & (result.said != result.labels)
+    doubted = result.said != result.labels
     never = int((result.learned_at < 0).sum())
-    turned = float(seen.kernel.cosine[-1])
+    turned, aligned = float(seen.kernel.cosine[-1]), [float(seen.kernel.alignment[place]) for place in (0, -1)]
+    agreement = (
+        f", and its agreement with the labels went from {number(aligned[0])} to {number(aligned[1])}"
+        if all(map(math.isfinite, aligned))
+        else ""  # there is none with labels that are all the same
+    )
     findings = [
         f"Of {count(len(order))} training examples that were watched, {count(len(order) - never)} ended with their "
         f"label as the likeliest class; half of these had it for good from step "
         f"{count(int(result.learned_at[result.learned_at >= 0].median())) if never < len(order) else '-'} on.",
-        f"{count(int(doubted.sum()))} labels are doubtful: through most of training the network held another class to "
-        "be likelier. They are the first to look at for wrong labels.",
+        f"{count(int(doubted.sum()))} labels are doubtful: on the average over training the network held another class "
+        "to be likelier. They are the first to look at for wrong labels.",
         f"The kernel turned by {number(turned)} (cosine distance; 0 is a lazy network that its first kernel describes "
-        f"to the end), and its agreement with the labels went from {number(float(seen.kernel.alignment[0]))} to "
-        f"{number(float(seen.kernel.alignment[-1]))}.",
+        f"to the end){agreement}.",
     ]
     return Page(
         title=f"How {own.factory.name} learns",

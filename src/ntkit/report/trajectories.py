@@ -96,6 +96,8 @@ def easy_to_hard(paths: Paths) -> str:
         for name, some, colour in zip(
             ("easiest third", "middle", "hardest third"), order.tensor_split(3), (GREEN, BLUE, RED), strict=True
         ):
+            if not len(some):
+                continue  # fewer than three probes
             low, middle, high = torch.quantile(q[:, some], torch.tensor([0.25, 0.5, 0.75]), dim=1).numpy()
             axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
             axes.plot(steps, middle, color=colour, label=name)
@@ -114,7 +116,10 @@ def kernel_motion(path: KernelPath) -> str:
         axes = drawing.axes
         steps = path.steps.clamp_min(1).numpy()
         axes.plot(steps, path.cosine.numpy(), color=VIOLET, marker="o", markersize=3, label="turned (cosine distance)")
-        axes.plot(steps, path.alignment.numpy(), color=ORANGE, marker="o", markersize=3, label="agreement with labels")
+        if not bool(path.alignment.isnan().all()):
+            axes.plot(
+                steps, path.alignment.numpy(), color=ORANGE, marker="o", markersize=3, label="agreement with labels"
+            )
         axes.set_xscale("log")
         axes.set_ylim(0, 1)
         axes.set_xlabel("steps")
