@@ -7,6 +7,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +109,30 @@ def test_probe_stops_by_energy_and_keeps_what_it_is_told_to(here: Path) -> None:
     assert "body.3 re-initialised below it" in (here / "fresh" / "index.html").read_text()
 
 
+def test_a_sweep_that_is_handed_back_has_its_networks(here: Path) -> None:
+    from ntkit.report.finetuning import Sweeping, run_probe
+    from ntkit.report.inputs import load_factory
+    from ntkit.uses.study import Silence
+
+    own = Sweeping(load_factory("backbones:net"), here / "data.npz", "fc", taus=(0, 2), epochs=1, batch_size=32)
+    found = run_probe(here / "out", own, listener=Silence())
+    assert not (here / "out.part").exists()
+    best = load_file(here / "out" / "best.safetensors")
+    assert all(torch.equal(t, best[name]) for name, t in found.network().state_dict().items())
+    assert {path.parent for path in found.weights.values() if isinstance(path, Path)} == {here / "out"}
+    assert found.network(0) is not None
+
+
+def test_networks_of_an_earlier_sweep_do_not_stay_beside_those_of_the_next(here: Path) -> None:
+    for taus, kept in (("0,2", ["tau-0000.safetensors", "tau-0002.safetensors"]), ("0", ["tau-0000.safetensors"])):
+        code, text = run(
+            "probe", "backbones:net", "data.npz", "--head", "fc", "--taus", taus, "--epochs", "1", "--out", "out",
+            "--force",
+        )  # fmt: skip
+        assert code == 0, text
+        assert sorted(path.name for path in (here / "out").glob("tau-*")) == kept
+
+
 def test_nothing_is_lost_when_the_page_cannot_be_written(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was computed stays in FOLDER.part, and the same command writes the page from it."""
     from ntkit.report import finetuning
@@ -125,9 +150,9 @@ def test_nothing_is_lost_when_the_page_cannot_be_written(here: Path, monkeypatch
     assert not (here / "out").exists()
     first = {tau: load_file(here / "out.part" / f"tau-000{tau}.safetensors") for tau in (0, 2)}
 
-    def last(folder: Path, contents: dict[str, str | Path], *, force: bool) -> None:
+    def last(folder: Path, contents: dict[str, str | Path], **how: Any) -> None:
         assert list(contents)[-1] == "index.html"
-        written(folder, contents, force=force)
+        written(folder, contents, **how)
 
     monkeypatch.setattr(finetuning, "write_folder", last)
     monkeypatch.setattr("ntkit.uses.finetune.probe._finetuned", full)  # nothing is computed again

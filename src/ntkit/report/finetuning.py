@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ntkit.errors import InputError
-from ntkit.report.files import as_json, check_folder, write_folder
+from ntkit.report.files import as_json, check_folder, earlier_results, write_folder
 from ntkit.report.inputs import Cut, Data, Factory, load_data, load_factory, load_weights
 from ntkit.report.page import Card, Figure, Page, Section, Table, render
 from ntkit.report.pictures import SIZE, drawn
@@ -151,9 +151,10 @@ def run_probe(folder: Path, own: Sweeping, *, force: bool = False, listener: Lis
     tuned = {f"tau-{tau:04d}.safetensors": path for tau, path in found.weights.items() if isinstance(path, Path)}
     # the page comes last: where it is, everything is
     contents = {best.name: best, **tuned, "results.json": as_json(results), "index.html": text}
-    write_folder(folder, contents, force=force)
+    earlier = folder.glob("tau-*.safetensors") if "energies" in earlier_results(folder) else ()
+    write_folder(folder, contents, force=force, outdated=[path.name for path in earlier])
     shutil.rmtree(work, ignore_errors=True)  # all networks are in the folder now
-    return found
+    return replace(found, weights={tau: folder / f"tau-{tau:04d}.safetensors" for tau in found.weights})
 
 
 @dataclass(frozen=True)
