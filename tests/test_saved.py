@@ -125,6 +125,39 @@ def test_smaller_types_on_disk(dtype: torch.dtype, error: float, tmp_path: Path)
     torch.testing.assert_close(saved.dense().double(), truth("full"), rtol=error, atol=error)
 
 
+def test_a_kernel_in_bfloat16_is_stored_in_a_type_that_holds_it(tmp_path: Path) -> None:
+    matrix = truth("trace").bfloat16()
+    saved = ntkit.DenseKernel(matrix).save(tmp_path / "k.zarr", dtype=torch.float32)
+    assert torch.equal(saved.dense(), matrix.float())
+
+
+def test_a_rounded_copy_is_not_the_exact_matrix(tmp_path: Path) -> None:
+    rounded = in_tiles().save(tmp_path / "k16.zarr", dtype=torch.float16)
+    assert rounded.identity() == {**in_tiles().identity(), "stored": "float16"}
+    copied = rounded.save(tmp_path / "b.zarr")
+    assert copied.identity() == rounded.identity()  # nothing more was lost
+    (tmp_path / "b.zarr" / "records" / "0-0.json").unlink()
+    with pytest.raises(StoreError, match=r"is of something else .*stored: float16 on disk, nothing now"):
+        in_tiles().save(tmp_path / "b.zarr", dtype=torch.float32)
+    assert in_tiles().save(tmp_path / "k.zarr").identity() == in_tiles().identity()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_what_an_older_store_holds_is_told_by_what_it_says(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The precision of a network, or nothing at all: then it is not taken for exact."""
+    for kernel, says in ((in_tiles(), True), (ntkit.DenseKernel(truth("full")), False)):
+        path = tmp_path / f"{says}.zarr"
+        kernel.save(path, dtype=dtype)
+        file = path / "zarr.json"
+        described = json.loads(file.read_text())
+        del described["attributes"]["ntkit"]["facts"]["precision"]
+        file.write_text(json.dumps(described))
+        exact = says and dtype == torch.float64
+        more = {} if exact else {"stored": str(dtype).removeprefix("torch.")}
+        assert ntkit.open_kernel(path).identity() == {**kernel.identity(), **more}
+        kernel.save(path, dtype=dtype)  # it is gone on with as before
+
+
 def test_a_solve_from_disk(tmp_path: Path) -> None:
     from ntkit.solve.direct import Cholesky
 
@@ -680,9 +713,55 @@ def test_a_full_disk_is_said_and_nothing_is_damaged() -> None:
     assert found.stdout == "fine\n", found.stderr
 
 
-def test_entries_that_do_not_fit_the_type_are_said(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"do not fit into float16 .* scale the kernel"):
-        (1e6 * in_tiles()).save(tmp_path / "k.zarr", dtype=torch.float16)
+@pytest.mark.parametrize(
+    ("factor", "dtype", "message"),
+    [
+        (1e6, torch.float16, "do not fit into float16"),
+        (1e-9, torch.float16, r"entries of at most .*e-09 are lost in float16"),
+        (1e-6, torch.float16, r"entries of at most .*e-06 are lost in float16"),  # digits of them
+        (1e-42, torch.float32, "are lost in float32"),
+        (1e42, torch.float32, "do not fit into float32"),
+    ],
+)
+def test_entries_that_do_not_fit_the_type_are_said_before_anything_is_done(
+    factor: float, dtype: torch.dtype, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(StoreError, match=f"{message}.* scale the kernel"):
+        (factor * in_tiles()).save(tmp_path / "k.zarr", dtype=dtype)
+    assert not (tmp_path / "k.zarr").exists()
+
+
+class Cut(ntkit.DenseKernel):
+    """In tiles of five rows."""
+
+    def tile_rows(self, memory: int) -> int:
+        return 5
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("last", "message"), [(1e5, "do not fit into"), (1e-8, "are lost in")])
+def test_entries_that_do_not_fit_the_type_are_said_when_they_come(
+    symmetric: bool, last: float, message: str, tmp_path: Path
+) -> None:
+    matrix = torch.block_diag(torch.eye(10), last * torch.eye(5)).double()
+    kernel = Cut(matrix if symmetric else matrix[:, 10:] + matrix[:, :5], symmetric=symmetric)
+    with pytest.raises(StoreError, match=f"{message} float16"):
+        kernel.save(tmp_path / "k.zarr", dtype=torch.float16)
+    assert len(Store.open(tmp_path / "k.zarr").finished()) < Store.open(tmp_path / "k.zarr").layout.count
+
+
+def test_small_entries_beside_a_large_diagonal_are_kept(tmp_path: Path) -> None:
+    """Examples that have little to do with each other: what is lost is nothing beside their lengths."""
+    matrix = torch.eye(15).double() + 1e-9
+    saved = Cut(matrix).save(tmp_path / "k.zarr", dtype=torch.float16)
+    torch.testing.assert_close(saved.dense(), matrix.float(), rtol=0, atol=1e-8)
+    zeros = Cut(torch.zeros(15, 15).double()).save(tmp_path / "zeros.zarr", dtype=torch.float16)
+    assert not zeros.dense().any()
+
+
+def test_what_half_precision_has_lost_before_is_stored_as_it_is(tmp_path: Path) -> None:
+    matrix = (1e-6 * torch.eye(7)).half()
+    assert torch.equal(ntkit.DenseKernel(matrix).save(tmp_path / "k.zarr").dense(), matrix.float())
 
 
 def occupied(path: Path) -> None:
@@ -700,6 +779,8 @@ REFUSALS: list[tuple[str, Callable[[Path], Any], type[Exception], str]] = [
     ("another program's array", lambda p: (another_array(p), in_tiles().save(p)), InputError, "not one written by"),
     ("no such folder", lambda p: in_tiles().save(p / "a" / "b"), InputError, "does not exist: make it"),
     ("a type for no disk", lambda p: in_tiles().save(p, dtype=torch.bfloat16), InputError, "one of the types"),
+    ("a type for no disk by itself", lambda p: ntkit.DenseKernel(torch.eye(3).bfloat16()).save(p), InputError,
+     "one of the types float16, float32, float64: got bfloat16. Give one of them"),
     ("another type than before", lambda p: (in_tiles().save(p), in_tiles().save(p, dtype=torch.float32)), StoreError,
      "float64, and .* of float32 were asked for"),
     ("no memory", lambda p: in_tiles().save(p, memory=0), InputError, "positive number of bytes"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from ntkit.errors import InputError, StoreError, StoreWarning
 from ntkit.kernel.base import Kernel, bounds
 from ntkit.kernel.memory import checked_memory
-from ntkit.kernel.store import CHUNK, DTYPES, Layout, Store, Tile, check_place, check_room, lock
+from ntkit.kernel.store import CHUNK, Layout, Store, Tile, check_place, check_range, check_room, check_type, lock
 from ntkit.kernel.tasks import Workers, as_workers
 
 # Pieces of work per worker at least, so that they finish at about the same time.
@@ -39,18 +39,15 @@ class SavedKernel(Kernel):
         """Read a finished store.
 
         Raises:
+            InputError: if it holds sketched features.
             StoreError: if tiles are missing, or files of theirs are missing or cut short, which are named.
         """
-        troubles = store.troubles()
-        if troubles:
-            damaged, count = [words for words in troubles.values() if words], len(store.layout.tiles())
-            missing = len(troubles) - len(damaged)
-            said = [f"{missing} of {count} tiles are missing"] if missing else []
-            said += [f"{len(damaged)} of {count} tiles are damaged: {'; '.join(damaged[:10])}"] if damaged else []
-            raise StoreError(
-                f"{store.path} is not finished: {', '.join(said)}. Run the command that wrote it again, and it goes on "
-                "from there"
+        if holds_features(store):
+            raise InputError(
+                f"{store.path} holds sketched features, not a matrix: open them by "
+                "ntkit.kernel.features.open_features(path)"
             )
+        require_finished(store)
         self.store = store
         self.scalars = int(store.facts["scalars"])
 
@@ -114,8 +111,12 @@ class SavedKernel(Kernel):
                 out[cols] += block.T @ other[rows]
         return out
 
-    def identity(self) -> dict[str, str]:  # noqa: D102
-        return dict(self.store.identity)
+    def identity(self) -> dict[str, str]:
+        """That of the kernel that was saved, and the type on disk where entries have been rounded to it."""
+        identity, stored = dict(self.store.identity), self.store.layout.dtype
+        # older stores have no such fact; if nothing says what the entries were, they may have been rounded
+        was = self.store.facts.get("precision", identity.get("precision"))
+        return identity if was == stored else {**identity, "stored": stored}
 
     def verify(self) -> None:
         """Read every tile and compare it with its checksum.
@@ -135,10 +136,35 @@ def open_kernel(path: str | os.PathLike[str]) -> SavedKernel:
     """A matrix that `Kernel.save` or `ntkit kernel --out K.zarr` has written.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is none, or features are there instead.
         StoreError: if it is not finished.
     """
     return SavedKernel(Store.open(Path(path)))
+
+
+def holds_features(store: Store) -> bool:
+    """Whether a store is of features, by `FeatureMap.save`."""
+    # not by its identity, which the matrix of their inner products may share
+    return "seed" in store.facts
+
+
+def require_finished(store: Store) -> None:
+    """Refuse what cannot be read to its end.
+
+    Raises:
+        StoreError: if tiles are missing, or files of theirs are missing or cut short, which are named.
+    """
+    troubles = store.troubles()
+    if not troubles:
+        return
+    damaged, count = [words for words in troubles.values() if words], len(store.layout.tiles())
+    missing = len(troubles) - len(damaged)
+    said = [f"{missing} of {count} tiles are missing"] if missing else []
+    said += [f"{len(damaged)} of {count} tiles are damaged: {'; '.join(damaged[:10])}"] if damaged else []
+    raise StoreError(
+        f"{store.path} is not finished: {', '.join(said)}. Run the command that wrote it again, and it goes on from "
+        "there"
+    )
 
 
 def save_kernel(
@@ -155,7 +181,7 @@ def save_kernel(
     budget = checked_memory(memory) // crew.count
     layout = layout_of(kernel, str(dtype or kernel.dtype).removeprefix("torch."), budget)
     # the same budget again when it goes on: the size of chunks decides how sums are rounded
-    facts = {"scalars": kernel.scalars, "memory": budget}
+    facts = {"scalars": kernel.scalars, "memory": budget, "precision": str(kernel.dtype).removeprefix("torch.")}
     with begin(Path(path), layout, kernel.identity(), facts, lambda: corner(kernel)) as store:
         fill(store, crew, compute, kernel, lambda tiles: pieces(tiles, crew.count), progress)
     return SavedKernel(store)
@@ -176,7 +202,8 @@ def begin(
 
     Raises:
         InputError: if the place cannot be used.
-        StoreError: if what is there is of something else, another run is writing, or the disk has no room.
+        StoreError: if what is there is of something else, another run is writing, the disk has no room, or these
+            entries of a symmetric matrix do not fit into the type on disk.
     """
     check_place(place)
     if Store.exists(place):  # refused before anything is touched
@@ -184,6 +211,8 @@ def begin(
     else:
         check_room(place, layout)
     values = sample()
+    if layout.symmetric:  # the diagonal is among them, and says how large entries are
+        check_range(as_array(values), layout.dtype)
     if Store.exists(place):
         compare(Store.open(place), values)
     with lock(place) as run:
@@ -286,8 +315,7 @@ def layout_of(kernel: Kernel, dtype: str, memory: int, shape: tuple[int, int] | 
     rows, cols = shape or kernel.shape
     if rows == 0 or cols == 0:
         raise InputError(f"a matrix on disk has entries: got shape {(rows, cols)}")
-    if dtype not in DTYPES:
-        raise InputError(f"a matrix on disk is of one of the types {', '.join(DTYPES)}: got {dtype}")
+    check_type(dtype)
     most, unit = kernel.tile_rows(memory), math.lcm(kernel.scalars, CHUNK)
     if unit > most // 4:  # tiles too small for round numbers
         unit = kernel.scalars
@@ -337,8 +365,13 @@ def compute(kernel: Kernel, task: tuple[Store, Sequence[Tile]]) -> Iterator[None
     rows = store.layout.slices(left[0])[0]
     columns = [store.layout.slices(tile)[1] for tile in left]
     for tile, values in zip(left, kernel.stripe(rows, columns, memory=store.facts["memory"]), strict=True):
-        store.write(tile, values.cpu().numpy())
+        store.write(tile, as_array(values))
         yield
+
+
+def as_array(values: Tensor) -> np.ndarray:
+    """Entries for NumPy, which has no bfloat16."""
+    return (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy()
 
 
 def _even(length: int, most: int, unit: int) -> int:

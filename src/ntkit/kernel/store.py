@@ -260,15 +260,14 @@ class Store:
         """
         rows, cols = self.layout.slices(tile)
         assert values.shape == (rows.stop - rows.start, cols.stop - cols.start)
-        with np.errstate(over="ignore"):  # said in words below
+        with np.errstate(over="ignore", under="ignore"):  # said in words below
             converted = values.astype(self.layout.dtype, copy=False)
         if not np.isfinite(converted).all():
-            if np.isfinite(values).all():
-                raise StoreError(
-                    f"entries up to {np.abs(values).max():.3g} do not fit into {self.layout.dtype} (largest "
-                    f"{np.finfo(self.layout.dtype).max:.3g}): store float32, or scale the kernel, (1e-3 * kernel).save"
-                )
+            check_range(values, self.layout.dtype)
             raise StoreError(f"tile {tile} has entries that are not finite")
+        # of a symmetric matrix the diagonal says how large entries are; those far from it may be as small as they like
+        if converted is not values and (not self.layout.symmetric or tile[0] == tile[1]):
+            check_range(values, self.layout.dtype)
         record, shard = self._record_path(tile), self._shard(tile)
         with full_disk(self.path), self._partial(shard) as whole, self._partial(record) as note:
             content = self._encoded(tile, converted)
@@ -472,6 +471,43 @@ def check_place(path: Path) -> None:
         raise InputError(f"cannot write to {path if path.is_dir() else parent}: choose another place")
     if path.exists() and not Store.exists(path) and not _is_left_over(path):
         raise InputError(f"{path} exists and is not a matrix written by ntkit: choose another place, or remove it")
+
+
+def check_type(dtype: str) -> None:
+    """Refuse what no disk takes.
+
+    Raises:
+        InputError: with the types that there are.
+    """
+    if dtype not in DTYPES:
+        raise InputError(
+            f"what is on disk is of one of the types {', '.join(DTYPES)}: got {dtype}. Give one of them, dtype=..., or "
+            "convert the model"
+        )
+
+
+def check_range(values: np.ndarray, dtype: str) -> None:
+    """Refuse entries that a smaller type does not hold: some too large, or all too small.
+
+    Raises:
+        StoreError: with the largest.
+    """
+    there, here = np.finfo(dtype), np.finfo(values.dtype)
+    if here.max <= there.max and here.tiny >= there.tiny:
+        return
+    most, least = float(there.max), float(there.tiny)
+    largest = max(abs(float(values.min())), abs(float(values.max())))  # NaN is not for this to judge
+    wider = "float32" if dtype == "float16" else "float64"
+    if most < largest < math.inf:
+        raise StoreError(
+            f"entries up to {largest:.3g} do not fit into {dtype} (largest {most:.3g}): store {wider}, or scale the "
+            "kernel, (1e-3 * kernel).save"
+        )
+    if 0 < largest < least:
+        raise StoreError(
+            f"entries of at most {largest:.3g} are lost in {dtype}, which has all its digits from {least:.3g} on: "
+            f"store {wider}, or scale the kernel, (1e3 * kernel).save"
+        )
 
 
 def check_room(path: Path, layout: Layout) -> None:
