@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,39 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     torch.testing.assert_close(again.features(), made.features())
     assert seen == [(7, 30), (14, 30), (21, 30), (28, 30), (30, 30)]
+
+
+def test_batches_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features that fit into memory once are made in memory for them once, and for a batch."""
+    monkeypatch.setattr(making, "MOST", 4)
+    block, kept, most = ntkit.FeatureMap.block, [], []
+
+    def watched(self: ntkit.FeatureMap, *args: Any) -> Tensor:
+        most.append(sum(found() is not None for found in kept))
+        made = block(self, *args)
+        kept.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(ntkit.FeatureMap, "block", watched)
+    ntkit.features(tangent(), images(), size=50, generator=seeded())
+    assert len(most) == 8
+    assert max(most) <= 1
+
+
+def test_a_map_on_another_device_draws_for_itself() -> None:
+    made = ntkit.FeatureMap(tangent(), Sketch(50, 3))
+    there = made.to("cpu")
+    assert there.sketch == made.sketch
+    assert there.sketch is not made.sketch
+    assert torch.equal(there(images()), made(images()))
+
+
+def test_one_sketch_of_two_networks() -> None:
+    sketch, x = Sketch(50, 3), images(4).flatten(1)
+    for width in (30, 20):
+        model = nn.Sequential(nn.Linear(50, width), nn.ReLU(), nn.Linear(width, 3)).double()
+        linear = ntkit.linearize(model)
+        assert torch.equal(ntkit.FeatureMap(linear, sketch)(x), ntkit.FeatureMap(linear, Sketch(50, 3))(x))
 
 
 @pytest.mark.parametrize("trace", [False, True])
@@ -193,6 +227,61 @@ def test_features_of_something_else_are_refused(saved: tuple[Path, ntkit.Feature
     made, x = other()
     with pytest.raises(StoreError, match=f"is of something else.*{name}"):
         made.save(x, saved[0])
+
+
+def test_features_that_an_older_version_has_drawn_are_read_and_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("zarr", minversion="3", reason="zarr 3 needs Python 3.11")
+    made = ntkit.FeatureMap(tangent(), Sketch(50, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "RULE", 1)
+        before = made.save(images(), tmp_path / "f.zarr").features()
+    with pytest.raises(StoreError, match=r"is of something else.*sketch: D=50 seed=3 rule=1 on disk"):
+        made.save(images(), tmp_path / "f.zarr")
+    with pytest.raises(StoreError, match="what differs: sketch"):
+        making.open_features(tmp_path / "f.zarr", made)
+    assert torch.equal(making.open_features(tmp_path / "f.zarr").features(), before)
+
+
+def test_features_are_opened_again(saved: tuple[Path, ntkit.FeatureMap]) -> None:
+    path, made = saved
+    kernel = making.open_features(path)
+    torch.testing.assert_close(kernel.features(), made(images()), rtol=1e-12, atol=1e-12)
+    assert kernel.scalars == 3
+    assert kernel.map is None
+    again = making.open_features(path, made, images())
+    assert again.map is made
+    assert again.error(examples=10, generator=seeded()).error < 1
+
+
+def test_features_are_not_opened_as_something_else(saved: tuple[Path, ntkit.FeatureMap], tmp_path: Path) -> None:
+    path, made = saved
+    with pytest.raises(InputError, match=r"holds sketched features, not a matrix: open them by .*open_features"):
+        ntkit.open_kernel(path)
+    making.FeatureKernel(made(images(4)), made, images(4)).save(tmp_path / "k.zarr")
+    with pytest.raises(InputError, match=r"holds a matrix, not features: open it by ntkit.open_kernel"):
+        making.open_features(tmp_path / "k.zarr")
+    assert ntkit.open_kernel(tmp_path / "k.zarr").shape == (12, 12)
+    for name, other, x in (
+        ("parameters", ntkit.FeatureMap(tangent(1), Sketch(50, 3)), None),
+        ("sketch", ntkit.FeatureMap(tangent(), Sketch(50, 4)), None),
+        ("rows", made, images(seed=5)),
+    ):
+        with pytest.raises(StoreError, match=rf"are of something else \(what differs: {name}\)"):
+            making.open_features(path, other, x)
+    (path / "records" / "1-0.json").unlink()
+    with pytest.raises(StoreError, match="1 of 4 tiles are missing"):
+        making.open_features(path)
+
+
+def test_types_that_no_disk_takes_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("zarr", minversion="3", reason="zarr 3 needs Python 3.11")
+    made = ntkit.FeatureMap(ntkit.linearize(network().bfloat16()), Sketch(50, 3))
+    monkeypatch.setattr(ntkit.FeatureMap, "block", None)
+    with pytest.raises(InputError, match=r"one of the types .*: got bfloat16.* convert the model"):
+        made.save(images().bfloat16(), tmp_path / "f.zarr")
+    assert not (tmp_path / "f.zarr").exists()
 
 
 class Unseen(nn.Sequential):

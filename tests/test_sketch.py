@@ -121,6 +121,52 @@ def test_sketches_are_unbiased_and_no_noisier_than_gaussian_ones(
     assert errors.square().mean() < 1.25 * bound
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize(
+    ("size", "scalars", "shape"), [(32, 12, (16, 30)), (32, 12, (30, 16)), (16, 1, (40, 40)), (16, 3, (20, 24))]
+)
+def test_more_lines_than_features_are_no_noisier(
+    size: int, scalars: int, shape: tuple[int, int], parallel: bool
+) -> None:
+    """Of several rounds, two lines begin in the same bucket now and then."""
+    times, (lines, length) = 1500, sorted(shape)
+    x, y = (draw(scalars, lines, 1, seed=s) * draw(length, seed=9) for s in (1, 2))
+    if not parallel:
+        x, y = draw(scalars, lines, length, seed=1), draw(scalars, lines, length, seed=2)
+    y = x + 0.3 * y
+    both = torch.stack([x, y])
+    rows = Rows(both if shape[0] <= shape[1] else both.mT.contiguous())
+    products = []
+    for seed in range(times):
+        found = Sketch(size, seed, True).of(only(rows))[:, 0]
+        products.append(found[0] @ found[1])
+    errors = torch.stack(products) - (x * y).sum() / scalars
+    bound = dense_variance(x, y) / size / scalars**2
+    assert abs(errors.mean()) < 4 * math.sqrt(bound / times)
+    assert errors.square().mean() < 1.25 * bound
+
+
+@given(st.integers(1, 30), st.integers(1, 60), st.integers(1, 40), st.integers(1, 4))
+@settings(deadline=None)
+def test_lines_of_one_round_begin_apart_and_others_have_other_signs(o: int, i: int, size: int, scalars: int) -> None:
+    found = Hash.draw((o, i), size, scalars, draw(1), torch.Generator().manual_seed(o))
+    _, lines, blocks = found.start.shape
+    rounds: dict[int, list[int]] = {}
+    for k in range(scalars):
+        for block in range(blocks):
+            covered = torch.arange(lines)
+            turns = list(found.turns(k, block))
+            assert torch.equal(torch.cat([covered[some] for _, some in turns]), covered)
+            assert lines > size or len(turns) == 1  # which would take more Fourier transforms
+            for place, some in turns:
+                (turn,) = {found.turn(k, line, block) for line in range(lines)[some]}
+                assert torch.equal(place, found.place[turn])
+                rounds.setdefault(turn, []).extend(found.start[k, some, block].tolist())
+    assert sorted(rounds) == list(range(len(found.place)))
+    assert all(len(set(starts)) == len(starts) for starts in rounds.values())
+    assert found.place.numel() <= 2 * found.start.numel() + size  # no more than there are lines, or D
+
+
 def test_scalars_of_a_trace_have_sketches_of_their_own() -> None:
     factor = linear(3, 4, 2, 9, 8)
     exact = torch.einsum("nkoi,mkoi->nm", factor.rows(), factor.rows()) / 4
@@ -176,6 +222,21 @@ def test_another_process_draws_the_same() -> None:
     assert again == sketch
     assert torch.equal(again.of(only(factor)), sketch.of(only(factor)))
     assert not torch.equal(Sketch(20, 6, True).of(only(factor)), sketch.of(only(factor)))
+
+
+def test_one_sketch_for_several_networks() -> None:
+    """It draws for each what a new one draws, whatever it has met before."""
+    sketch, single = Sketch(20, 5, True), linear(2, 2, 1, 9, 8)
+    single = Outer(single.inputs.float(), single.cotangents.float(), single.shape, False)
+    small, large = Rows(draw(2, 2, 3)), Rows(draw(2, 2, 4, 9))
+    before = {Part("a", (0,), True): small, Part("b", (1,), True): Rows(draw(2, 2, 3)), Part("c", (2,), True): large}
+    after = dict(list(before.items())[1:])
+    for found in (
+        *map(only, (linear(2, 2, 1, 9, 8), linear(2, 2, 1, 9, 12), linear(2, 3, 1, 9, 8), linear(2, 2, 1, 9, 8))),
+        Derivatives(draw(2, 2).float(), {Part("w", (0,), True): single}),
+        Derivatives(draw(2, 2), before), Derivatives(draw(2, 2), after),
+    ):  # fmt: skip
+        assert torch.equal(sketch.of(found), Sketch(20, 5, True).of(found))
 
 
 @pytest.mark.parametrize("size", [0, -3, 2.5, True])

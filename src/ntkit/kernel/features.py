@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ntkit.errors import InputError, ModelError
+from ntkit.errors import InputError, ModelError, StoreError
 from ntkit.kernel.base import Kernel, bounds, strips
 from ntkit.kernel.fidelity import relative_error
 from ntkit.kernel.memory import default_memory
 from ntkit.kernel.plan import FEWEST, human_bytes, sizes
-from ntkit.kernel.saved import SAMPLED, begin, fill
-from ntkit.kernel.store import Layout, Store, Tile
+from ntkit.kernel.saved import SAMPLED, begin, fill, holds_features, require_finished
+from ntkit.kernel.store import Layout, Store, Tile, check_type
 from ntkit.kernel.tasks import Workers, as_workers
 from ntkit.tangent.identity import content
-from ntkit.tangent.sketch import Sketch
+from ntkit.tangent.sketch import RULE, Sketch
 
 if TYPE_CHECKING:
     from ntkit.tangent.linearize import Tangent
@@ -67,12 +67,22 @@ class FeatureMap:
             ModelError: if some of them take another path through the model than the first.
         """
         examples = self.tangent.examples(x)
-        found = []
-        for start, stop in self.batches(examples):
-            found.append(self.block(examples, start, stop))
+        return self.rows(examples, 0, len(examples), progress)
+
+    def rows(self, examples: Any, start: int, stop: int, progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """Features of examples start:stop, batch after batch. Memory: theirs, and one batch's."""
+        out = None
+        for a, b in self.batches(examples, start, stop):
+            block = self.block(examples, a, b)
+            k = len(block) // (b - a)
+            if out is None:  # made once: blocks that are put together at the end would take as much again
+                out = block.new_empty((stop - start) * k, block.shape[1])
+            out[(a - start) * k : (b - start) * k] = block
+            del block  # before the next one is made
             if progress is not None:
-                progress(stop, len(examples))
-        return torch.cat(found)
+                progress(b, stop)
+        assert out is not None
+        return out
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +91,7 @@ class FeatureMap:
 
     def to(self, device: torch.device | str) -> FeatureMap:
         """The same map of a copy of the network on another device."""
-        return FeatureMap(self.tangent.to(device), self.sketch)
+        return FeatureMap(self.tangent.to(device), replace(self.sketch))
 
     def rows_per_example(self, x: Any) -> int:
         """K, or 1 with `trace`."""
@@ -115,11 +125,13 @@ class FeatureMap:
 
     def identity(self, x: Any) -> dict[str, str]:
         """What the features of some examples depend on. Cost: reads the parameters and all examples once."""
-        sketch = f"D={self.sketch.size} seed={self.sketch.seed}"
+        return {**self.described(), "rows": content(self.tangent.examples(x))}
+
+    def described(self) -> dict[str, str]:
+        """What the features of any examples depend on besides these. Cost: reads the parameters once."""
+        sketch = f"D={self.sketch.size} seed={self.sketch.seed} rule={RULE}"
         kind = "trace features" if self.sketch.trace else "features"
-        return {
-            "kernel": kind, **self.tangent.identity(), "sketch": sketch, "rows": content(self.tangent.examples(x))
-        }  # fmt: skip
+        return {"kernel": kind, **self.tangent.identity(), "sketch": sketch}
 
     def save(
         self,
@@ -142,8 +154,9 @@ class FeatureMap:
             StoreError: if `path` holds features of something else, the disk is full, or another run is writing there.
         """
         examples, crew = self.tangent.examples(x), as_workers(workers)
-        k = self.rows_per_example(examples)
         name = str(self.tangent.dtype).removeprefix("torch.")
+        check_type(name)
+        k = self.rows_per_example(examples)
         edge = max(1, EDGE // k) * k
         layout = Layout((len(examples) * k, self.sketch.size), (edge, self.sketch.size), name, False)
         facts = {"scalars": k, "seed": self.sketch.seed, "trace": self.sketch.trace}
@@ -160,8 +173,7 @@ def _compute(shared: tuple[FeatureMap, Any], task: tuple[Store, Tile]) -> Iterat
         return
     examples, k = features.tangent.examples(x), store.facts["scalars"]
     rows = store.layout.slices(tile)[0]
-    blocks = [features.block(examples, a, b) for a, b in features.batches(examples, rows.start // k, rows.stop // k)]
-    store.write(tile, torch.cat(blocks).cpu().numpy())
+    store.write(tile, features.rows(examples, rows.start // k, rows.stop // k).cpu().numpy())
     yield
 
 
@@ -304,6 +316,33 @@ class FeatureKernel(Kernel):
         if self.map is None or self.x is None:
             return super().identity()
         return self.map.identity(self.x)
+
+
+def open_features(path: str | os.PathLike[str], map: FeatureMap | None = None, x: Any = None) -> FeatureKernel:
+    """Features that `FeatureMap.save` has written.
+
+    Args:
+        path: the folder.
+        map: what made them, for features of other examples and for `error`.
+        x: the examples, where they are at hand: `error` draws from them.
+
+    Raises:
+        InputError: if there are none.
+        StoreError: if they are not finished, or not of this map and these examples.
+    """
+    store = Store.open(Path(path))
+    if not holds_features(store):
+        raise InputError(f"{path} holds a matrix, not features: open it by ntkit.open_kernel(path)")
+    require_finished(store)
+    if map is not None:
+        asked = map.described() if x is None else map.identity(x)
+        other = [name for name, value in asked.items() if store.identity.get(name) != value]
+        if other:
+            raise StoreError(
+                f"the features at {path} are of something else (what differs: {', '.join(other)}): give the map that "
+                "made them and the examples that they are of, or neither"
+            )
+    return FeatureKernel(store, map, x)
 
 
 def features(

@@ -3,14 +3,15 @@
 A sketch S has independent parts for the parameters; that of one parameter with entries (line, place) adds the entry,
 with a random sign, to one of D buckets:
 
-    bucket(line, place) = start(line) + place  (mod D),      sign = sign(line) * sign(place)
+    bucket(line, place) = start(line) + place  (mod D),      sign = sign(line) * sign(round, place)
 
 so that a line of the gradient goes to D neighbouring buckets without meeting itself (one longer than D is cut first),
 and two lines meet shifted by a random distance. <S x, S y> is unbiased for <x, y>, with the variance of a dense
-Gaussian sketch, (|x|^2 |y|^2 + <x, y>^2) / D, or less: entries of one line never meet, the signs of different pairs
-that do are uncorrelated, and starts are drawn without replacement, so that two lines never meet unshifted (they would
-meet in all places at once, with one sign). Parameters of at most D entries are put one behind the other: each is kept
-as it is, and a network of at most D parameters is sketched without any error.
+Gaussian sketch, (|x|^2 |y|^2 + <x, y>^2) / D, or less: entries of one line never meet, and the signs of different pairs
+that do are uncorrelated. They would not be where two lines meet unshifted, in all places at once and with one sign:
+starts are drawn without replacement, anew for every D lines or so, and each such round has signs of its own for the
+places of a line. Parameters of at most D entries are put one behind the other: each is kept as it is, and a network
+of at most D parameters is sketched without any error.
 
 Why not the product of two small projections, U R V^T with d1 d2 = D: its variance is about 2/d1 + 2/d2 instead of 2/D
 where gradients are close to rank one, and those of convolutions are (see `docs/scale.md`).
@@ -24,7 +25,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +37,8 @@ from ntkit.tangent.derivatives import Derivatives, Part
 from ntkit.tangent.factors import Factor, Lookup, Outer, Rows
 from ntkit.tangent.workspace import Workspace
 
+# How maps are drawn: 1 had the same signs for all rounds. Features by another rule do not go together with these.
+RULE = 2
 # Rows formed at a time.
 FORMED = 32 * 2**20
 # Nanoseconds on two CPU cores, measured on 32 and 64 examples with all that goes with each: of a Fourier transform of
@@ -51,7 +56,7 @@ class Hash:
         across: whether lines run along the first axis instead of the others; they run along the longer one.
         start: first bucket of each line, (k, lines, blocks); k is 1 if all scalars share one sketch.
         sign: of each line, the same shape, +-1.
-        place: sign of each place of a line, (length,).
+        place: sign of each place of a line, (rounds, length), or (rounds, D) for lines that are cut.
         size: D.
     """
 
@@ -73,15 +78,16 @@ class Hash:
         lines, length = (rest, height) if across else (height, rest)
         blocks = -(-length // size)
         count = scalars * lines * blocks
+        drawn = _round(lines, size)
+        rounds = max(1, -(-count // drawn))
         if count * length <= size:  # all fit one behind the other
             start = first + torch.arange(count) * length
         else:
-            rounds = [torch.randperm(size, generator=generator) for _ in range(-(-count // size))]
-            start = torch.cat(rounds)[:count]
-        table = (scalars, lines, blocks)
+            start = torch.cat([torch.randperm(size, generator=generator)[:drawn] for _ in range(rounds)])[:count]
+        start = (start % size).view(scalars, blocks, lines).mT.contiguous()
         return cls(
-            shape, across, (start % size).view(table).to(like.device), _signs(count, generator).view(table).to(like),
-            _signs(length, generator).to(like), size,
+            shape, across, start.to(like.device), _signs(generator, *start.shape).to(like),
+            _signs(generator, rounds, min(length, size)).to(like), size,
         )  # fmt: skip
 
     def matrix(self, rows: Tensor) -> Tensor:
@@ -94,7 +100,8 @@ class Hash:
 
     def add(self, rows: Tensor, out: Tensor) -> None:
         """Add rows (n, k, *shape) to buckets, (n, 1 or k, 2 D): those past D belong to the beginning."""
-        matrix = self.matrix(rows)
+        matrix, places, count = self.matrix(rows), self.place.unbind(), self.start[0].numel()
+        drawn = _round(self.start.shape[1], self.size)
         for k, lines in enumerate(self.start.tolist()):
             mine = matrix[:, k : k + 1] if len(self.start) > 1 else matrix
             signs = self.sign[k].tolist()
@@ -103,14 +110,28 @@ class Hash:
                     here = slice(block * self.size, (block + 1) * self.size)
                     part = mine[:, :, line, here]
                     room = out[:, :, start : start + part.shape[2]]
-                    room.addcmul_(part, self.place[here], value=signs[line][block])
+                    # its `turn`, without the time that a call takes
+                    place = places[(k * count + block * len(lines) + line) // drawn]
+                    room.addcmul_(part, place[: part.shape[2]], value=signs[line][block])
 
     def buckets(self, first: Tensor, rest: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Bucket and sign of entries, by their indices along the first axis and along the others, for scalar k."""
         line, place = (rest, first) if self.across else (first, rest)
-        block = place // self.size
-        bucket = (self.start[k, line, block] + place % self.size) % self.size
-        return bucket, self.sign[k, line, block] * self.place[place]
+        block, place = place // self.size, place % self.size
+        bucket = (self.start[k, line, block] + place) % self.size
+        return bucket, self.sign[k, line, block] * self.place[self.turn(k, line, block), place]
+
+    def turn(self, k: int, line: Any, block: Any) -> Any:
+        """In which round a line was drawn, or each of several."""
+        _, lines, blocks = self.start.shape
+        return ((k * blocks + block) * lines + line) // _round(lines, self.size)
+
+    def turns(self, k: int, block: int) -> Iterator[tuple[Tensor, slice]]:
+        """The lines of a block by the round in which they were drawn, with the signs of their places."""
+        lines, drawn = self.start.shape[1], _round(self.start.shape[1], self.size)
+        for turn in range(self.turn(k, 0, block), self.turn(k, lines - 1, block) + 1):
+            first = turn * drawn - (k * self.start.shape[2] + block) * lines
+            yield self.place[turn], slice(max(first, 0), min(first + drawn, lines))
 
 
 @dataclass(frozen=True)
@@ -127,7 +148,8 @@ class Sketch:
     size: int
     seed: int
     trace: bool = False
-    _drawn: dict[Part, Hash] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # of the network that was met last, by what it was drawn for
+    _drawn: dict[Any, dict[Part, Hash]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the size.
@@ -153,10 +175,9 @@ class Sketch:
         like = derivatives.outputs
         out = like.new_zeros(n, 1 if self.trace else k, 2 * self.size)
         waves = like.new_zeros(n, out.shape[1], self.size // 2 + 1, dtype=_complex(like.dtype))
-        workspace, transformed = Workspace(FORMED), False
-        self._draw(derivatives)
+        workspace, transformed, drawn = Workspace(FORMED), False, self._draw(derivatives)
         for part, factor in derivatives.factors.items():
-            found = self._drawn[part]
+            found = drawn[part]
             if isinstance(factor, Lookup):
                 _add_lookup(found, factor, out)
             elif isinstance(factor, Outer) and _transforms(factor, found):
@@ -169,19 +190,23 @@ class Sketch:
             total += torch.fft.irfft(waves, n=self.size)
         return total / math.sqrt(k) if self.trace else total
 
-    def _draw(self, derivatives: Derivatives) -> None:
-        """Starts and signs of all parameters, when they are first met."""
-        if derivatives.factors.keys() <= self._drawn.keys():
-            return
-        first, scalars = 0, derivatives.scalars if self.trace else 1
+    def _draw(self, derivatives: Derivatives) -> dict[Part, Hash]:
+        """Starts and signs of all parameters: the same for all batches of a network, wherever it is."""
+        scalars = derivatives.scalars if self.trace else 1
+        shapes = tuple((part, f.shape, f.like.dtype, f.like.device) for part, f in derivatives.factors.items())
+        if (drawn := self._drawn.get((scalars, shapes))) is not None:
+            return drawn
+        first, drawn = 0, {}
         for part, factor in derivatives.factors.items():
             # each with a generator of its own: what one draws does not change the others
             name = f"{self.seed} {part.name} {part.terms}".encode()
             generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "big"))
-            found = Hash.draw(factor.shape, self.size, scalars, factor.like, generator, first)
-            self._drawn[part] = found
+            drawn[part] = Hash.draw(factor.shape, self.size, scalars, factor.like, generator, first)
             if scalars * math.prod(factor.shape) <= self.size:  # the small ones do not meet, as long as there is room
                 first = (first + scalars * math.prod(factor.shape)) % self.size
+        self._drawn.clear()
+        self._drawn[scalars, shapes] = drawn
+        return drawn
 
 
 def _add_rows(found: Hash, factor: Factor, out: Tensor, workspace: Workspace) -> None:
@@ -202,11 +227,11 @@ def _add_lookup(found: Hash, factor: Lookup, out: Tensor) -> None:
     n, k, t, o = factor.cotangents.shape
     features = torch.arange(o, device=factor.ids.device)
     ids = factor.ids.clamp(0, factor.shape[0] - 1)  # elsewhere the cotangents are zero
-    for scalar in range(k):
-        own = scalar if len(found.start) > 1 else 0
+    for own in range(len(found.start)):
         bucket, sign = found.buckets(ids[:, :, None].expand(n, t, o), features.expand(n, t, o), own)
-        room = out[:, 0 if out.shape[1] == 1 else scalar]
-        room.scatter_add_(1, bucket.reshape(n, -1), (sign * factor.cotangents[:, scalar]).reshape(n, -1))
+        for scalar in range(k) if len(found.start) == 1 else (own,):
+            room = out[:, 0 if out.shape[1] == 1 else scalar]
+            room.scatter_add_(1, bucket.reshape(n, -1), (sign * factor.cotangents[:, scalar]).reshape(n, -1))
 
 
 def _transforms(factor: Outer, found: Hash) -> bool:
@@ -214,8 +239,9 @@ def _transforms(factor: Outer, found: Hash) -> bool:
     work = factor.work
     if work.groups > 1 or len(factor.shape) != 2 or work.row_size <= found.size:
         return False
-    blocks = found.start.shape[2]
-    transforms = work.positions * (work.scalars + 1) * blocks * found.size * math.log2(max(2, found.size)) * TRANSFORM
+    _, lines, blocks = found.start.shape
+    count = (work.scalars + 1) * blocks * -(-lines // found.size)  # of transforms for a position
+    transforms = work.positions * count * found.size * math.log2(max(2, found.size)) * TRANSFORM
     return transforms < work.scalars * work.row_size * (work.positions * PRODUCT + BUCKET)
 
 
@@ -226,21 +252,29 @@ def _add_transformed(found: Hash, factor: Outer, waves: Tensor) -> None:
     along_cotangent = found.across == first_is_cotangent  # whether lines run along the cotangent's features
     for block in range(found.start.shape[2]):
         here = slice(block * found.size, (block + 1) * found.size)
-        if along_cotangent:
-            long, short = (g[..., here] * found.place[here]), a[:, None]
-        else:
-            long, short = (a[:, None, :, here] * found.place[here]), g
+        long, short = (g[..., here], a[:, None]) if along_cotangent else (a[:, None, :, here], g)
         for k in range(g.shape[1]):
             own = k if len(found.start) > 1 else 0
-            mine = [side[:, k if side.shape[1] > 1 else 0] for side in (long, short)]  # n t features
-            counted = mine[1].new_zeros(*mine[1].shape[:2], found.size)
-            counted.index_add_(2, found.start[own, :, block], mine[1] * found.sign[own, :, block])
-            product = (torch.fft.rfft(mine[0], n=found.size) * torch.fft.rfft(counted)).sum(1)
-            waves[:, 0 if waves.shape[1] == 1 else k] += product
+            line, all_short = (side[:, k if side.shape[1] > 1 else 0] for side in (long, short))  # n t features
+            for place, lines in found.turns(own, block):
+                some = all_short[..., lines] * found.sign[own, lines, block]
+                counted = some.new_zeros(*some.shape[:2], found.size)
+                counted.index_add_(2, found.start[own, lines, block], some)
+                shifted = torch.fft.rfft(line * place[: line.shape[2]], n=found.size)
+                waves[:, 0 if waves.shape[1] == 1 else k] += (shifted * torch.fft.rfft(counted)).sum(1)
 
 
-def _signs(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(2, (count,), generator=generator) * 2.0 - 1.0
+def _round(lines: int, size: int) -> int:
+    """How many lines are drawn in one round: as many as D buckets let begin apart, and none of a block cut needlessly.
+
+    A block whose lines are of several rounds takes as many Fourier transforms.
+    """
+    lines = max(1, lines)
+    return size // lines * lines if lines <= size else -(-lines // -(-lines // size))
+
+
+def _signs(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(2, shape, generator=generator) * 2.0 - 1.0
 
 
 def _complex(dtype: torch.dtype) -> torch.dtype:
