@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,8 +65,10 @@ def fixed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def plain_precision(device: torch.device) -> torch.autocast:
+def plain_precision(device: torch.device) -> AbstractContextManager[object]:
     """Products in the types of their operands, whatever the caller casts automatically."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 

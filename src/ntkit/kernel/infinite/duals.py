@@ -85,7 +85,8 @@ class PiecewiseLinear(Dual):
             angle = (math.pi - torch.atan2(height, c)) * (jump / (2 * math.pi))
             k = height * (jump / (2 * math.pi)) + angle * c
             return (k + product * c if product else k), (angle + product if derivative else None)
-        height = (a * b).addcmul_(c, c, value=-1).clamp_min_(0).sqrt_()
+        # two products rounded alike, so that an example and its copy have no angle; a fused one would leave 1e-8
+        height = (a * b).sub_(c.square()).clamp_min_(0).sqrt_()
         angle = torch.atan2(height, c).mul_(-1 / (2 * math.pi)).add_(0.5)
         k = height.mul_(1 / (2 * math.pi)).addcmul_(angle, c)
         if jump != 1:
