@@ -446,8 +446,12 @@ def test_one_logit_is_no_supervision() -> None:
     torch.manual_seed(0)
     x, single = torch.randn(N, 4, generator=seeded()), nn.Linear(4, 1)
     words = r"two classes or more.*torch\.stack\(\[0 \* z, z\], 1\)"
+    batches: list[int] = []
+    handle = single.register_forward_hook(lambda _module, _inputs, output: batches.append(len(output)))
     with pytest.raises(InputError, match=words):
-        TeacherTargets.of(single, x)
+        TeacherTargets.of(single, x, batch_size=5)
+    handle.remove()
+    assert batches == [5]  # not after all have been through
     with pytest.raises(InputError, match=words):
         Given(torch.ones(N, 1))
     found = TeacherTargets.of(single, x, select=lambda output: torch.stack([0 * output[:, 0], output[:, 0]], 1))
