@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ntkit.kernel.closed import RBF, DotProduct
     from ntkit.kernel.empirical import TangentKernel, empirical_ntk
     from ntkit.kernel.explicit import Nystrom, RandomFourier
-    from ntkit.kernel.features import FeatureKernel, FeatureMap, features, size_for
+    from ntkit.kernel.features import FeatureKernel, FeatureMap, features, open_features, size_for
     from ntkit.kernel.fully_connected import FullyConnected
     from ntkit.kernel.function import Empirical, KernelFunction
     from ntkit.kernel.infinite import InfiniteKernel, InfiniteWidth, infinite_ntk
@@ -83,6 +83,7 @@ __all__ = [
     "features",
     "infinite_ntk",
     "linearize",
+    "open_features",
     "open_kernel",
     "size_for",
 ]
@@ -120,6 +121,7 @@ _HOME = {
     "features": "ntkit.kernel.features",
     "infinite_ntk": "ntkit.kernel.infinite",
     "linearize": "ntkit.tangent.linearize",
+    "open_features": "ntkit.kernel.features",
     "open_kernel": "ntkit.kernel.saved",
     "size_for": "ntkit.kernel.features",
 }

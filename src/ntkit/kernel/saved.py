@@ -44,8 +44,7 @@ class SavedKernel(Kernel):
         """
         if holds_features(store):
             raise InputError(
-                f"{store.path} holds sketched features, not a matrix: open them by "
-                "ntkit.kernel.features.open_features(path)"
+                f"{store.path} holds sketched features, not a matrix: open them by ntkit.open_features(path)"
             )
         require_finished(store)
         self.store = store
