@@ -141,7 +141,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.pictures:
         draw(options.folder, options.pictures)
-    for rows in (anchor_table(), fashion_table(), fashion_table("conv")):
+    for rows in (anchor_table(), fashion_table(), fashion_table("cntk"), fashion_table("conv")):
         print("\n".join(rows), end="\n\n")
 
 
