@@ -127,6 +127,17 @@ def test_half_precision_does_not_hide_what_was_not_captured(dtype: torch.dtype) 
     assert oracles.relative_error(found.double(), wanted) < 20 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_does_not_hide_half_of_a_gradient(dtype: torch.dtype) -> None:
+    """One use of the parameter is seen, and the other is not."""
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.rand(16) + 0.5)
+    scale = Net(lambda self, x: _Times.apply(x, self.w) + x * self.w, w=w)
+    model = nn.Sequential(nn.Linear(8, 16), scale, nn.ReLU(), nn.Linear(16, 3)).to(dtype)
+    with pytest.warns(SlowRouteWarning, match=r"1\.w"):
+        ntkit.empirical_ntk(model, normal(5, 8).to(dtype))
+
+
 @pytest.mark.parametrize("order", ["the same frame twice", "frames"])
 def test_frames_that_neighbours_share_do_not_hide_whose_they_are(order: str) -> None:
     """(f_i, f_i+1): the second image of one example is the first of the next: values alone do not tell them apart."""

@@ -301,6 +301,20 @@ def test_more_examples_do_not_make_power_of_independence(statistic: Any) -> None
     assert float(np.median(found)) < 0.4
 
 
+@pytest.mark.parametrize("statistic", [twosample.Biased(), twosample.Debiased()])
+def test_the_null_of_independence_shrinks_as_it_is_told_to(statistic: Any) -> None:
+    found = [
+        twosample.independence_test(
+            normal(n, 1), normal(n, 1, seed=1), kernel_x=RBF(), kernel_y=RBF(), statistic=statistic, permutations=400,
+            generator=drawn(0),
+        )
+        for n in (25, 400)
+    ]  # fmt: skip
+    assert found[0].spread is not None
+    rate = math.log(float(found[0].null.std() / found[1].null.std())) / math.log(16)
+    assert rate == pytest.approx(found[0].spread.rate, abs=0.15)
+
+
 def test_a_statistic_that_is_all_bias_has_no_power() -> None:
     """A kernel so narrow that every order is as good as another."""
     found = twosample.independence_test(

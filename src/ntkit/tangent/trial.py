@@ -39,6 +39,7 @@ from ntkit.tangent.capture import (
 )
 from ntkit.tangent.derivatives import Part, partition
 from ntkit.tangent.factors import as_matrix
+from ntkit.tangent.generic import dense
 from ntkit.tangent.images import OVERWRITTEN
 from ntkit.tangent.layout import ExampleAxis, NoExampleAxis, grows, locate
 from ntkit.tangent.rules.local import local
@@ -534,9 +535,8 @@ def true_products(selection: Selection, number: Tensor) -> dict[str, Tensor]:
     vectors = probes(selection)
 
     def keep(name: str, gradient: Tensor) -> Tensor:
-        dense = gradient.to_dense() if gradient.is_sparse else gradient
-        found[name] = as_matrix(dense) @ vectors[name]
-        return torch.zeros_like(gradient) if gradient.is_sparse else dense.new_zeros(()).expand_as(dense)
+        found[name] = as_matrix(dense(gradient)) @ vectors[name]
+        return torch.zeros_like(gradient) if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
 
     hooks = [
         tensor.register_hook(partial(keep, name))

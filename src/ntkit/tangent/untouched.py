@@ -35,8 +35,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             torch.backends.cudnn.enabled = False  # its recurrent layers have no derivative in evaluation mode
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        plainly = torch.compiler.set_stance("force_eager"), plain_precision(device), torch.inference_mode(False)
-        with plainly[0], plainly[1], plainly[2], torch.enable_grad():
+        with (
+            torch.compiler.set_stance("force_eager"),
+            plain_precision(device),
+            torch.inference_mode(False),  # which switches gradients by itself, and so comes before them
+            torch.enable_grad(),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

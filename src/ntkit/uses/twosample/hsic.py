@@ -58,9 +58,17 @@ class Dependence(ABC):
     def centred(self, kernel: Tensor) -> Tensor:
         """A, (N, N), divided by the number of pairs."""
 
-    @abstractmethod
     def by_features(self, phi: Tensor, psi: Tensor, orders: Tensor) -> Tensor:
-        """The statistic for many orders (B, N) of the second features: phi (N, D) and psi (N, E) have no mean."""
+        """The statistic for many orders (B, N) of the second features: phi (N, D) and psi (N, E) have no mean.
+
+        Cost: N D E for each order, in one product.
+        """
+        product = torch.einsum("nd,bne->bde", phi, psi[orders]).square().sum((1, 2))
+        left, right = phi @ phi.sum(0), psi @ psi.sum(0)
+        if self.hollow:
+            own, other = phi.square().sum(1), psi.square().sum(1)
+            product, left, right = product - other[orders] @ own, left - own, right - other
+        return self.of(Sums(len(phi), product, right[orders] @ left, left.sum(), right.sum()))
 
 
 @dataclass(frozen=True)
@@ -80,10 +88,6 @@ class Biased(Dependence):
         """H K H / N^2."""
         rows = kernel.mean(1, keepdim=True)
         return (kernel - rows - rows.T + kernel.mean()) / len(kernel) ** 2
-
-    def by_features(self, phi: Tensor, psi: Tensor, orders: Tensor) -> Tensor:
-        """|phi^T psi|^2 / N^2. Cost: N D E for each order."""
-        return _crossed(phi, psi, orders) / len(phi) ** 2
 
 
 @dataclass(frozen=True)
@@ -111,18 +115,6 @@ class Debiased(Dependence):
         found = hollow - rows - rows.T + rows.sum() / (n - 1)
         found.diagonal().zero_()
         return found / (n * (n - 3))
-
-    def by_features(self, phi: Tensor, psi: Tensor, orders: Tensor) -> Tensor:
-        """From sums over different examples. Cost: N D E for each order."""
-        n = len(phi)
-        (own, r), (other, s) = ((t.square().sum(1), t @ t.sum(0) - t.square().sum(1)) for t in (phi, psi))
-        same = _crossed(phi, psi, orders) - other[orders] @ own
-        return (same - 2 / (n - 2) * (s[orders] @ r) + r.sum() * s.sum() / ((n - 1) * (n - 2))) / (n * (n - 3))
-
-
-def _crossed(phi: Tensor, psi: Tensor, orders: Tensor) -> Tensor:
-    """|phi^T psi[order]|^2 for each order, by one product."""
-    return torch.einsum("nd,bne->bde", phi, psi[orders]).square().sum((1, 2))
 
 
 def independence_test(
