@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ntkit.tangent.contract import contract
 from ntkit.tangent.factors import Convolution, Geometry, Outer
 from ntkit.tangent.factors.factor import rows_gram
+from ntkit.tangent.pixels import pixel_gram
 from ntkit.tangent.products import gram, symmetric_entries
 from ntkit.tangent.work import OuterWork, Way
 from ntkit.tangent.workspace import Workspace
@@ -127,6 +128,66 @@ def test_convolutions_of_many_examples(k: int, transposed: bool) -> None:
                 expected = torch.einsum("nki,mki->nm" if trace else "nki,mli->nkml", a, b)
             for room in (1, 20_000, 2**24):
                 assert torch.allclose(left.gram(other, trace=trace, workspace=Workspace(room)), expected, atol=1e-10)
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[Convolution, Convolution]:
+    """Any window, stride, padding, dilation, in one to three dimensions; the other side has images of another size."""
+    axes = draw(st.integers(1, 3))
+    each = [(draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))) for _ in range(axes)]
+    window, dilation, stride = (tuple(found) for found in zip(*each, strict=True))
+    padding = tuple((draw(st.integers(0, 2)), draw(st.integers(0, 2))) for _ in range(axes))
+    geometry = Geometry(window, stride, padding, dilation, 1)
+    c, k, o, n, m = (draw(st.integers(1, 3)) for _ in range(5))
+
+    def side(count: int, seed: int) -> Convolution:
+        space, places = [], []
+        for w, d, s, (before, behind) in zip(window, dilation, stride, padding, strict=True):
+            least = max(1, (w - 1) * d + 1 - before - behind)
+            space.append(draw(st.integers(least, least + 2)))
+            places.append((space[-1] + before + behind - (w - 1) * d - 1) // s + 1)
+        return Convolution(
+            random(count, c, *space, seed=seed), random(count, k, o, *places, seed=seed + 1), (o, c, *window), geometry
+        )
+
+    left = side(n, 0)
+    return left, left if draw(st.booleans()) else side(m, 5)
+
+
+@given(sides=convolutions(), trace=st.booleans(), room=st.sampled_from([1, 500, 2**24]))
+@settings(max_examples=300, deadline=None)
+def test_pairs_of_patches_from_pairs_of_pixels(sides: tuple[Convolution, Convolution], trace: bool, room: int) -> None:
+    left, right = sides
+    expected = by_definition(left.outer(), right.outer(), trace=trace)
+    with FlopCounterMode(display=False) as counter:
+        got = pixel_gram(left, right, trace=trace, workspace=Workspace(room))
+    assert torch.allclose(got, expected, atol=1e-10)
+    if left.work.by_pixels(right.work) and not left.work.single and room == 2**24:
+        counted = counter.get_total_flops()
+        assert left.work.products(Way.PAIRS, right.work, trace=trace, same=left is right) == counted
+
+
+def test_a_last_convolution_goes_by_pixels_and_takes_fewer_products() -> None:
+    """512 channels on 4 x 4 places: a ninth of the products of inputs, and no patch is unfolded."""
+    geometry = Geometry((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
+    factor = Convolution(random(3, 512, 4, 4), random(3, 1, 512, 4, 4, seed=1), (512, 512, 3, 3), geometry)
+    work = factor.work
+    assert work.way(work, trace=False, same=True) is Way.PAIRS
+    assert work.by_pixels(work)
+    with FlopCounterMode(display=False) as counter:
+        got = factor.gram(factor)
+    assert counter.get_total_flops() == work.products(Way.PAIRS, work, trace=False, same=True)
+    assert counter.get_total_flops() == 2 * 3 * 3 * 16 * 16 * (512 + 512)
+    expected = by_definition(factor.outer(), factor.outer(), trace=False)
+    assert torch.allclose(got, expected, rtol=1e-10, atol=1e-8 * float(expected.abs().max()))
+    strided = Convolution(
+        random(3, 64, 8, 8), random(3, 1, 64, 4, 4), (64, 64, 3, 3), Geometry((3, 3), (2, 2), ((1, 1),) * 2, (1, 1), 1)
+    )
+    assert not strided.work.by_pixels(strided.work)  # four times as many pixels as positions
+    single = Convolution(
+        random(3, 64, 4, 4), random(3, 1, 64, 4, 4), (64, 64, 1, 1), Geometry((1, 1), (1, 1), ((0, 0),) * 2, (1, 1), 1)
+    )
+    assert not single.work.by_pixels(single.work)
 
 
 # ---------------------------------------------------------------- which way

@@ -401,7 +401,7 @@ def _place(out: Tensor, block: Tensor, rows: tuple[int, int], cols: tuple[int, i
     """A block into its place, and where the matrix is symmetric into its mirror image's."""
     part = out[slice(*rows), slice(*cols)]
     if mirrored and rows == cols:
-        part.copy_((block + block.T) / 2)  # rounding differs above and below the diagonal
+        torch.add(block, block.T, out=part).mul_(0.5)  # rounding differs above and below the diagonal
     else:
         part.copy_(block)
         if mirrored:

@@ -205,7 +205,7 @@ def make_plan(found: Sizes, rows: int, cols: int, *, symmetric: bool, trace: boo
     scratch = min(pace.scratch, memory // 4)
     most = max(rows, cols)
     # large weights are read and rearranged for every chunk: it takes many examples to be worth it
-    capture = min(max(pace.capture, 3 * found.parameters), max(pace.capture, memory // 3))
+    capture = min(max(pace.capture, 6 * found.parameters), max(pace.capture, memory // 3))
     # what two chunks would hold is captured at once: that saves putting them together, which takes as much again
     if most * found.captured <= min(2 * capture, memory // 3):
         capture *= 2
@@ -364,7 +364,8 @@ def _reason(work: OuterWork, way: Way, flops: int, row_flops: int) -> str:
     if work.single:
         return f"(A A^T) * (G G^T): {instead}"
     if way is Way.PAIRS:
-        return f"pairs of {work.positions} positions: {human_flops(flops)} a pair, no rows to form"
+        how = ", patches by pixels" if work.by_pixels(work) else ""
+        return f"pairs of {work.positions} positions{how}: {human_flops(flops)} a pair, no rows to form"
     if way is Way.CARRIED:
         return f"cotangents carried between {work.positions} positions: {instead}, and no rows to form"
     return f"per-example rows of {work.row_size:,} over {work.positions} positions: {human_flops(row_flops)} a pair"

@@ -101,7 +101,8 @@ def _unit_vectors(scalars: Tensor, start: int, stop: int) -> Tensor:
     """(stop - start, n, K): what to pull back for each of these scalars."""
     n, count = scalars.shape
     units = torch.eye(count, dtype=scalars.dtype, device=scalars.device)[start:stop]
-    return units[:, None].expand(-1, n, -1)
+    # laid out in full: rows of one matrix for the first product, where views would make it one for each scalar
+    return units[:, None].expand(-1, n, -1).contiguous()
 
 
 def _together(scalars: Tensor, edges: list[tuple[Record, int]]) -> int:

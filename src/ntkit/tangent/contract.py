@@ -24,8 +24,10 @@ def contract(left: Outer, right: Outer, way: Way, *, trace: bool, workspace: Wor
     """Inner products of all rows, (n, k, m, l) or with `trace` (n, m), in any way but by rows."""
     if way is Way.CARRIED:
         return carried_gram(left, right, workspace=workspace)
-    single = left.work.single and right.work.single
-    return (single_gram if single else pairs_gram)(left, right, trace=trace, workspace=workspace)
+    if left.work.single and right.work.single:
+        cotangents, inputs = single_products(left, right, trace=trace, workspace=workspace)
+        return cotangents * inputs
+    return pairs_gram(left, right, trace=trace, workspace=workspace)
 
 
 def inner_or_gram(left: Tensor, right: Tensor) -> Tensor:
@@ -34,8 +36,11 @@ def inner_or_gram(left: Tensor, right: Tensor) -> Tensor:
     return gram(left) if same else inner(left, right)
 
 
-def single_gram(left: Outer, right: Outer, *, trace: bool, workspace: Workspace) -> Tensor:
-    """(A A^T) * (G G^T) for one position. G G^T is left in the workspace: a weight and its bias have it in common."""
+def single_products(left: Outer, right: Outer, *, trace: bool, workspace: Workspace) -> tuple[Tensor, Tensor]:
+    """G G^T and A A^T for one position: their elementwise product is the Gram matrix.
+
+    G G^T is left in the workspace: a weight and its bias have it in common.
+    """
     g, h = left.cotangents, right.cotangents
     key = (*((c.data_ptr(), c.shape, c.stride()) for c in (g, h)), trace)
     if key not in workspace.shared:
@@ -45,7 +50,7 @@ def single_gram(left: Outer, right: Outer, *, trace: bool, workspace: Workspace)
     gg = workspace.shared[key][0]
     a, b = left.inputs.reshape(g.shape[0], -1), right.inputs.reshape(h.shape[0], -1)
     aa = a * b.T if a.shape[1] == 1 else inner_or_gram(a, b)
-    return gg * (aa if trace else aa[:, None, :, None])
+    return gg, aa if trace else aa[:, None, :, None]
 
 
 def _cotangent_products(g: Tensor, h: Tensor) -> Tensor:

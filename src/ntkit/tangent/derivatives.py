@@ -97,10 +97,40 @@ class Derivatives:
     def gram(self, other: Derivatives, *, trace: bool = False, scratch: int | None = None) -> Tensor:
         """The kernel of two batches: (n*k, m*k) example-major, or with `trace` (n, m), the mean over k."""
         n, k, m = self.examples, self.scalars, other.examples
-        total = self.outputs.new_zeros((n, m) if trace else (n, k, m, k))
-        for _, gram in self.grams(other, trace=trace, scratch=scratch):
-            total += gram
-        return total.div_(k) if trace else total.view(n * k, m * k)
+        total: Tensor | None = None
+        for products, scale in self._products(other, trace=trace, workspace=self._workspace(scratch)):
+            # in the order in memory of the first, which is mostly that of all: scalars that went back together have
+            # theirs outermost, and adding in another order would take several times as long
+            if total is None:
+                total = products if scale is None else products * scale
+            else:
+                total = total.add_(products) if scale is None else total.addcmul_(products, scale)
+        if total is None:
+            total = self.outputs.new_zeros((n, m) if trace else (n, k, m, k))
+        return total.div_(k) if trace else total.reshape(n * k, m * k)
+
+    def _products(
+        self, other: Derivatives, *, trace: bool, workspace: Workspace
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Inner products of all parts, each with what it is still to be multiplied by.
+
+        What a weight and its bias have in common comes once, to be multiplied by the sum for both.
+        """
+        common: Tensor | None = None
+        scale: Tensor | None = None
+        for part, factor in self.factors.items():
+            with plain_precision(self.outputs.device):
+                products, own = factor.gram_factors(
+                    factor if other is self else other.factors[part], trace=trace, workspace=workspace
+                )
+            if products is common and own is not None and scale is not None:
+                scale = scale + own
+                continue
+            if common is not None:
+                yield common, scale
+            common, scale = products, own
+        if common is not None:
+            yield common, scale
 
     def squared_norms(self, scratch: int | None = None) -> Tensor:
         """The kernel's diagonal as (n, k)."""

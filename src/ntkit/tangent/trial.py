@@ -514,14 +514,15 @@ def _guarded(
 
 
 def probes(selection: Selection) -> dict[str, Tensor]:
-    """For each parameter, seen as a matrix, a random vector to multiply it by: wrong gradients give wrong products."""
-    generator = torch.Generator().manual_seed(0)
-    found = {}
-    for name, parameter in zip(selection.names, selection.tensors, strict=True):
-        size = as_matrix(parameter).shape[1]
-        vector = torch.ones(1) if size == 1 else torch.randn(size, generator=generator, dtype=torch.float64)
-        found[name] = vector.to(parameter.device, parameter.dtype)
-    return found
+    """For each parameter, seen as a matrix, a random vector to multiply it by: wrong gradients give wrong products.
+
+    Those of equal width have the same one, and narrower ones its beginning: each parameter is looked at by itself.
+    """
+    tensors = dict(zip(selection.names, selection.tensors, strict=True))
+    widths = {name: as_matrix(tensor).shape[1] for name, tensor in tensors.items()}
+    vector = torch.randn(max(widths.values()), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one = torch.ones(1)
+    return {name: (vector[:width] if (width := widths[name]) > 1 else one).to(t) for name, t in tensors.items()}
 
 
 def true_products(selection: Selection, number: Tensor) -> dict[str, Tensor]:

@@ -7,6 +7,9 @@ in FLOPs for one pair of examples with T positions, I input and O output feature
     pairs      (A A^T) * (G G^T), summed       2 T^2 (I + K^2 O)
     carried    (A A^T) G, then times G         2 T^2 (I + K O) + 2 K^2 T O
 
+Where the inputs are patches of images with Q pixels, I = W C for a window of W entries, the pairs' A A^T takes 2 Q^2 C
+(`pixels`).
+
 Rows win with many positions and small weights (convolutions), pairs with a single position (plain linear layers) or a
 single scalar and few positions, carrying with several scalars and few positions (transformers, the last stages of a
 convolutional network).
@@ -17,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from math import prod
 
 from ntkit.tangent.grain import CPU, Grain
 from ntkit.tangent.products import symmetric_entries
@@ -45,6 +49,8 @@ class OuterWork:
         outputs: O, of one group.
         groups: independent blocks of features.
         grain: of the device that does it.
+        pixels: places of the image whose patches the inputs are; 0 where they are not.
+        window: entries of a patch along each axis of the image.
     """
 
     examples: int
@@ -54,6 +60,8 @@ class OuterWork:
     outputs: int
     groups: int = 1
     grain: Grain = CPU
+    pixels: int = 0
+    window: tuple[int, ...] = ()
 
     def of(self, examples: int) -> OuterWork:
         """The same for another number of examples."""
@@ -105,7 +113,8 @@ class OuterWork:
         places = self.positions * other.positions * self.groups
         if way is Way.PAIRS:
             pairs = sum((b - a) * (n - a) for a, b in self.strips(other, trace=trace, same=same)) if same else n * m
-            return 2 * pairs * places * (self.inputs + heads * self.outputs)
+            inputs = self._pixel_products(other) if self.by_pixels(other) else places * self.inputs
+            return 2 * pairs * (inputs + heads * places * self.outputs)
         pairs = n * (n + 1) // 2 if same else n * m
         carried = places * (self.inputs + self.scalars * self.outputs)
         return 2 * pairs * (carried + heads * other.positions * self.groups * self.outputs)
@@ -121,10 +130,23 @@ class OuterWork:
         """Entries of intermediate results, for all pairs."""
         pairs = self.examples * other.examples * self.groups
         if way is Way.PAIRS:
-            return pairs * self.positions * other.positions * (1 if trace else self.scalars * other.scalars)
+            heads = 1 if trace else self.scalars * other.scalars
+            summed = sum(self.window) if self.by_pixels(other) else 0
+            return pairs * self.positions * other.positions * (heads + summed)
         if way is Way.CARRIED:
             return pairs * self.scalars * other.positions * self.outputs
         return 0
+
+    def by_pixels(self, other: OuterWork) -> bool:
+        """Whether pairs of patches are had from pairs of pixels: one group, and less work than by unfolding them."""
+        if not (self.pixels and other.pixels and self.groups == 1):
+            return False
+        places = self.positions * other.positions
+        return 2 * self._pixel_products(other) + TOUCH * sum(self.window) * places < 2 * self.inputs * places
+
+    def _pixel_products(self, other: OuterWork) -> int:
+        """Multiplications for all pairs of pixels of two examples."""
+        return self.pixels * other.pixels * (self.inputs // prod(self.window))
 
     def strips(
         self, other: OuterWork, *, trace: bool, same: bool, entries: int | None = None
@@ -138,7 +160,10 @@ class OuterWork:
             entries: how many pairs of positions and scalars may be held; a workspace's, in float32, three times over.
         """
         entries = self.grain.scratch // 12 if entries is None else entries
-        each = self.positions * other.examples * other.positions
+        places = self.positions * other.positions
+        if self.by_pixels(other):
+            places = max(places, self.pixels * other.pixels)
+        each = other.examples * places
         each *= 1 if trace else self.scalars * other.scalars
         step = max(1, min(self.examples, entries // max(1, each)))
         if same:

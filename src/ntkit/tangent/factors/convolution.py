@@ -15,6 +15,7 @@ from ntkit.tangent.contract import contract, mirrored
 from ntkit.tangent.factors.factor import Factor
 from ntkit.tangent.factors.outer import Outer
 from ntkit.tangent.grain import grain
+from ntkit.tangent.pixels import pixel_gram
 from ntkit.tangent.work import OuterWork, Way
 from ntkit.tangent.workspace import Workspace
 
@@ -85,9 +86,12 @@ class Convolution(Factor):
     def work(self) -> OuterWork:  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
         groups, rest = self.geometry.groups, prod(self.shape[1:])
         places = self.inputs.shape[2:] if self.geometry.transposed else self.cotangents.shape[3:]
-        return OuterWork(
+        work = OuterWork(
             self.examples, self.scalars, prod(places), rest, self.shape[0] // groups, groups, grain(self.inputs.device)
         )
+        if self.geometry.transposed or prod(self.geometry.window) == 1:
+            return work
+        return replace(work, pixels=self.inputs.shape[2:].numel(), window=self.geometry.window)
 
     def outer(self) -> Outer:
         """Sums of outer products over patches; their features are (*window, channels), so rows are (n, k, *stored)."""
@@ -163,6 +167,8 @@ class Convolution(Factor):
         way = self.work.way(other.work, trace=trace, same=same) if isinstance(other, Convolution) else Way.ROWS
         if way is Way.ROWS or not isinstance(other, Convolution):
             return super().gram(other, trace=trace, workspace=workspace)
+        if way is Way.PAIRS and self.work.by_pixels(other.work) and not self.work.single:
+            return pixel_gram(self, other, trace=trace, workspace=workspace)
         n, k, m, l = self.examples, self.scalars, other.examples, other.scalars  # noqa: E741
         out = self.inputs.new_zeros((n, m) if trace else (n, k, m, l))
         spans, others = self._unfoldable(workspace), other._unfoldable(workspace)

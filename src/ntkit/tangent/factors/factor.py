@@ -106,6 +106,13 @@ class Factor(ABC):
         """
         return rows_gram(self.blocks(other, workspace or Workspace()), trace=trace)
 
+    def gram_factors(self, other: Factor, *, trace: bool, workspace: Workspace) -> tuple[Tensor, Tensor | None]:
+        """Two arrays whose elementwise product is `gram`, or `gram` and None.
+
+        The first of two is not written to: the next factor may have it in common.
+        """
+        return self.gram(other, trace=trace, workspace=workspace), None
+
     def squared_norms(self, workspace: Workspace | None = None) -> Tensor:
         """Squared length of every row, (n, k)."""
         total = 0

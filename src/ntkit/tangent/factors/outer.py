@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ntkit.tangent.contract import contract
+from ntkit.tangent.contract import contract, single_products
 from ntkit.tangent.factors.factor import Factor
 from ntkit.tangent.grain import grain
 from ntkit.tangent.work import OuterWork, Way
@@ -87,6 +87,13 @@ class Outer(Factor):
         if way is Way.ROWS or not isinstance(other, Outer):
             return super().gram(other, trace=trace, workspace=workspace)
         return contract(self, other, way, trace=trace, workspace=workspace)
+
+    def gram_factors(  # noqa: D102
+        self, other: Factor, *, trace: bool, workspace: Workspace
+    ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(other, Outer) and self.work.single and other.work.single:
+            return single_products(self, other, trace=trace, workspace=workspace)
+        return super().gram_factors(other, trace=trace, workspace=workspace)
 
     @cached_property
     def work(self) -> OuterWork:  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
