@@ -484,9 +484,9 @@ def _guarded(
                 factors += contributions
                 if contributions and not record.step.has_rule:
                     slow.setdefault(record.step.name, next(iter(contributions[0][0].leaves)))
-        weights = torch.ones_like(padded)
-        weights[few:] = 0  # what belongs to the others and has got there is missed
-        wrong = disagreements(selection, plain.products, factors, weights)
+        # of the common examples: what belongs to them and has got to the others is missed
+        own = [(source, factor.narrow(0, few)) for source, factor in factors]
+        wrong = disagreements(selection, plain.products, own, torch.ones_like(combined))
     except (ModelError, InputError):
         raise
     except Deviation as error:

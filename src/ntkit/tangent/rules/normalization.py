@@ -22,12 +22,14 @@ def _value(operand: Any) -> Any:
 def _affine(use: Use, weight: Any, bias: Any, normalized: Tensor, input: Operand, first: int) -> Contributions:
     """Factors of an elementwise scale and shift over the axes from `first` on, of one example's shape.
 
+    `normalized` is used up: with a single scalar it is overwritten.
     `first` counts in the original tensor; axes before it, and all behind those of the parameter, are summed over.
     """
     assert input.axis is not None
     g = use.cotangent  # n, k, *one
     x = input.axis.split(normalized, use.examples).unsqueeze(1)  # n, 1, *one
-    for operand, product in ((weight, lambda: g * x), (bias, lambda: g)):
+    alone = g.shape[1] == 1 and g.dtype == x.dtype
+    for operand, product in ((weight, lambda: x.mul_(g) if alone else g * x), (bias, lambda: g)):
         if isinstance(operand, Operand) and operand.selected:
             rows = product()
             own = range(first, first + operand.tensor.ndim)
