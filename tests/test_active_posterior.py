@@ -66,6 +66,23 @@ def check(found: Posterior, s: Tensor, own: Tensor, shared: Tensor, error: float
 
 @forms
 @blocks
+def test_the_condition_is_told_from_below(form: Form, c: int) -> None:
+    phi, labelled, precision, weights = problem(c)
+    for scale in (1.0, 1e3):  # one labelled point that is much longer than the others
+        long = phi.clone()
+        long[7 * c : 8 * c] *= scale
+        moments = RIDGE * torch.eye(D, dtype=torch.float64)
+        for i in labelled.tolist():
+            rows = long[i * c : (i + 1) * c]
+            moments += rows.T @ precision[i] @ rows
+        true = float(torch.linalg.cond(moments))
+        found = form(long, labelled, precision, weights).condition
+        assert 1 < found <= true * (1 + 1e-9)
+        assert found > (1e4 if scale > 1 else 1)
+
+
+@forms
+@blocks
 def test_definition(form: Form, c: int) -> None:
     phi, labelled, precision, weights = problem(c)
     check(form(phi, labelled, precision, weights), *dense(phi, labelled.tolist(), precision, weights))

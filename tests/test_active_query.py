@@ -255,7 +255,9 @@ def test_a_call_without_objects() -> None:
     np.testing.assert_array_equal(found.utilities, utilities)
     labels = torch.from_numpy(np.nan_to_num(y, nan=-1)).long()
     now = Round(linearize(model), x, labels, torch.ones(N).double(), torch.arange(N), 1, torch.Generator())
-    assert found.info["ridge"] == LookAhead().look(now).posterior.ridge
+    posterior = LookAhead().look(now).posterior
+    assert found.info["ridge"] == posterior.ridge
+    assert found.info["condition"] == posterior.condition > 1
     assert 0 < found.info["seconds_look"] < found.info["seconds"]
     margin = active.select(model, x, known, y[known].astype(int), batch_size=3, strategy="margin")
     assert np.array_equal(margin.indices, active.Margin().query(x, y, model, batch_size=3))

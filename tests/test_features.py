@@ -15,6 +15,7 @@ import ntkit
 from ntkit.errors import InputError, ModelError, StoreError, StoreWarning
 from ntkit.kernel import features as making
 from ntkit.kernel.store import Store
+from ntkit.tangent import sketch as sketching
 from ntkit.tangent.sketch import Sketch
 from tests.cases import normal
 
@@ -235,7 +236,7 @@ def test_features_that_an_older_version_has_drawn_are_read_and_not_gone_on_with(
     pytest.importorskip("zarr", minversion="3", reason="zarr 3 needs Python 3.11")
     made = ntkit.FeatureMap(tangent(), Sketch(50, 3))
     with monkeypatch.context() as patch:
-        patch.setattr(making, "RULE", 1)
+        patch.setattr(sketching, "RULE", 1)
         before = made.save(images(), tmp_path / "f.zarr").features()
     with pytest.raises(StoreError, match=r"is of something else.*sketch: D=50 seed=3 rule=1 on disk"):
         made.save(images(), tmp_path / "f.zarr")

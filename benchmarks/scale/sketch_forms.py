@@ -2,10 +2,11 @@
 
     NTKIT_DATA=... python -m benchmarks.scale.sketch_forms
 
-The library's own sketch; products of two small projections, U^T G V, which never form a gradient; TensorSketch, Fourier
-transforms of counts of both sides of every position; and a dense Gaussian map. All are of the pNTK. Parameters of at
-most D entries are kept as they are by all of them (but for the dense map), so that only the large ones differ. The
-error is that of the sketched kernel of some examples to their exact one, in the Frobenius norm, over random maps.
+The library's own sketch, by forming rows and with leading directions, by which it forms none; products of two small
+random projections, U^T G V, which never form a gradient; TensorSketch, Fourier transforms of counts of both sides of
+every position; and a dense Gaussian map. All are of the pNTK. Parameters of at most D entries are kept as they are by
+all of them (but for the dense map), so that only the large ones differ. The error is that of the sketched kernel of
+some examples to their exact one, in the Frobenius norm, over random maps.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from benchmarks.scale.record import record
 from benchmarks.workloads import WORKLOADS
 from ntkit.tangent.derivatives import Derivatives
 from ntkit.tangent.factors import Convolution, Factor, Outer
+from ntkit.tangent.leading import Leading
 from ntkit.tangent.sketch import Sketch
 
 SIZE = 4096
@@ -36,6 +38,8 @@ SPLITS = ((16, 256), (32, 128), (64, 64), (128, 32))
 # Examples and random maps; fewer maps of TensorSketch, which takes longest. Dense maps cost nothing.
 EXAMPLES = {"W2": 32, "W3": 12}
 MAPS, SLOW_MAPS, DENSE_MAPS = {"W2": 60, "W3": 24}, {"W2": 20, "W3": 10}, 200
+# Directions that the sketch keeps, and the examples, others than the compared ones, that they are of.
+RANK, LOOKED_AT = 8, 16
 # Training on the first images of CIFAR-10.
 TRAINED_ON, STEPS, BATCH = 3200, 100, 64
 
@@ -173,6 +177,11 @@ def mflop(found: Derivatives) -> dict[str, float]:
         # two transforms of a position, and half as many complex products as there are numbers
         "TensorSketch": sum(w.positions * (2 * (w.inputs + w.outputs) + 2 * transform + 4 * SIZE) for w in works),
     }
+    counted["ours, leading directions"] = sum(
+        2 * w.positions * (w.outputs * p + w.inputs * q + p * q)
+        for w in works
+        for p, q in [split_of(math.isqrt(SIZE), w.outputs, w.inputs)]
+    )
     for first, second in SPLITS:
         total = 0
         for w in works:
@@ -193,14 +202,15 @@ def cpu_seconds(call: Callable[[], object]) -> float:
     return min(taken)
 
 
-def compare(name: str, what: str, model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """All forms on one network and its examples."""
+def compare(name: str, what: str, model: nn.Module, x: Tensor, others: Tensor) -> dict[str, Any]:
+    """All forms on one network and its examples; leading directions are those of others."""
     tangent = ntkit.linearize(model.eval(), readout=ntkit.SumOfLogits())
     with torch.no_grad():
         found = tangent.derivatives(tangent.examples(x))
         exact = found.gram(found).double()
         _, large = cut(found)
         maps, work = MAPS[name], mflop(found)
+        leading = Leading.of(tangent, others, rank=RANK, examples=LOOKED_AT, generator=torch.Generator().manual_seed(0))
 
         def said(form: Form, count: int) -> dict[str, Any]:
             milliseconds = cpu_seconds(
@@ -212,6 +222,10 @@ def compare(name: str, what: str, model: nn.Module, x: Tensor) -> dict[str, Any]
             "ours": {
                 **errors([Sketch(SIZE, seed).of(found)[:, 0] for seed in range(maps)], exact),
                 "cpu_ms_an_example": 1e3 * cpu_seconds(lambda: Sketch(SIZE, 0).of(large)) / len(x),
+            },
+            "ours, leading directions": {
+                **errors([Sketch(SIZE, seed, leading=leading).of(found)[:, 0] for seed in range(maps)], exact),
+                "cpu_ms_an_example": 1e3 * cpu_seconds(sketching(leading, large)) / len(x),
             },
             "TensorSketch": said(tensor_sketch(), SLOW_MAPS[name]),
             **{f"product {first} x {second}": said(product(first), maps) for first, second in SPLITS},
@@ -225,6 +239,13 @@ def compare(name: str, what: str, model: nn.Module, x: Tensor) -> dict[str, Any]
             "share_of_the_largest_singular_value": leading_share(found),
             "error_dense_gaussian_expected": expected_dense(exact), "forms": forms,
         }  # fmt: skip
+
+
+def sketching(leading: Leading, found: Derivatives) -> Callable[[], object]:
+    """The library's sketch of a batch, with the projections drawn beforehand, once for all batches."""
+    sketch = Sketch(SIZE, 0, leading=leading)
+    sketch.of(found)
+    return lambda: sketch.of(found)
 
 
 def train(model: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -242,20 +263,25 @@ def train(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return sum(right[-10:]) / 10
 
 
+def random_images(name: str) -> tuple[Tensor, Tensor]:
+    """Those that are compared, and others."""
+    few = EXAMPLES[name]
+    images = WORKLOADS[name].data(few + LOOKED_AT)
+    return images[:few], images[few:]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     torch.set_num_threads(1)
     start = time.process_time()
     data = cifar10_lossless(TRAINED_ON)
-    model, images = WORKLOADS["W2"].model(), data.x_test[: EXAMPLES["W2"]].clone()
-    cases = [compare("W2", "random images, as built", model, WORKLOADS["W2"].data(EXAMPLES["W2"]))]
-    cases.append(compare("W2", "CIFAR-10, as built", model, images))
+    model, images = WORKLOADS["W2"].model(), data.x_test[: EXAMPLES["W2"] + LOOKED_AT].clone().split(EXAMPLES["W2"])
+    cases = [compare("W2", "random images, as built", model, *random_images("W2"))]
+    cases.append(compare("W2", "CIFAR-10, as built", model, *images))
     accuracy = train(model, data.x_train, data.y_train)
-    cases.append(compare("W2", f"CIFAR-10, after {STEPS} steps", model, images))
-    cases.append(
-        compare("W3", "random images, as built", WORKLOADS["W3"].model(), WORKLOADS["W3"].data(EXAMPLES["W3"]))
-    )
+    cases.append(compare("W2", f"CIFAR-10, after {STEPS} steps", model, *images))
+    cases.append(compare("W3", "random images, as built", WORKLOADS["W3"].model(), *random_images("W3")))
     found = {
         "what": f"forms of a sketch of the pNTK's gradients, D = {SIZE:,}: error over random maps, and work",
         "training": {"images": TRAINED_ON, "steps": STEPS, "batch": BATCH, "accuracy_of_the_last_batches": accuracy},

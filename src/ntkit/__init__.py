@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ntkit.solve.svm import SVM
     from ntkit.solve.svm_search import NTKSVMSearch
     from ntkit.solve.transformers import KernelFeatures, KernelMatrix
+    from ntkit.tangent.leading import Leading
     from ntkit.tangent.linearize import Tangent, linearize
     from ntkit.tangent.readout import Logits, Loss, RandomLogits, SingleLogit, SumOfLogits
 
@@ -57,6 +58,7 @@ __all__ = [
     "KernelFeatures",
     "KernelFunction",
     "KernelMatrix",
+    "Leading",
     "Logits",
     "Loss",
     "ModelError",
@@ -101,6 +103,7 @@ _HOME = {
     "KernelFeatures": "ntkit.solve.transformers",
     "KernelFunction": "ntkit.kernel.function",
     "KernelMatrix": "ntkit.solve.transformers",
+    "Leading": "ntkit.tangent.leading",
     "Logits": "ntkit.tangent.readout",
     "Loss": "ntkit.tangent.readout",
     "NTKClassifier": "ntkit.solve.estimators",

@@ -26,7 +26,8 @@ from ntkit.kernel.saved import SAMPLED, begin, fill, holds_features, require_fin
 from ntkit.kernel.store import Layout, Store, Tile, check_type
 from ntkit.kernel.tasks import Workers, as_workers
 from ntkit.tangent.identity import content
-from ntkit.tangent.sketch import RULE, Sketch
+from ntkit.tangent.leading import Leading
+from ntkit.tangent.sketch import Sketch
 
 if TYPE_CHECKING:
     from ntkit.tangent.linearize import Tangent
@@ -37,6 +38,10 @@ CAPTURED, MOST = 128 * 2**20, 256
 EDGE = 2048
 # Sizes chosen for a wanted error are multiples of this.
 ROUND = 256
+# The file beside the features that has the directions which their map keeps.
+DIRECTIONS = "leading.safetensors"
+# Examples whose gradients' leading directions are kept.
+LOOKED_AT = 24
 # Features in memory may take three quarters of the machine's, six times the default budget.
 MEMORY_SHARE = 6
 
@@ -99,9 +104,7 @@ class FeatureMap:
 
     def batches(self, examples: Any, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
         """Examples that are captured together."""
-        itemsize = torch.empty(0, dtype=self.tangent.dtype).element_size()
-        captured = sizes(self.tangent.anatomy(examples), itemsize, self.tangent.count * itemsize).captured
-        step = max(FEWEST, min(MOST, CAPTURED // (captured + 1)))
+        step = min(MOST, _fitting(self.tangent, examples))
         stop = len(examples) if stop is None else stop
         return ((a, min(a + step, stop)) for a in range(start, stop, step))
 
@@ -129,9 +132,33 @@ class FeatureMap:
 
     def described(self) -> dict[str, str]:
         """What the features of any examples depend on besides these. Cost: reads the parameters once."""
-        sketch = f"D={self.sketch.size} seed={self.sketch.seed} rule={RULE}"
         kind = "trace features" if self.sketch.trace else "features"
-        return {"kernel": kind, **self.tangent.identity(), "sketch": sketch}
+        return {"kernel": kind, **self.tangent.identity(), "sketch": self.sketch.description}
+
+    @classmethod
+    def stored(cls, tangent: Tangent, path: str | os.PathLike[str]) -> FeatureMap:
+        """The map that made the features at a path, for a run that goes on or for other examples, in any process.
+
+        Args:
+            tangent: the network that they are of.
+            path: the folder, finished or not.
+
+        Raises:
+            InputError: if there are no features.
+            StoreError: if they are of another network or read-out, or its directions are missing or others.
+        """
+        store = Store.open(Path(path))
+        if not holds_features(store):
+            raise InputError(f"{path} holds a matrix, not features")
+        facts, kept = store.facts, store.path / DIRECTIONS
+        leading = None
+        if "leading=" in store.identity.get("sketch", ""):
+            if not kept.is_file():
+                raise StoreError(f"the directions that the features at {path} keep are missing: no file {kept}")
+            leading = Leading.load(kept)
+        found = cls(tangent, Sketch(store.layout.shape[1], int(facts["seed"]), bool(facts["trace"]), leading))
+        _require_same(store, found.described())
+        return found
 
     def save(
         self,
@@ -162,6 +189,9 @@ class FeatureMap:
         facts = {"scalars": k, "seed": self.sketch.seed, "trace": self.sketch.trace}
         few = min(SAMPLED, len(examples))
         with begin(Path(path), layout, self.identity(x), facts, lambda: self.block(examples, 0, few)) as store:
+            if self.sketch.leading is not None and not (kept := store.path / DIRECTIONS).is_file():
+                self.sketch.leading.save(kept.with_suffix(".part"))
+                kept.with_suffix(".part").replace(kept)  # whole or not at all
             fill(store, crew, _compute, (self, x), lambda tiles: tiles, progress)
         return FeatureKernel(store, self)
 
@@ -335,14 +365,17 @@ def open_features(path: str | os.PathLike[str], map: FeatureMap | None = None, x
         raise InputError(f"{path} holds a matrix, not features: open it by ntkit.open_kernel(path)")
     require_finished(store)
     if map is not None:
-        asked = map.described() if x is None else map.identity(x)
-        other = [name for name, value in asked.items() if store.identity.get(name) != value]
-        if other:
-            raise StoreError(
-                f"the features at {path} are of something else (what differs: {', '.join(other)}): give the map that "
-                "made them and the examples that they are of, or neither"
-            )
+        _require_same(store, map.described() if x is None else map.identity(x))
     return FeatureKernel(store, map, x)
+
+
+def _require_same(store: Store, asked: dict[str, str]) -> None:
+    other = [name for name, value in asked.items() if store.identity.get(name) != value]
+    if other:
+        raise StoreError(
+            f"the features at {store.path} are of something else (what differs: {', '.join(other)}): give the map that "
+            "made them (FeatureMap.stored has it) and the examples that they are of, or neither"
+        )
 
 
 def features(
@@ -352,6 +385,7 @@ def features(
     size: int | None = None,
     error: float | None = None,
     trace: bool = False,
+    leading: Leading | None = None,
     generator: torch.Generator,
     progress: Callable[[int, int], None] | None = None,
 ) -> FeatureKernel:
@@ -364,6 +398,9 @@ def features(
         error: instead of `size`: a wanted relative Frobenius error, for which D is chosen from the exact kernel of 32
             examples; never more than it takes for none at all (P, or with `trace` K times that).
         trace: features of the trace kernel, one row per example; the read-out's K scalars have sketches of their own.
+        leading: directions that the sketch keeps, by `Leading.of`; those of the first examples by default. They make
+            several times less noise for most networks, and the gradients of weights that they hold are not formed.
+            `FeatureMap(tangent, Sketch(size, seed))` does without.
         generator: of the random map (one seed is taken) and of the examples that are looked at for `error`.
         progress: called with (examples done, examples in all).
 
@@ -377,8 +414,12 @@ def features(
         assert error is not None
         size = size_for(tangent, x, error, trace=trace, generator=generator)
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device).item())
-    made = FeatureMap(tangent, Sketch(size, seed, trace))
+    made = FeatureMap(tangent, Sketch(size, seed, trace, leading))
     _require_room(made, x, size, error)
+    if leading is None:
+        few = min(LOOKED_AT, _fitting(tangent, tangent.examples(x)))
+        leading = Leading.of(tangent, x, examples=few, generator=torch.Generator().manual_seed(seed))
+        made = replace(made, sketch=replace(made.sketch, leading=leading))
     return FeatureKernel(made(x, progress=progress), made, x)
 
 
@@ -406,6 +447,13 @@ def size_for(
     coefficient = _coefficient(exact, k, len(drawn))
     size = most if coefficient >= most * error**2 else int(coefficient / error**2 + 1)
     return -(-size // ROUND) * ROUND
+
+
+def _fitting(tangent: Tangent, examples: Any) -> int:
+    """How many examples are captured together: what fits, and a few at least."""
+    itemsize = torch.empty(0, dtype=tangent.dtype).element_size()
+    captured = sizes(tangent.anatomy(examples), itemsize, tangent.count * itemsize).captured
+    return max(FEWEST, CAPTURED // (captured + 1))
 
 
 def _require_room(made: FeatureMap, x: Any, size: int, error: float | None) -> None:

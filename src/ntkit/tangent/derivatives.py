@@ -228,13 +228,18 @@ def leaf_rows(name: str, terms: Sequence[Term]) -> Tensor | None:
 def partition(terms: Sequence[Term]) -> list[Part]:
     """The parts: connected groups of terms whose sources share parameter entries, one part per parameter of each."""
     spans = [_span(source) for source, _ in terms]
-    groups: list[list[int]] = []
+    groups: dict[int, list[int]] = {}  # by the number of any of its terms; the same list for all of them
+    met: dict[str, list[int]] = {}
     for i, (source, _) in enumerate(terms):
-        touching = [g for g in groups if any(_share(terms[j][0], spans[j], source, spans[i]) for j in g)]
-        groups = [g for g in groups if g not in touching]
-        groups.append(sorted([*(j for g in touching for j in g), i]))
+        groups[i] = [i]
+        for name in source.leaves:
+            for j in met.setdefault(name, []):
+                if groups[j] is not groups[i] and _share(spans[j], spans[i]):
+                    merged = sorted(groups[j] + groups[i])
+                    groups.update(dict.fromkeys(merged, merged))
+            met[name].append(i)
     parts = []
-    for group in sorted(groups):
+    for group in (group for i, group in groups.items() if i == group[0]):
         geometries = {spans[i].geometry if spans[i] else None for i in group}  # pyright: ignore[reportOptionalMemberAccess]
         direct = len(geometries) == 1 and None not in geometries and _joinable([terms[i][1] for i in group])
         for name in dict.fromkeys(name for i in group for name in terms[i][0].leaves):
@@ -278,12 +283,11 @@ def _span(source: Source) -> _Span | None:
     return _Span(int(first), int(first + reach), (first, tuple(tensor.shape), tensor.stride()))
 
 
-def _share(a: Source, a_span: _Span | None, b: Source, b_span: _Span | None) -> bool:
-    if not set(a.leaves) & set(b.leaves):
-        return False
-    if a_span is None or b_span is None:
+def _share(a: _Span | None, b: _Span | None) -> bool:
+    """Whether two sources that have a leaf in common have entries of it in common."""
+    if a is None or b is None:
         return True
-    return a_span.first <= b_span.last and b_span.first <= a_span.last
+    return a.first <= b.last and b.first <= a.last
 
 
 def _joinable(factors: Sequence[Factor]) -> bool:

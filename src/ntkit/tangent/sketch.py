@@ -13,8 +13,10 @@ starts are drawn without replacement, anew for every D lines or so, and each suc
 places of a line. Parameters of at most D entries are put one behind the other: each is kept as it is, and a network
 of at most D parameters is sketched without any error.
 
-Why not the product of two small projections, U R V^T with d1 d2 = D: its variance is about 2/d1 + 2/d2 instead of 2/D
-where gradients are close to rank one, and those of convolutions are (see `docs/scale.md`).
+The product of two small random projections, U R V^T with d1 d2 = D, would form no gradient, but its variance is about
+2/d1 + 2/d2 instead of 2/D where gradients are close to rank one, and those of convolutions are (see `docs/scale.md`).
+Projections that keep the gradients' leading directions (`leading`) do not have that: a sketch that is given these
+forms no gradient of a weight that they hold, and is several times less noisy than a dense one.
 
 For a linear layer with one position, R = g (outer) a, the sum over lines is a circular convolution of the sketches of
 g and a, by three Fourier transforms of D numbers (as TensorSketch: Pham & Pagh, 2013), and R is not formed. For sums
@@ -34,7 +36,8 @@ from torch import Tensor
 
 from ntkit.errors import InputError
 from ntkit.tangent.derivatives import Derivatives, Part
-from ntkit.tangent.factors import Factor, Lookup, Outer, Rows
+from ntkit.tangent.factors import Convolution, Factor, Lookup, Outer, Rows
+from ntkit.tangent.leading import Leading, Sides, is_projectable, label, projection
 from ntkit.tangent.workspace import Workspace
 
 # How maps are drawn: 1 had the same signs for all rounds. Features by another rule do not go together with these.
@@ -69,9 +72,18 @@ class Hash:
 
     @classmethod
     def draw(
-        cls, shape: tuple[int, ...], size: int, scalars: int, like: Tensor, generator: torch.Generator, first: int = 0
+        cls,
+        shape: tuple[int, ...],
+        size: int,
+        scalars: int,
+        like: Tensor,
+        generator: torch.Generator,
+        first: int | None = 0,
     ) -> Hash:
-        """Random starts and signs for a parameter, on the device of `like`; one that fits begins at bucket `first`."""
+        """Random starts and signs for a parameter, on the device of `like`.
+
+        One that fits begins at bucket `first`, its lines one behind the other, unless `first` is None.
+        """
         height = shape[0] if len(shape) > 1 else 1
         rest = math.prod(shape) // max(1, height)
         across = height > rest
@@ -80,7 +92,7 @@ class Hash:
         count = scalars * lines * blocks
         drawn = _round(lines, size)
         rounds = max(1, -(-count // drawn))
-        if count * length <= size:  # all fit one behind the other
+        if first is not None and count * length <= size:
             start = first + torch.arange(count) * length
         else:
             start = torch.cat([torch.randperm(size, generator=generator)[:drawn] for _ in range(rounds)])[:count]
@@ -134,6 +146,53 @@ class Hash:
             yield self.place[turn], slice(max(first, 0), min(first + drawn, lines))
 
 
+@dataclass(frozen=True, eq=False)
+class Projected:
+    """Two small projections of a large weight's gradients, and where the entries of what is left go.
+
+    Attributes:
+        left: (d1, outputs).
+        right: (d2, inputs).
+        core: of the entries between directions that both sides keep: most of the length, which meets nothing large.
+        rest: of all others.
+    """
+
+    left: Tensor
+    right: Tensor
+    core: Hash
+    rest: Hash
+
+    @classmethod
+    def draw(
+        cls,
+        sides: Sides,
+        kept: int,
+        size: int,
+        scalars: int,
+        like: Tensor,
+        generator: torch.Generator,
+        first: int,
+    ) -> Projected:
+        """Of about D numbers for a row; `kept` directions of each side make the core, from bucket `first` on."""
+        outputs, inputs = sides.outputs.to(like), sides.inputs.to(like)
+        d1, d2 = sides.split(size)
+        core = min(kept, outputs.shape[1]), min(kept, inputs.shape[1])
+        return cls(
+            projection(outputs, d1, generator),
+            projection(inputs, d2, generator),
+            Hash.draw(core, size, scalars, like, generator, first),
+            Hash.draw((d1, d2), size, scalars, like, generator, None),
+        )
+
+    def add(self, factor: Outer | Convolution, out: Tensor) -> None:
+        """Add the sketch of a factor's rows to buckets, as `Hash.add` does that of rows."""
+        rows = factor.projected(self.left, self.right)
+        core = rows[:, :, : self.core.shape[0], : self.core.shape[1]]
+        self.core.add(core, out)
+        core.zero_()
+        self.rest.add(rows, out)
+
+
 @dataclass(frozen=True)
 class Sketch:
     """A random linear map of gradients to D numbers, the same for every batch.
@@ -143,13 +202,16 @@ class Sketch:
         seed: of all random choices.
         trace: whether the scalars of an example are summed into one row, each through a sketch of its own: the inner
             products are then unbiased for the sum over equal scalars.
+        leading: directions in which gradients are longest. Where they hold enough of them, a weight's gradients are not
+            formed, but go through two small projections that keep these directions.
     """
 
     size: int
     seed: int
     trace: bool = False
+    leading: Leading | None = None
     # of the network that was met last, by what it was drawn for
-    _drawn: dict[Any, dict[Part, Hash]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _drawn: dict[Any, dict[Part, Hash | Projected]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the size.
@@ -160,9 +222,15 @@ class Sketch:
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
             raise InputError(f"the size of a sketch is a positive number of features: got {self.size!r}")
 
-    def __reduce__(self) -> tuple[type[Sketch], tuple[int, int, bool]]:
+    def __reduce__(self) -> tuple[type[Sketch], tuple[int, int, bool, Leading | None]]:
         """Another process draws the same."""
-        return Sketch, (self.size, self.seed, self.trace)
+        return Sketch, (self.size, self.seed, self.trace, self.leading)
+
+    @property
+    def description(self) -> str:
+        """All that decides which map it is."""
+        leading = "" if self.leading is None else f" leading={self.leading.digest}"
+        return f"D={self.size} seed={self.seed} rule={RULE}{leading}"
 
     @torch.no_grad()
     def of(self, derivatives: Derivatives) -> Tensor:
@@ -178,7 +246,10 @@ class Sketch:
         workspace, transformed, drawn = Workspace(FORMED), False, self._draw(derivatives)
         for part, factor in derivatives.factors.items():
             found = drawn[part]
-            if isinstance(factor, Lookup):
+            if isinstance(found, Projected):
+                assert isinstance(factor, Outer | Convolution)
+                found.add(factor, out)
+            elif isinstance(factor, Lookup):
                 _add_lookup(found, factor, out)
             elif isinstance(factor, Outer) and _transforms(factor, found):
                 _add_transformed(found, factor, waves)
@@ -190,23 +261,55 @@ class Sketch:
             total += torch.fft.irfft(waves, n=self.size)
         return total / math.sqrt(k) if self.trace else total
 
-    def _draw(self, derivatives: Derivatives) -> dict[Part, Hash]:
+    def _draw(self, derivatives: Derivatives) -> dict[Part, Hash | Projected]:
         """Starts and signs of all parameters: the same for all batches of a network, wherever it is."""
         scalars = derivatives.scalars if self.trace else 1
         shapes = tuple((part, f.shape, f.like.dtype, f.like.device) for part, f in derivatives.factors.items())
         if (drawn := self._drawn.get((scalars, shapes))) is not None:
             return drawn
+        projected = self._projected(derivatives, scalars)
+        # as many directions as let the cores of all weights stand side by side in half of the buckets
+        kept = max(1, math.isqrt(self.size // (2 * scalars * max(1, len(projected)))))
         first, drawn = 0, {}
-        for part, factor in derivatives.factors.items():
+        for part, factor in sorted(derivatives.factors.items(), key=lambda item: item[0] not in projected):
             # each with a generator of its own: what one draws does not change the others
-            name = f"{self.seed} {part.name} {part.terms}".encode()
+            name = f"{self.seed} {label(part)}".encode()
             generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "big"))
-            drawn[part] = Hash.draw(factor.shape, self.size, scalars, factor.like, generator, first)
-            if scalars * math.prod(factor.shape) <= self.size:  # the small ones do not meet, as long as there is room
-                first = (first + scalars * math.prod(factor.shape)) % self.size
+            if part in projected:
+                found = Projected.draw(projected[part], kept, self.size, scalars, factor.like, generator, first)
+                alone = found.core.shape
+            else:
+                found = Hash.draw(factor.shape, self.size, scalars, factor.like, generator, first)
+                alone = factor.shape
+            drawn[part] = found
+            if scalars * math.prod(alone) <= self.size:  # the small ones do not meet, as long as there is room
+                first = (first + scalars * math.prod(alone)) % self.size
         self._drawn.clear()
         self._drawn[scalars, shapes] = drawn
         return drawn
+
+    def _projected(self, derivatives: Derivatives, scalars: int) -> dict[Part, Sides]:
+        """The weights whose gradients are not formed, with the directions that they keep.
+
+        Raises:
+            InputError: if the directions are of another network.
+        """
+        found = {}
+        for part, factor in derivatives.factors.items() if self.leading is not None else ():
+            if not is_projectable(factor) or scalars * math.prod(factor.shape) <= self.size:
+                continue
+            assert factor.work is not None
+            assert self.leading is not None
+            expected, sides = (factor.work.outputs, factor.work.inputs), self.leading.sides.get(label(part))
+            have = None if sides is None else (len(sides.outputs), len(sides.inputs))
+            if sides is None or have != expected:
+                raise InputError(
+                    f"the leading directions are of another network: for {part.name} they have {have} outputs and "
+                    f"inputs, expected {expected}. Take those of this network: Leading.of(tangent, x, ...)"
+                )
+            if sides.pays(self.size, single=factor.work.single):
+                found[part] = sides
+        return found
 
 
 def _add_rows(found: Hash, factor: Factor, out: Tensor, workspace: Workspace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 Rebuild = Callable[[Sequence[Any]], Any]
@@ -11,7 +11,7 @@ Rebuild = Callable[[Sequence[Any]], Any]
 def flatten(nested: Any) -> tuple[list[Any], Rebuild]:
     """The leaves of nested tuples, lists and dicts, and a function that puts new leaves in their places."""
     leaves: list[Any] = []
-    _collect(nested, leaves)
+    _collect((nested,), leaves)
 
     def rebuild(new: Sequence[Any]) -> Any:
         return _place(nested, iter(new))
@@ -19,15 +19,12 @@ def flatten(nested: Any) -> tuple[list[Any], Rebuild]:
     return leaves, rebuild
 
 
-def _collect(nested: Any, leaves: list[Any]) -> None:
-    if isinstance(nested, (tuple, list)):
-        for member in nested:
-            _collect(member, leaves)
-    elif isinstance(nested, dict):
-        for member in nested.values():
-            _collect(member, leaves)
-    else:
-        leaves.append(nested)
+def _collect(members: Iterable[Any], leaves: list[Any]) -> None:
+    for member in members:
+        if not isinstance(member, (tuple, list, dict)):
+            leaves.append(member)
+        else:
+            _collect(member.values() if isinstance(member, dict) else member, leaves)
 
 
 def _place(nested: Any, leaves: Iterator[Any]) -> Any:

@@ -156,6 +156,22 @@ class Convolution(Factor):
             return replace(self, cotangents=self.cotangents[:, :, start:stop], shape=shape)
         return replace(self, inputs=self.inputs[:, start:stop], shape=shape)
 
+    def projected(self, left: Tensor, right: Tensor) -> Tensor:
+        """left R right^T for every row, (n, k, d1, d2), by convolving the images with what `right` looks for.
+
+        Neither rows nor patches are formed; for one group, not transposed.
+
+        Args:
+            left: (d1, o).
+            right: (d2, features), in the order of patches: channels innermost.
+        """
+        geometry, axes = self.geometry, len(self.geometry.window)
+        filters = right.view(len(right), *geometry.window, self.shape[1]).movedim(-1, 1)
+        padded = F.pad(self.inputs, [end for pair in reversed(geometry.padding) for end in pair])
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
+        found = convolve(padded, filters, None, geometry.stride, 0, geometry.dilation).flatten(2)  # n d2 t
+        return (left @ self.cotangents.flatten(3)) @ found.mT[:, None]
+
     def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
         return self.outer().weighted_sum(weights).movedim(-1, 1)
 

@@ -69,6 +69,15 @@ class Outer(Factor):
             torch.bmm(g, self.inputs[:, 0], out=out.view(n, k * (stop - start), -1))
         return out
 
+    def projected(self, left: Tensor, right: Tensor) -> Tensor:
+        """left R right^T for every row, (n, k, d1, d2), which is not formed: of one group.
+
+        Args:
+            left: (d1, o).
+            right: (d2, i).
+        """
+        return (self.cotangents[:, :, 0] @ left.T).mT @ (self.inputs @ right.T)
+
     def weighted_sum(self, weights: Tensor) -> Tensor:  # noqa: D102
         g = torch.einsum("nk,nkgto->gnto", weights, self.cotangents).flatten(1, 2)
         a = self.inputs.transpose(0, 1).flatten(1, 2)

@@ -60,6 +60,8 @@ class Posterior(ABC):
         precision: W that a label at each point has, (n, c, c).
         weights: Omega of each point, (n, c, c); zero for those that are no targets.
         ridge: absolute.
+        condition: of the system that the labels were conditioned on by, from below (its Cholesky factor's diagonal);
+            nothing is ever added to the diagonal beside the ridge.
     """
 
     own: Tensor
@@ -67,6 +69,7 @@ class Posterior(ABC):
     precision: Tensor
     weights: Tensor
     ridge: float
+    condition: float = 1.0
 
     @property
     def block(self) -> int:
@@ -166,6 +169,7 @@ class KernelPosterior(Posterior):
             lower, failed = torch.linalg.cholesky_ex(inner)
             if int(failed):
                 raise InputError("the kernel is not positive semidefinite on the labelled points: use a larger ridge")
+            self.condition = _condition(lower)
             v = torch.linalg.solve_triangular(lower, column.T, upper=False).T
             self._s.addmm_(v, v.T, alpha=-1)
         blocks = self._s.view(n, c, n, c)
@@ -242,6 +246,7 @@ class FeaturePosterior(Posterior):
                 f"a ridge of {ridge:.1e} is lost in the rounding of features whose largest moment is "
                 f"{float(labels.diagonal().max()):.1e}: use a larger one, or features in float64"
             )
+        self.condition = _condition(lower)
         self._p = torch.cholesky_inverse(lower)
         self._g = targets
         self.own, self.shared = (torch.empty(n, c, c, dtype=torch.float64) for _ in range(2))
@@ -296,6 +301,12 @@ class FeaturePosterior(Posterior):
             some = slice(start, min(start + step, n))
             block = self._features.features(slice(some.start * c, some.stop * c)).to("cpu", self._dtype)
             yield some, block.unflatten(0, (-1, c))
+
+
+def _condition(lower: Tensor) -> float:
+    """At most the condition number of L L^T, and of its order: the ratio of the largest and smallest pivot."""
+    pivots = lower.diagonal().square()
+    return float(pivots.max() / pivots.min())
 
 
 def _moments(block: Tensor, weights: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class Selection:
         indices: numbers of the points, best first, (batch_size,).
         utilities: the score of every point when each was picked, (batch_size, n); NaN for those that could not be
             chosen then.
-        info: `seconds`, and for a look-ahead `seconds_look` of them until the first score, and `ridge`.
+        info: `seconds`, and for a look-ahead `seconds_look` of them until the first score, `ridge` (absolute) and
+            `condition` of the system that was solved, from below: 1e12 and more leaves few digits in float64.
     """
 
     indices: np.ndarray
@@ -82,7 +83,10 @@ def select(
     info: dict[str, float] = {}
     if isinstance(rule, LookAhead):
         scene = rule.look(now)
-        info = {"seconds_look": time.perf_counter() - start, "ridge": scene.posterior.ridge}
+        posterior = scene.posterior
+        info = {
+            "seconds_look": time.perf_counter() - start, "ridge": posterior.ridge, "condition": posterior.condition,
+        }  # fmt: skip
         picked = rule.batch.choose(rule.objective, scene, now.candidates, now.size, now.generator)
     else:
         picked = rule.choose(now)
