@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ntkit.tangent.derivatives import Derivatives, Gathering, Part
+from ntkit.tangent.capture import Source
+from ntkit.tangent.derivatives import Derivatives, Gathering, Part, Term, partition
 from ntkit.tangent.factors import (
     Convolution,
     Factor,
@@ -348,3 +349,19 @@ def test_many_examples_of_a_convolution(k: int, monkeypatch: pytest.MonkeyPatch)
     whole = factor.outer().rows().movedim(-1, 3)  # the channels are behind the window there
     assert torch.allclose(factor.rows(), whole)
     assert torch.allclose(factor.rows(1, 3), whole[:, :, 1:3])
+
+
+def test_parts_of_a_parameter_are_told_apart_by_the_entries_they_share() -> None:
+    """Slices that overlap belong together, also by way of a third; others, and other parameters, stand alone."""
+    w, b = random(6, 2), random(6)
+
+    def term(tensor: Tensor, **leaves: Tensor) -> Term:
+        return Source(tensor, leaves), Rows(random(3, 1, *tensor.shape))
+
+    terms = [term(w[:2], w=w), term(b, b=b), term(w[4:], w=w), term(w[1:3], w=w)]
+    assert [(part.name, part.terms) for part in partition(terms)] == [("w", (0, 3)), ("b", (1,)), ("w", (2,))]
+    between = term(w[2:5], w=w)  # touches the last two
+    assert [(part.name, part.terms) for part in partition([*terms, between])] == [("w", (0, 2, 3, 4)), ("b", (1,))]
+    both = term(w[4:] * b[4:, None], w=w, b=b)  # no view: may be of all entries of both
+    assert [(part.name, part.terms) for part in partition([*terms, both])] == [("w", (0, 2, 3, 4)), ("b", (1, 4))]
+    assert [part.direct for part in partition(terms)] == [False, True, True]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import ntkit
 from ntkit.errors import InputError, StoreError
+from ntkit.tangent import leading as keeping
 from ntkit.tangent.derivatives import Derivatives, Part
 from ntkit.tangent.factors import Convolution, Factor, Outer
 from ntkit.tangent.factors.convolution import Geometry
@@ -122,6 +123,18 @@ def test_the_directions_are_those_of_the_gradients() -> None:
             assert 0.99 * best < float((side.T @ moments @ side).trace()) < (1 + 1e-9) * best
             inside = others @ side if side is sides.inputs else side.T @ others
             assert outside == pytest.approx(1 - float(inside.square().sum()) / length, abs=1e-9)
+
+
+def test_a_few_examples_unfolded_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    tangent = ntkit.linearize(network())
+    whole = Leading.of(tangent, images(), rank=3, generator=seeded())
+    monkeypatch.setattr(keeping, "ROOM", 20_000)  # one or two examples
+    pieces = Leading.of(tangent, images(), rank=3, generator=seeded())
+    for name, sides in whole.sides.items():
+        other = pieces.sides[name]
+        assert other.outside == pytest.approx(sides.outside, rel=1e-9, abs=1e-12)
+        for a, b in ((sides.outputs, other.outputs), (sides.inputs, other.inputs)):
+            torch.testing.assert_close(b @ b.T, a @ a.T, rtol=1e-6, atol=1e-8)
 
 
 def test_projections_are_taken_where_they_pay() -> None:

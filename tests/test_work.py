@@ -184,6 +184,12 @@ def test_a_last_convolution_goes_by_pixels_and_takes_fewer_products() -> None:
         random(3, 64, 8, 8), random(3, 1, 64, 4, 4), (64, 64, 3, 3), Geometry((3, 3), (2, 2), ((1, 1),) * 2, (1, 1), 1)
     )
     assert not strided.work.by_pixels(strided.work)  # four times as many pixels as positions
+    groups = Geometry((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 2)
+    grouped = Convolution(random(3, 512, 2, 2), random(3, 1, 512, 2, 2, seed=1), (512, 256, 3, 3), groups)
+    assert grouped.work.way(grouped.work, trace=False, same=True) is Way.PAIRS
+    assert not grouped.work.by_pixels(grouped.work)
+    expected = by_definition(grouped.outer(), grouped.outer(), trace=False)
+    assert torch.allclose(grouped.gram(grouped), expected, rtol=1e-10, atol=1e-8 * float(expected.abs().max()))
     single = Convolution(
         random(3, 64, 4, 4), random(3, 1, 64, 4, 4), (64, 64, 1, 1), Geometry((1, 1), (1, 1), ((0, 0),) * 2, (1, 1), 1)
     )
