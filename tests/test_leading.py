@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ntkit
-from ntkit.errors import InputError, StoreError
+from ntkit.errors import InputError, ModelError, StoreError
 from ntkit.tangent import leading as keeping
 from ntkit.tangent.derivatives import Derivatives, Part
 from ntkit.tangent.factors import Convolution, Factor, Outer
@@ -37,6 +37,17 @@ def network() -> nn.Module:
         nn.Conv2d(2, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 20, 3, stride=2), nn.ReLU(),
         nn.Conv2d(20, 16, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 4, 5),
     ).double().eval()  # fmt: skip
+
+
+class Squared(nn.Module):
+    """Finite outputs with gradients that overflow."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x) * 1e-200) * x.flatten(1).square().sum(1, keepdim=True).clamp(max=1e300)
 
 
 def images(n: int = 9, seed: int = 1) -> Tensor:
@@ -135,6 +146,28 @@ def test_a_few_examples_unfolded_at_a_time_give_the_same(monkeypatch: pytest.Mon
         assert other.outside == pytest.approx(sides.outside, rel=1e-9, abs=1e-12)
         for a, b in ((sides.outputs, other.outputs), (sides.inputs, other.inputs)):
             torch.testing.assert_close(b @ b.T, a @ a.T, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_few_examples_have_directions_too(count: int) -> None:
+    """The last is what the shares are of, if there are several."""
+    tangent = ntkit.linearize(network())
+    sides = Leading.of(tangent, images(), examples=count, generator=seeded()).sides
+    with torch.no_grad():
+        held = tangent.derivatives(images(), slice(max(0, count - 1), count))
+        total = float(held.squared_norms().sum())
+        for part, factor in held.factors.items():
+            if part.name.endswith("weight"):
+                share = float(factor.squared_norms().sum()) / total
+                assert sides[label(part)].weight == pytest.approx(share, rel=1e-9)
+    phi = ntkit.features(tangent, images(count), size=300, generator=seeded()).features()
+    assert bool(phi.isfinite().all())
+
+
+def test_half_precision_does_without() -> None:
+    found = ntkit.features(ntkit.linearize(network().bfloat16()), images().bfloat16(), size=300, generator=seeded())
+    assert found.map is not None
+    assert found.map.sketch.leading is None
 
 
 def test_projections_are_taken_where_they_pay() -> None:
@@ -309,6 +342,12 @@ def test_bad_directions(tmp_path: Path) -> None:
     for arguments in ({"rank": 0}, {"examples": -1}, {"rank": 2.5}, {"examples": True}):
         with pytest.raises(InputError, match="positive number"):
             Leading.of(tangent, x, generator=seeded(), **arguments)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="float32 or float64"):
+        Leading.of(ntkit.linearize(network().bfloat16()), x.bfloat16(), generator=seeded())
+    broken = x.clone()
+    broken[1] = 1e200
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        Leading.of(ntkit.linearize(Squared(network())), broken, generator=seeded())
     good = Leading.of(tangent, x, generator=seeded())
     other = Leading({part: replace(sides, outputs=sides.outputs[1:]) for part, sides in good.sides.items()})
     for leading in (Leading({}), other):

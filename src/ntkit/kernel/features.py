@@ -398,9 +398,9 @@ def features(
         error: instead of `size`: a wanted relative Frobenius error, for which D is chosen from the exact kernel of 32
             examples; never more than it takes for none at all (P, or with `trace` K times that).
         trace: features of the trace kernel, one row per example; the read-out's K scalars have sketches of their own.
-        leading: directions that the sketch keeps, by `Leading.of`; those of the first examples by default. They make
-            several times less noise for most networks, and the gradients of weights that they hold are not formed.
-            `FeatureMap(tangent, Sketch(size, seed))` does without.
+        leading: directions that the sketch keeps, by `Leading.of`; those of the first examples by default, and none in
+            half precision. They make several times less noise for most networks, and the gradients of weights that they
+            hold are not formed. `FeatureMap(tangent, Sketch(size, seed))` does without.
         generator: of the random map (one seed is taken) and of the examples that are looked at for `error`.
         progress: called with (examples done, examples in all).
 
@@ -416,7 +416,7 @@ def features(
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device).item())
     made = FeatureMap(tangent, Sketch(size, seed, trace, leading))
     _require_room(made, x, size, error)
-    if leading is None:
+    if leading is None and tangent.dtype.itemsize >= 4:
         few = min(LOOKED_AT, _fitting(tangent, tangent.examples(x)))
         leading = Leading.of(tangent, x, examples=few, generator=torch.Generator().manual_seed(seed))
         made = replace(made, sketch=replace(made.sketch, leading=leading))

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ntkit.errors import InputError
+from ntkit.errors import InputError, ModelError
 from ntkit.tangent.factors import Convolution, Factor, Outer
 
 if TYPE_CHECKING:
@@ -110,8 +110,11 @@ class Leading:
             generator: of the iteration's starts.
 
         Raises:
-            InputError: if `rank` or `examples` is not a positive number.
+            InputError: if `rank` or `examples` is not a positive number, or the network computes in half precision.
+            ModelError: if a gradient is NaN or infinite.
         """
+        if tangent.dtype.itemsize < 4:
+            raise InputError(f"leading directions are found in float32 or float64: the network is {tangent.dtype}")
         for name, number in (("rank", rank), ("examples", examples)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise InputError(f"{name} is a positive number: got {number!r}")
@@ -120,8 +123,11 @@ class Leading:
         found = tangent.derivatives(drawn, slice(0, count))
         looked, held = found, found
         if count > 1:  # directions that were fitted to examples hold more of these than of others
-            looked, held = found.narrow(0, -(-2 * count // 3)), found.narrow(-(-2 * count // 3), count)
+            two_thirds = min(count - 1, -(-2 * count // 3))
+            looked, held = found.narrow(0, two_thirds), found.narrow(two_thirds, count)
         total = max(float(held.squared_norms().sum()), torch.finfo(found.outputs.dtype).tiny)
+        if not math.isfinite(total + float(looked.squared_norms().sum())):
+            raise ModelError("the network has gradients that are NaN or infinite: they have no leading directions")
         sides = {}
         for part, factor in looked.factors.items():
             if is_projectable(factor):
@@ -233,7 +239,7 @@ def _pieces(factor: Factor) -> Pieces:
 def _leading(pieces: Pieces, features: int, rank: int, like: Tensor, generator: torch.Generator) -> Tensor:
     """Leading eigenvectors (f, r) of sum_n M_n^T M_n for M_n = over_n^T of_n, which is not formed, from (over, of)."""
     count = min(rank + MORE, features)
-    found = torch.randn(features, count, generator=generator, dtype=torch.float64).to(like)
+    found = torch.randn(features, count, generator=generator, device=generator.device, dtype=torch.float64).to(like)
     for _ in range(ROUNDS):
         found = torch.linalg.qr(found).Q
         found = sum(

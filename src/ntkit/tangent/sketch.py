@@ -342,6 +342,8 @@ def _transforms(factor: Outer, found: Hash) -> bool:
     work = factor.work
     if work.groups > 1 or len(factor.shape) != 2 or work.row_size <= found.size:
         return False
+    if factor.like.dtype.itemsize < 4:  # there are none in half precision
+        return False
     _, lines, blocks = found.start.shape
     count = (work.scalars + 1) * blocks * -(-lines // found.size)  # of transforms for a position
     transforms = work.positions * count * found.size * math.log2(max(2, found.size)) * TRANSFORM
