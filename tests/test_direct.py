@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor
 from ntkit.errors import InputError, NotPositiveDefiniteError
 from ntkit.kernel.base import DenseKernel, Kernel
 from ntkit.solve.direct import Cholesky
+from ntkit.solve.inplace import CholeskyInPlace
+from ntkit.solve.iterative import ConjugateGradients
 from ntkit.solve.ridge import DEFAULT_GRID, GCV, Absolute, LeaveOneOut, Relative, as_ridge
 from ntkit.solve.symmetric import symmetric_matrix
 from tests import oracles
@@ -344,3 +347,19 @@ def test_kernel_objects_and_matrices_are_alike():
     values = [Cholesky().factor(k, 0.1).solve(y).value for k in (kernel, kernel.numpy(), DenseKernel(kernel))]
     assert torch.equal(values[0], values[1])
     assert torch.equal(values[0], values[2])
+
+
+@pytest.mark.parametrize(
+    "by", [Cholesky(), CholeskyInPlace(), CholeskyInPlace(torch.float32), ConjugateGradients(tolerance=1e-10)], ids=str
+)
+def test_a_kernel_is_solved_by_any_solver(by: Any) -> None:
+    matrix = gram(9, 40)
+    y = torch.randn(9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for ridge, absolute in ((0.1, 0.1 * float(matrix.diagonal().mean())), (Absolute(0.3), 0.3), (0.0, 0.0)):
+        found = DenseKernel(matrix, symmetric=True).solve(y, ridge, by=by)
+        expected = torch.linalg.solve(matrix + absolute * torch.eye(9, dtype=torch.float64), y)
+        assert torch.allclose(found.value, expected, rtol=1e-6, atol=1e-8)
+        assert found.relative_residual <= 1e-9
+    for wrong in (None, "cholesky", Cholesky, 3):
+        with pytest.raises(InputError, match=r"an object such as ConjugateGradients"):
+            DenseKernel(matrix, symmetric=True).solve(y, by=wrong)  # type: ignore[arg-type]

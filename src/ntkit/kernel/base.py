@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,10 +32,21 @@ STRIP = 1024
 EDGE = 4096
 
 
+Solved = TypeVar("Solved", covariant=True)
+
+
+class Solver(Protocol[Solved]):
+    """What solves with a kernel; those of the library are in `ntkit.solve`."""
+
+    def solve(self, kernel: Any, y: Any, ridge: Any) -> Solved:
+        """(K + ridge I)^-1 y."""
+        ...
+
+
 class Kernel(ABC):
     """A matrix of inner products, example-major: row n*K + k is read-out scalar k of example n.
 
-    Required: `shape`, `dtype`, `device` and `tile(rows, cols)`. Derived from those: `dense`, `diagonal`, `@`,
+    Required: `shape`, `dtype`, `device` and `tile(rows, cols)`. Derived from those: `dense`, `diagonal`, `@`, `solve`,
     `to_scipy`, sums, products, scaling and centring.
 
     Attributes:
@@ -88,6 +99,22 @@ class Kernel(ABC):
         other = other.to(self.device, dtype)
         products = [self.tile(strip, slice(None)).to(dtype) @ other for strip in strips(self.shape[0])]
         return torch.cat(products) if products else other.new_zeros(0, *other.shape[1:])
+
+    def solve(self, y: Any, ridge: Any = 0.0, *, by: Solver[Solved]) -> Solved:
+        """(K + ridge I)^-1 y, and how far to believe it: `kernel.solve(y, 1e-2, by=Cholesky())`.
+
+        Args:
+            y: right-hand sides (n,) or (n, R).
+            ridge: a number is relative to the mean diagonal entry; `ntkit.solve.ridge.Absolute(...)` is not.
+            by: `Cholesky`, `CholeskyInPlace`, `ConjugateGradients` of `ntkit.solve`, or anything that has such a
+                `solve`. It decides the cost, and what comes back besides the `value`.
+
+        Raises:
+            InputError: if `by` is no solver, or as the solver says.
+        """
+        if isinstance(by, type) or not callable(getattr(by, "solve", None)):
+            raise InputError(f"a kernel is solved by an object such as ConjugateGradients(): got by={by!r}")
+        return by.solve(self, y, ridge)
 
     def to_scipy(self) -> LinearOperator:
         """The kernel as a SciPy `LinearOperator` (on the CPU), for SciPy's iterative solvers and eigensolvers."""

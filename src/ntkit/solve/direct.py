@@ -141,6 +141,12 @@ class Cholesky:
         fixed = as_fixed_ridge(ridge)
         return factor(symmetric_matrix(kernel), fixed)
 
+    def solve(
+        self, kernel: Kernel | Tensor | np.ndarray, y: Tensor | np.ndarray, ridge: float | FixedRidge = 0.0
+    ) -> Solution:
+        """Factor, and solve once. Raises what `factor` and `Factorization.solve` do."""
+        return self.factor(kernel, ridge).solve(y)
+
 
 def factor(matrix: SymmetricMatrix, ridge: FixedRidge) -> Factorization:
     """`Cholesky.factor` for a matrix that has been read and checked already."""

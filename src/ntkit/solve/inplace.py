@@ -120,6 +120,12 @@ class CholeskyInPlace:
         if self.dtype not in (torch.float32, torch.float64):
             raise InputError(f"a factor is of the type float32 or float64: got {self.dtype}")
 
+    def solve(
+        self, kernel: Kernel | Tensor | np.ndarray, y: Tensor | np.ndarray, ridge: float | FixedRidge = 0.0
+    ) -> IterativeSolution:
+        """Factor, and solve once. Raises what `factor` and `InPlaceFactorization.solve` do."""
+        return self.factor(kernel, ridge).solve(y)
+
     def factor(
         self,
         kernel: Kernel | Tensor | np.ndarray,
