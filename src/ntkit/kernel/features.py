@@ -214,7 +214,7 @@ class SketchError:
     Attributes:
         error: relative Frobenius error ||K_sketched - K||_F / ||K||_F of the whole kernel, estimated.
         standard_error: of that estimate, by the jackknife over examples.
-        expected: the error that a sketch of this size has on average, from the exact entries of the sample.
+        expected: the error that a dense Gaussian map of this size has on average, from the exact entries of the sample.
         size: D.
         examples: number of examples sampled.
     """
@@ -228,8 +228,8 @@ class SketchError:
     def __str__(self) -> str:
         """One sentence."""
         return (
-            f"relative Frobenius error {self.error:.3f} +- {self.standard_error:.3f} of {self.size} sketched features, "
-            f"on the exact kernel of {self.examples} examples (expected for this size: {self.expected:.3f})"
+            f"relative Frobenius error {self.error:.2g} +- {self.standard_error:.1g} of {self.size} sketched features, "
+            f"on the exact kernel of {self.examples} examples (a dense Gaussian map's: {self.expected:.2g})"
         )
 
 
