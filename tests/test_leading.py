@@ -20,7 +20,7 @@ from ntkit.tangent.derivatives import Derivatives, Part
 from ntkit.tangent.factors import Convolution, Factor, Outer
 from ntkit.tangent.factors.convolution import Geometry
 from ntkit.tangent.leading import Leading, Sides, label, projection
-from ntkit.tangent.sketch import Sketch
+from ntkit.tangent.sketch import Projected, Sketch
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -262,6 +262,26 @@ def test_no_gradient_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float((phi @ phi.T - exact).norm() / exact.norm()) < 0.3
 
 
+@pytest.mark.parametrize("trace", [False, True])
+def test_cores_stand_side_by_side_in_half_of_the_buckets(trace: bool) -> None:
+    """What is longest meets nothing that is long, whatever parameters stand between."""
+    tangent, x = ntkit.linearize(network()), images()
+    found = Leading.of(tangent, x, rank=8, generator=seeded())
+    leading = Leading({part: replace(sides, outside=(0.0, 0.0)) for part, sides in found.sides.items()})
+    with torch.no_grad():
+        drawn = Sketch(400, 0, trace, leading)._draw(tangent.derivatives(x))
+    cores = [maps.core for maps in drawn.values() if isinstance(maps, Projected)]
+    assert len(cores) >= 2
+    taken = []
+    for core in cores:
+        first, rest = torch.meshgrid(*map(torch.arange, core.shape), indexing="ij")
+        taken += [core.buckets(first, rest, k)[0].reshape(-1) for k in range(len(core.start))]
+    buckets = torch.cat(taken)
+    assert len(buckets.unique()) == len(buckets) <= 200
+    side = min(cores[0].shape)
+    assert side == min(8, math.isqrt(200 // (len(cores) * (5 if trace else 1))))  # as many as fit
+
+
 def test_directions_lower_the_noise_of_gradients_that_have_much_in_common() -> None:
     """Against projections that keep any six, and against a dense map's noise."""
     tangent, x = ntkit.linearize(network(), readout=ntkit.SumOfLogits()), images(12).abs()
@@ -344,10 +364,11 @@ def test_bad_directions(tmp_path: Path) -> None:
             Leading.of(tangent, x, generator=seeded(), **arguments)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="float32 or float64"):
         Leading.of(ntkit.linearize(network().bfloat16()), x.bfloat16(), generator=seeded())
-    broken = x.clone()
-    broken[1] = 1e200
-    with pytest.raises(ModelError, match="NaN or infinite"):
-        Leading.of(ntkit.linearize(Squared(network())), broken, generator=seeded())
+    for place in (1, -1):  # among those that give the directions, and those that are measured
+        broken = x.clone()
+        broken[place] = 1e200
+        with pytest.raises(ModelError, match="NaN or infinite"):
+            Leading.of(ntkit.linearize(Squared(network())), broken, generator=seeded())
     good = Leading.of(tangent, x, generator=seeded())
     other = Leading({part: replace(sides, outputs=sides.outputs[1:]) for part, sides in good.sides.items()})
     for leading in (Leading({}), other):

@@ -399,8 +399,8 @@ def features(
             examples; never more than it takes for none at all (P, or with `trace` K times that).
         trace: features of the trace kernel, one row per example; the read-out's K scalars have sketches of their own.
         leading: directions that the sketch keeps, by `Leading.of`; those of the first examples by default, and none in
-            half precision. They make several times less noise for most networks, and the gradients of weights that they
-            hold are not formed. `FeatureMap(tangent, Sketch(size, seed))` does without.
+            half precision. They make several times less noise for convolutional networks, and the gradients of weights
+            that they hold are not formed. `FeatureMap(tangent, Sketch(size, seed))` does without.
         generator: of the random map (one seed is taken) and of the examples that are looked at for `error`.
         progress: called with (examples done, examples in all).
 

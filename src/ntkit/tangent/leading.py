@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 ROOM = 256 * 2**20
 # Directions more than are kept, so that the subspace iteration finds these, and its rounds.
 MORE, ROUNDS = 8, 4
+NOT_FINITE = "the network has gradients that are NaN or infinite: they have no leading directions"
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,8 @@ class Leading:
         """Those of the first examples, two thirds of which give the directions and one third what lies in them.
 
         Cost: their gradients in factored form, with patches unfolded, and about 20 (rank + 8) products with each
-        position's inputs and cotangents.
+        position's inputs and cotangents; the squared lengths of the last third, for which the rows of some layers are
+        formed, a layer at a time.
 
         Args:
             tangent: the network.
@@ -125,13 +127,14 @@ class Leading:
         if count > 1:  # directions that were fitted to examples hold more of these than of others
             two_thirds = min(count - 1, -(-2 * count // 3))
             looked, held = found.narrow(0, two_thirds), found.narrow(two_thirds, count)
-        total = max(float(held.squared_norms().sum()), torch.finfo(found.outputs.dtype).tiny)
-        if not math.isfinite(total + float(looked.squared_norms().sum())):
-            raise ModelError("the network has gradients that are NaN or infinite: they have no leading directions")
+        lengths = {part: float(factor.squared_norms().sum()) for part, factor in held.factors.items()}
+        total = max(sum(lengths.values()), torch.finfo(found.outputs.dtype).tiny)
+        if not math.isfinite(total):
+            raise ModelError(NOT_FINITE)
         sides = {}
         for part, factor in looked.factors.items():
             if is_projectable(factor):
-                sides[label(part)] = _sides(factor, held.factors[part], total, rank, generator)
+                sides[label(part)] = _sides(factor, held.factors[part], lengths[part], total, rank, generator)
         return cls(sides)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -204,14 +207,14 @@ def projection(directions: Tensor, size: int, generator: torch.Generator) -> Ten
 Pieces = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
-def _sides(looked: Factor, held: Factor, total: float, rank: int, generator: torch.Generator) -> Sides:
-    """Directions of some examples, and what of others lies in them."""
+def _sides(looked: Factor, held: Factor, length: float, total: float, rank: int, generator: torch.Generator) -> Sides:
+    """Directions of some examples, and what of others, of this squared length, lies in them."""
     pieces = _pieces(looked)
     work, like = looked.work, looked.like
     assert work is not None
     outputs = _leading(lambda: ((a, g) for g, a in pieces()), work.outputs, rank, like, generator)
     inputs = _leading(pieces, work.inputs, rank, like, generator)
-    length = max(float(held.squared_norms().sum()), torch.finfo(like.dtype).tiny)
+    length = max(length, torch.finfo(like.dtype).tiny)
     inside = [0.0, 0.0]
     for g, a in _pieces(held)():
         inside[0] += float(((g @ outputs).mT @ a).square().sum())
@@ -246,4 +249,6 @@ def _leading(pieces: Pieces, features: int, rank: int, like: Tensor, generator: 
             ((of.mT @ (over @ (over.mT @ (of @ found)))).sum((0, 1)) for over, of in pieces()),
             torch.zeros_like(found),
         )
+    if not bool(found.isfinite().all()):
+        raise ModelError(NOT_FINITE)
     return torch.linalg.svd(found, full_matrices=False).U[:, :rank].contiguous()

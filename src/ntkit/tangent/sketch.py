@@ -16,7 +16,7 @@ of at most D parameters is sketched without any error.
 The product of two small random projections, U R V^T with d1 d2 = D, would form no gradient, but its variance is about
 2/d1 + 2/d2 instead of 2/D where gradients are close to rank one, and those of convolutions are (see `docs/scale.md`).
 Projections that keep the gradients' leading directions (`leading`) do not have that: a sketch that is given these
-forms no gradient of a weight that they hold, and is several times less noisy than a dense one.
+forms no gradient of a weight that they hold, and is several times less noisy for convolutional networks.
 
 For a linear layer with one position, R = g (outer) a, the sum over lines is a circular convolution of the sketches of
 g and a, by three Fourier transforms of D numbers (as TensorSketch: Pham & Pagh, 2013), and R is not formed. For sums
