@@ -267,6 +267,35 @@ def test_lookup_rows_by_definition() -> None:
     assert torch.allclose(factor.rows(1, 3), expected[:, :, 1:3])
 
 
+@pytest.mark.parametrize("scratch", [1, 3000, 2**20])
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize("same", [False, True])
+def test_ids_go_pair_by_pair_or_by_rows(same: bool, trace: bool, scratch: int) -> None:
+    """Ids that everybody has, ids that few have, and ids that one side alone has, in one product."""
+    n, m, k, t, o, vocabulary = 9, 11, 2, 7, 3, 60
+
+    def batch(examples: int, seed: int) -> Lookup:
+        ids = torch.randint(vocabulary, (examples, t), generator=torch.Generator().manual_seed(seed))
+        ids[:, :2] = torch.tensor([5, 6])  # two in every example
+        return Lookup(ids, random(examples, k, t, o, seed=seed + 50), (vocabulary, o))
+
+    left = batch(n, 0)
+    right = left if same else batch(m, 1)
+    rare, common = left._ids_with(right)
+    assert {5, 6} <= set(common.tolist())
+    assert len(rare) > 10
+    expected = torch.einsum("nkvo,mlvo->nkml", left.rows(), right.rows())
+    expected = torch.einsum("nkmk->nm", expected) if trace else expected
+    got = left.gram(right, trace=trace, workspace=Workspace(scratch))
+    assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_entries_that_meet_of_a_lookup() -> None:
+    """Many ids, few places: t^2 / vocabulary pairs; few ids: all rows."""
+    assert Lookup(torch.zeros(1, 50).long(), random(1, 1, 50, 8), (1000, 8)).met_entries == 50 * 50 * 8 // 1000
+    assert Lookup(torch.zeros(1, 6).long(), random(1, 1, 6, 8), (12, 8)).met_entries == 12 * 8
+
+
 def test_lookups_without_a_common_id() -> None:
     left = Lookup(torch.tensor([[0, 1]]), random(1, 2, 2, 3), (6, 3))
     right = Lookup(torch.tensor([[4, 5]]), random(1, 2, 2, 3, seed=1), (6, 3))

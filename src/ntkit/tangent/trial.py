@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +61,7 @@ class PartSize:
 
     Attributes:
         name: the parameter.
-        row: entries of one row.
+        row: entries of one row, as far as they meet another's.
         held: bytes of the factor for one example, with K scalars.
         work: positions and features, where it is a sum of outer products.
     """
@@ -108,7 +107,7 @@ def part_sizes(factors: Sequence[tuple[Source, Factor]], scalars: int) -> list[P
         fixed = factor.nbytes - factor.scalar_nbytes
         held = (fixed + scalars * factor.scalar_nbytes) // factor.examples
         work = None if factor.work is None else replace(factor.work, examples=1, scalars=scalars)
-        found.append(PartSize(next(iter(source.leaves)), prod(factor.shape), held, work))
+        found.append(PartSize(next(iter(source.leaves)), factor.met_entries, held, work))
     return found
 
 

@@ -82,6 +82,11 @@ class Factor(ABC):
         """The part of the memory that grows with the number of scalars."""
         return self.nbytes
 
+    @property
+    def met_entries(self) -> int:
+        """Entries of two examples' rows that are multiplied with each other."""
+        return prod(self.shape)
+
     def prefers_rows_among(self, examples: int, partners: int, *, trace: bool, same: bool) -> bool:
         """Whether products of so many examples with so many others, or the same, go through rows worth keeping."""
         if self.work is None:

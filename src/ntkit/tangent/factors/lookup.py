@@ -1,4 +1,9 @@
-"""Embeddings: rows that are zero but for the tokens of an example."""
+"""Embeddings: rows that are zero but for the tokens of an example.
+
+Two examples meet only in the ids that they have in common. Most ids of a large vocabulary occur a few times in a batch:
+for these the places that hold the same id are put together pair by pair, and nothing is formed. Ids that most examples
+have, such as punctuation, would make too many pairs; for these rows are formed, of their ids alone.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,10 @@ from ntkit.tangent.workspace import Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# Multiplying one pair of places takes as long as multiplying so many pairs of examples in a product of rows (measured;
+# the rows have to be cleared and filled as well).
+PAIR = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,23 +68,54 @@ class Lookup(Factor):
         workspace = workspace or Workspace()
         if not isinstance(other, Lookup):
             return super().gram(other, trace=trace, workspace=workspace)
-        return rows_gram(self.common_blocks(other, workspace.nbytes), trace=trace)
+        rare, common = self._ids_with(other)
+        total = self._pairs_gram(other, rare, trace=trace, scratch=workspace.nbytes)
+        if len(common):
+            total += rows_gram(self._blocks_of(other, common, workspace.nbytes), trace=trace)
+        return total
+
+    @property
+    def met_entries(self) -> int:  # noqa: D102
+        height, width = self.shape
+        t = self.ids.shape[1]
+        return height * width if PAIR * t**2 >= height**2 else max(1, t**2 * width // height)
+
+    def _ids_with(self, other: Lookup) -> tuple[Tensor, Tensor]:
+        """The ids that occur in both batches, sorted: those to be taken pair by pair, and those to be taken by rows."""
+        ids, times = self.ids.unique(return_counts=True)
+        pairs = times * times
+        if other is not self:
+            others, other_times = other.ids.unique(return_counts=True)
+            place = _positions(ids, others)
+            ids, pairs = ids[place >= 0], (times * other_times[place])[place >= 0]
+        rare = PAIR * pairs < self.examples * other.examples
+        return ids[rare], ids[~rare]
+
+    def _pairs_gram(self, other: Lookup, ids: Tensor, *, trace: bool, scratch: int) -> Tensor:
+        """Inner products as far as they come from some ids, a part of all pairs of places at a time."""
+        n, k, t, o = self.cotangents.shape
+        m, l, s = other.cotangents.shape[:3]  # noqa: E741
+        out = self.cotangents.new_zeros((n * m,) if trace else (n * m, k, l))
+        mine, others = _equal_places(self.ids, other.ids, ids)
+        step = max(1, scratch // (2 * (k + l) * o * out.element_size()))
+        for start in range(0, len(mine), step):
+            a, b = mine[start : start + step], others[start : start + step]
+            left, right = self.cotangents[a // t, :, a % t], other.cotangents[b // s, :, b % s]
+            products = left.mul_(right).sum((1, 2)) if trace else left @ right.transpose(1, 2)
+            out.index_add_(0, a // t * m + b // s, products)
+        return out.view(n, m) if trace else out.view(n, m, k, l).transpose(1, 2)
 
     def squared_norms(self, workspace: Workspace | None = None) -> Tensor:  # noqa: D102
         same = (self.ids[:, :, None] == self.ids[:, None, :]).to(self.cotangents)
         gg = self.cotangents @ self.cotangents.transpose(2, 3)
         return torch.einsum("nts,nkts->nk", same, gg)
 
-    def common_blocks(self, other: Lookup, scratch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Row blocks over the ids that occur in both batches; all others contribute nothing."""
-        left, right = self.ids.unique(), other.ids.unique()
-        common = left if other is self else left[torch.isin(left, right)]
+    def _blocks_of(self, other: Lookup, ids: Tensor, scratch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of rows over some ids."""
         rows = self.examples * self.scalars + other.examples * other.scalars
-        step = max(1, min(len(common), scratch // max(1, rows * self.shape[1] * 4)))
-        if len(common) == 0:
-            yield self._scatter(self.ids - self.shape[0], 1), other._scatter(other.ids - other.shape[0], 1)
-        for start in range(0, len(common), step):
-            part = common[start : start + step]
+        step = max(1, min(len(ids), scratch // max(1, rows * self.shape[1] * 4)))
+        for start in range(0, len(ids), step):
+            part = ids[start : start + step]
             mine = self._scatter(_positions(self.ids, part), len(part))
             yield mine, mine if other is self else other._scatter(_positions(other.ids, part), len(part))
 
@@ -84,3 +124,16 @@ def _positions(ids: Tensor, sorted_values: Tensor) -> Tensor:
     """Index of each id in `sorted_values`, or -1."""
     place = torch.searchsorted(sorted_values, ids.contiguous()).clamp_(max=len(sorted_values) - 1)
     return torch.where(sorted_values[place] == ids, place, -1)
+
+
+def _equal_places(left: Tensor, right: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs of places of two arrays, each counted in its flat order, that hold the same one of some sorted ids."""
+    if not len(ids):
+        return ids.new_empty(0), ids.new_empty(0)
+    mine = (_positions(left, ids) >= 0).flatten().nonzero()[:, 0]
+    values, order = right.flatten().sort()
+    wanted = left.flatten()[mine]
+    first, behind = torch.searchsorted(values, wanted), torch.searchsorted(values, wanted, right=True)
+    times = behind - first
+    run = torch.arange(int(times.sum()), device=ids.device) - (times.cumsum(0) - times).repeat_interleave(times)
+    return mine.repeat_interleave(times), order[first.repeat_interleave(times) + run]
