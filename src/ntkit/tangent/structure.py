@@ -23,7 +23,7 @@ def _collect(members: Iterable[Any], leaves: list[Any]) -> None:
     for member in members:
         if not isinstance(member, (tuple, list, dict)):
             leaves.append(member)
-        else:
+        elif member:
             _collect(member.values() if isinstance(member, dict) else member, leaves)
 
 

@@ -157,30 +157,49 @@ class _Call:
     function: Callable
     arguments: list[tuple[int, ...] | None]
     outputs: list[tuple[int, ...]]
+    operands: list[Tensor] = field(default_factory=list)  # copies where the examples may be merged with other axes
+    results: list[Tensor] = field(default_factory=list)
 
 
 class _Log(Watch):
-    """Shapes of all tensors of all operations."""
+    """Shapes of all tensors of all operations, and the values of uses that will be asked where the examples are."""
 
-    def __init__(self) -> None:
+    def __init__(self, selection: Selection, few: int) -> None:
         super().__init__()
+        self.few = few
         self.calls: list[_Call] = []
         self.memory: dict[int, int] = {}
+        self._of_parameters: dict[int, Tensor] = {id(tensor): tensor for tensor in selection.tensors}
 
     def see(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func in (F.embedding, F.embedding_bag):
             refuse_renormalization(func, args, kwargs)
-        arguments = [tuple(a.shape) for a in flatten((args, kwargs))[0] if isinstance(a, Tensor)]
-        call = _Call(func, arguments, [])  # pyright: ignore[reportArgumentType]
+        operands = [a for a in flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+        call = _Call(func, [tuple(a.shape) for a in operands], [])
         self.calls.append(call)
+        made = [id(a) in self._of_parameters for a in operands]
+        if (
+            any(made)
+            and not all(made)
+            and any(self._may_be_merged(a) for a, m in zip(operands, made, strict=True) if not m)
+        ):
+            call.operands = [a if m else a.detach().clone() for a, m in zip(operands, made, strict=True)]
         result = func(*args, **kwargs)
         tensors = [o for o in flatten(result)[0] if isinstance(o, Tensor)]
+        if made and all(made):
+            self._of_parameters.update((id(o), o) for o in tensors)
+        if call.operands:
+            call.results = [o.detach().clone() for o in (operands[:1] if writes_in_place(func) else tensors)]
         call.outputs = [tuple(o.shape) for o in tensors]
         for o in tensors:  # memory that is used again has the same address: what is left is what was alive together
             with suppress(NotImplementedError, RuntimeError):  # tensors inside vmap have no memory of their own
                 place = o.untyped_storage().data_ptr()
                 self.memory[place] = max(self.memory.get(place, 0), o.nbytes)
         return result
+
+    def _may_be_merged(self, tensor: Tensor) -> bool:
+        """Whether the examples have no axis of their own; where one is taken for it that is not, see `_witnessed`."""
+        return self.few not in tensor.shape
 
 
 def refuse_renormalization(func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -207,7 +226,7 @@ class _Plain:
 
 
 def _plain_run(model: nn.Module, selection: Selection, readout: Readout, batch: Batch) -> _Plain:
-    log = _Log()
+    log = _Log(selection, batch.size)
     with selection.differentiable():
         with log:
             output = run_model(model, selection, batch)
@@ -306,6 +325,7 @@ class _Learner(Capture):
         self.few = few
         self.calls = calls
         self.count = 0
+        self.called: list[_Call] = []  # by step
         self.outputs: list[list[Tensor]] = []
         self.opaque: dict[str, str] = {}
         self.reordered_at = sys.maxsize
@@ -348,6 +368,7 @@ class _Learner(Capture):
             if is_use:
                 step = replace(step, operands=tuple(operands), outputs=tuple(outputs))
         self.script.append(step)
+        self.called.append(call)
         return step
 
     def _outputs(
@@ -426,12 +447,10 @@ def _learn(
     scalars = readout.scalars(output, more.targets)
     check_scalars(scalars, more)
     script, records = learner.script, learner.records
-    if any(_is_merged(step) for step in script):
-        witness = _Witness(selection, script, few.size)
+    merged = [step.index for step in script if _is_merged(step)]
+    if merged:
         try:
-            with witness:
-                few.call(model)
-            final = _settle(records, learner.outputs, witness)
+            final = _settle(records, learner.outputs, _witnessed(model, selection, few, learner, merged), few.size)
         except (Deviation, NoExampleAxis) as error:
             raise _Hidden(f"the model's operations change from run to run: {error}") from error
         for record in records:
@@ -441,16 +460,46 @@ def _learn(
     return _Learned(script, records, learner.opaque, reorders, scalars)
 
 
-def _settle(records: list[Record], outputs: list[list[Tensor]], witness: _Witness) -> dict[int, Step]:
+_Seen = tuple[Sequence[Tensor], Sequence[Tensor]]  # operands and outputs of a use
+
+
+def _witnessed(
+    model: nn.Module, selection: Selection, few: Batch, learner: _Learner, merged: Sequence[int]
+) -> dict[int, _Seen]:
+    """What uses saw on fewer examples, by place in the script: from the plain run if it kept all, else from another.
+
+    The plain run keeps none whose weights are made of more than parameters, or in which an axis is as long as there are
+    examples.
+
+    Raises:
+        Deviation: if the other takes another path.
+    """
+    kept: dict[int, _Seen] = {
+        index: (call.operands, call.results) for index in merged if (call := learner.called[index]).operands
+    }
+    if len(kept) == len(merged):
+        return kept
+    witness = _Witness(selection, learner.script, few.size)
+    with witness:
+        few.call(model)
+    if len(witness.records) != sum(step.is_use and not step.opaque for step in learner.script):
+        raise Deviation("some are left out")
+    return {
+        record.step.index: ([leaf for leaf in record.leaves if isinstance(leaf, Tensor)], outputs)
+        for record, outputs in zip(witness.records, witness.outputs, strict=True)
+    }
+
+
+def _settle(records: list[Record], outputs: list[list[Tensor]], fewer: dict[int, _Seen], count: int) -> dict[int, Step]:
     """The true axes of every use with merged axes, by place in the script, from the values of the two runs."""
     final: dict[int, Step] = {}
-    for record, outs, other, other_outs in zip(records, outputs, witness.records, witness.outputs, strict=True):
+    for record, outs in zip(records, outputs, strict=True):
         step = record.step
         if _is_merged(step):
             mine = [leaf for leaf in record.leaves if isinstance(leaf, Tensor)]
-            theirs = [leaf for leaf in other.leaves if isinstance(leaf, Tensor)]
-            operands = tuple(locate(few, more, witness.examples) for few, more in zip(theirs, mine, strict=True))
-            places = tuple(locate(few, more, witness.examples) for few, more in zip(other_outs, outs, strict=True))
+            theirs, other_outs = fewer[step.index]
+            operands = tuple(locate(few, more, count) for few, more in zip(theirs, mine, strict=True))
+            places = tuple(locate(few, more, count) for few, more in zip(other_outs, outs, strict=True))
             final[step.index] = replace(step, operands=operands, outputs=places)
     return final
 

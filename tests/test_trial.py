@@ -1,0 +1,70 @@
+"""Where the examples are, found from the plain run or from a run of its own."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import ntkit
+from ntkit.tangent import trial
+from tests.cases import CASES, Case, Net
+
+MERGED = [
+    "attention/batch_first", "attention/batch_second", "attention/bias_kv", "encoder/layer", "encoder/stack_padded",
+    "shape/flattened_positions", "shape/flattened_time_first", "shape/windows_in_the_batch", "shape/pairs_in_the_batch",
+    "exotic/routed_tokens",
+]  # fmt: skip
+
+
+def script(case: Case, monkeypatch: pytest.MonkeyPatch, *, keeps: bool) -> tuple[list, int]:
+    """What a trial finds out, and how many runs it makes to see where the examples are."""
+    runs = []
+
+    class Counted(trial._Witness):
+        def __init__(self, *args: object) -> None:
+            runs.append(1)
+            super().__init__(*args)  # pyright: ignore[reportArgumentType]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "_Witness", Counted)
+        if not keeps:
+            patch.setattr(trial._Log, "_may_be_merged", lambda *_: False)
+        tangent = ntkit.linearize(case.build(), readout=ntkit.Logits(select=case.select), parameters=case.parameters)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = tangent.anatomy(case.data(3))
+    return [(step.name, step.operands, step.outputs) for step in found.script], len(runs)
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_the_plain_run_says_what_another_would(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in CASES if case.name == name)
+    kept, few = script(case, monkeypatch, keeps=True)
+    seen, more = script(case, monkeypatch, keeps=False)
+    assert kept == seen
+    merged = [axis.after > 1 for _, operands, outputs in kept for axis in (*operands, *outputs) if axis is not None]
+    before = [axis.before > 1 for _, operands, outputs in kept for axis in (*operands, *outputs) if axis is not None]
+    assert any(merged) or any(before), "no case of it"
+    assert more
+    assert bool(few) == (
+        name == "exotic/routed_tokens"
+    )  # an expert's tokens are one axis of as many as there are examples
+
+
+def test_another_axis_is_as_long_as_there_are_examples() -> None:
+    """(1, T*N, d) has an axis of length one that is not the examples': the plain run cannot know, another run can."""
+    torch.manual_seed(0)
+    model = Net(
+        lambda m, x: m.head(m.layer(x.reshape(1, -1, 3)).tanh().reshape(x.shape[0], 4, 5).mean(1)),  # pyright: ignore
+        layer=nn.Linear(3, 5), head=nn.Linear(5, 2),
+    ).double()  # fmt: skip
+    x = torch.randn(4, 4, 3, dtype=torch.float64)
+    got = ntkit.empirical_ntk(model, x)
+    rows = torch.stack([
+        torch.cat([g.reshape(-1) for g in torch.autograd.grad(model(x)[n, k], list(model.parameters()))])
+        for n in range(4) for k in range(2)
+    ])  # fmt: skip
+    assert torch.allclose(got, rows @ rows.T, rtol=1e-10)
