@@ -19,6 +19,8 @@ truth = torch.randint(3, (600,), generator=generator)
 x = means[truth] + 6**0.5 * torch.randn(600, 30, generator=generator)
 wrong = torch.rand(600, generator=generator) < 0.1
 labels = torch.where(wrong, (truth + torch.randint(1, 3, (600,), generator=generator)) % 3, truth)
+posterior = torch.softmax(-torch.cdist(x, means).square() / (2 * 6), 1)
+true = 0.9 * posterior + 0.1 * (1 - posterior) / 2  # p*(label | x)
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(30, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 3))
@@ -54,6 +56,7 @@ for axes, (title, probe) in zip(all_axes, chosen.items(), strict=True):
     axes.plot(*smooth.T, color="tab:orange", label="smoothed")
     axes.scatter(*raw[0], marker="D", color="tab:green", zorder=3, label="start")
     axes.scatter(*corners[labels[probe]], marker="X", s=70, color="tab:red", zorder=3, label="label")
+    axes.scatter(*dynamics.triangle(true[probe]), marker="*", s=70, color="black", zorder=3, label="p*")
     axes.scatter(*corners[truth[probe]], marker="o", s=130, facecolors="none", edgecolors="gray", label="true class")
     axes.set_title(f"{title}: detour {float(paths.detour()[probe]):.1f}")
     axes.set_aspect("equal")

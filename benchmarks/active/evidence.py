@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks.active.tasks import TASKS, Pool, Task
+from benchmarks.lines import read
 from benchmarks.machine import environment
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits
@@ -181,16 +182,6 @@ def describe(path: Path, device: str) -> None:
     if {**before, "date": ""} != {**now, "date": ""}:
         raise SystemExit(f"{path} describes another machine: take another folder for the runs of this one")
     path.write_text(json.dumps(before, indent=1) + "\n")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """All runs of a file; a line that a killed run left half written is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    if lines[-1]:
-        path.write_text("\n".join([*lines[:-1], ""]))
-    return [json.loads(line) for line in lines[:-1]]
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, default=KINDS[0])
     options = parser.parse_args()
     if options.folder is not None:
-        from benchmarks.active.evidence import read as read_runs
+        from benchmarks.lines import read as read_runs
 
         machine = json.loads((options.folder / "environment.json").read_text())
         write(read_runs(options.folder / "runs.jsonl"), machine, options.kind)

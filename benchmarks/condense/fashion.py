@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.condense import kernels
-from benchmarks.distill.training import read
+from benchmarks.lines import read
 from benchmarks.scale.data import Images, fashion_mnist
 from benchmarks.scale.record import record
 from ntkit.kernel.function import KernelFunction

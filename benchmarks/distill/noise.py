@@ -35,7 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.distill.training import Job, Recipe, Trained, accuracy, read, run, said, train
+from benchmarks.distill.training import Job, Recipe, Trained, accuracy, run, said, train
+from benchmarks.lines import read
 from benchmarks.scale.data import fashion_mnist
 from ntkit.uses import distill
 

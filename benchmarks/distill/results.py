@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from benchmarks.distill import noise, toy
-from benchmarks.distill.training import read
+from benchmarks.lines import read
 from benchmarks.scale.record import record
 
 RESULTS = Path(__file__).parent / "records"

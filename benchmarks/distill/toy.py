@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.distill.training import Job, Recipe, Trained, accuracy, read, run, said, train
+from benchmarks.distill.training import Job, Recipe, Trained, accuracy, run, said, train
+from benchmarks.lines import read
 from ntkit.uses import distill
 
 C, D, VARIANCE = 3, 30, 6.0

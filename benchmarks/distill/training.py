@@ -134,13 +134,3 @@ def run(one: Callable[..., list[dict[str, Any]]], jobs: list[tuple], path: Path,
             file.write("".join(json.dumps(line) + "\n" for line in future.result()))
             file.flush()
             print(f"{k} of {len(jobs)}, {time.perf_counter() - start:.0f} s: {futures[future]}", flush=True)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """All lines of a file; one that a killed run left half written is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    if lines[-1]:
-        path.write_text("\n".join([*lines[:-1], ""]))
-    return [json.loads(line) for line in lines[:-1]]

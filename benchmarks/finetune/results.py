@@ -16,7 +16,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from benchmarks.finetune import sweeping
+from benchmarks.lines import read as read_lines
 from benchmarks.scale.record import record
 
 RESULTS = Path(__file__).parent / "records"
@@ -29,11 +29,11 @@ def write(folder: Path) -> None:
     for name in ("fashion", "foreseen", "backbones", "cifar", "minilm"):
         path, machine = folder / f"{name}.jsonl", folder / f"{name}.environment.json"
         if path.exists():
-            lines = sweeping.read(path)
+            lines = read_lines(path)
             counts = Counter(line["seed"] for line in lines)
             whole = {seed for seed, count in counts.items() if count == max(counts.values())}
             found: dict[str, Any] = {"environment": json.loads(machine.read_text())} if machine.exists() else {}
-            if trials := sweeping.read(folder / f"{name}_rates.jsonl"):
+            if trials := read_lines(folder / f"{name}_rates.jsonl"):
                 found["trials"] = trials
             kept = sorted((line for line in lines if line["seed"] in whole), key=lambda line: line["seed"])
             record(name, {**found, "lines": kept}, RESULTS)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.lines import read
 from benchmarks.machine import environment, version
 from ntkit.errors import ModelError
 from ntkit.uses import finetune
@@ -60,11 +61,6 @@ def pieces(path: Path, keys: Iterable[Line], run: Callable[..., Line]) -> None:
             with path.open("a") as file:
                 file.write(json.dumps(found) + "\n")
             print(f"{key} took {found['seconds']} s", flush=True)
-
-
-def read(path: Path) -> list[Line]:
-    """The lines of a file, none if it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def facts(sweep: finetune.Sweep) -> Line:

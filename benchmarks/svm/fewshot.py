@@ -32,7 +32,8 @@ from sklearn.metrics.pairwise import rbf_kernel
 from torch import Tensor, nn
 
 from benchmarks.active.tasks import folder as data_folder
-from benchmarks.finetune.sweeping import pieces, read
+from benchmarks.finetune.sweeping import pieces
+from benchmarks.lines import read
 from benchmarks.scale.record import record
 from benchmarks.svm.uci import DRAWS, Set, Split, sets
 from ntkit.kernel.empirical import TangentKernel
