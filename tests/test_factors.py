@@ -281,7 +281,8 @@ def test_ids_go_pair_by_pair_or_by_rows(same: bool, trace: bool, scratch: int) -
 
     left = batch(n, 0)
     right = left if same else batch(m, 1)
-    rare, common = left._ids_with(right)
+    rare, pairs, common = left._ids_with(right)
+    assert torch.equal(pairs, torch.stack([(left.ids == i).sum() * (right.ids == i).sum() for i in rare]))
     assert {5, 6} <= set(common.tolist())
     assert len(rare) > 10
     expected = torch.einsum("nkvo,mlvo->nkml", left.rows(), right.rows())

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 # Multiplying one pair of places takes as long as multiplying so many pairs of examples in a product of rows (measured;
 # the rows have to be cleared and filled as well).
-PAIR = 16
+PAIR = 32
+# Bytes for the places of one pair, while they are found.
+PLACES = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +70,8 @@ class Lookup(Factor):
         workspace = workspace or Workspace()
         if not isinstance(other, Lookup):
             return super().gram(other, trace=trace, workspace=workspace)
-        rare, common = self._ids_with(other)
-        total = self._pairs_gram(other, rare, trace=trace, scratch=workspace.nbytes)
+        rare, pairs, common = self._ids_with(other)
+        total = self._pairs_gram(other, rare, pairs, trace=trace, scratch=workspace.nbytes)
         if len(common):
             total += rows_gram(self._blocks_of(other, common, workspace.nbytes), trace=trace)
         return total
@@ -80,8 +82,8 @@ class Lookup(Factor):
         t = self.ids.shape[1]
         return height * width if PAIR * t**2 >= height**2 else max(1, t**2 * width // height)
 
-    def _ids_with(self, other: Lookup) -> tuple[Tensor, Tensor]:
-        """The ids that occur in both batches, sorted: those to be taken pair by pair, and those to be taken by rows."""
+    def _ids_with(self, other: Lookup) -> tuple[Tensor, Tensor, Tensor]:
+        """The sorted ids that occur in both batches: those to be taken pair by pair, their pairs, and those by rows."""
         ids, times = self.ids.unique(return_counts=True)
         pairs = times * times
         if other is not self:
@@ -89,20 +91,20 @@ class Lookup(Factor):
             place = _positions(ids, others)
             ids, pairs = ids[place >= 0], (times * other_times[place])[place >= 0]
         rare = PAIR * pairs < self.examples * other.examples
-        return ids[rare], ids[~rare]
+        return ids[rare], pairs[rare], ids[~rare]
 
-    def _pairs_gram(self, other: Lookup, ids: Tensor, *, trace: bool, scratch: int) -> Tensor:
-        """Inner products as far as they come from some ids, a part of all pairs of places at a time."""
+    def _pairs_gram(self, other: Lookup, ids: Tensor, pairs: Tensor, *, trace: bool, scratch: int) -> Tensor:
+        """Inner products as far as they come from some ids, which make so many pairs of places each."""
         n, k, t, o = self.cotangents.shape
         m, l, s = other.cotangents.shape[:3]  # noqa: E741
         out = self.cotangents.new_zeros((n * m,) if trace else (n * m, k, l))
-        mine, others = _equal_places(self.ids, other.ids, ids)
         step = max(1, scratch // (2 * (k + l) * o * out.element_size()))
-        for start in range(0, len(mine), step):
-            a, b = mine[start : start + step], others[start : start + step]
-            left, right = self.cotangents[a // t, :, a % t], other.cotangents[b // s, :, b % s]
-            products = left.mul_(right).sum((1, 2)) if trace else left @ right.transpose(1, 2)
-            out.index_add_(0, a // t * m + b // s, products)
+        for mine, others in _equal_places(self.ids, other.ids, ids, pairs, max(1, scratch // PLACES)):
+            for start in range(0, len(mine), step):
+                a, b = mine[start : start + step], others[start : start + step]
+                left, right = self.cotangents[a // t, :, a % t], other.cotangents[b // s, :, b % s]
+                products = left.mul_(right).sum((1, 2)) if trace else left @ right.transpose(1, 2)
+                out.index_add_(0, a // t * m + b // s, products)
         return out.view(n, m) if trace else out.view(n, m, k, l).transpose(1, 2)
 
     def squared_norms(self, workspace: Workspace | None = None) -> Tensor:  # noqa: D102
@@ -126,14 +128,25 @@ def _positions(ids: Tensor, sorted_values: Tensor) -> Tensor:
     return torch.where(sorted_values[place] == ids, place, -1)
 
 
-def _equal_places(left: Tensor, right: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """All pairs of places of two arrays, each counted in its flat order, that hold the same one of some sorted ids."""
-    if not len(ids):
-        return ids.new_empty(0), ids.new_empty(0)
-    mine = (_positions(left, ids) >= 0).flatten().nonzero()[:, 0]
+def _equal_places(
+    left: Tensor, right: Tensor, ids: Tensor, pairs: Tensor, room: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All pairs of places of two arrays, each counted in its flat order, that hold the same one of some sorted ids.
+
+    Args:
+        left: an array of ids.
+        right: another.
+        ids: which count.
+        pairs: how many pairs each of them makes.
+        room: pairs that come at a time, about.
+    """
+    left_values, left_order = left.flatten().sort()
     values, order = right.flatten().sort()
-    wanted = left.flatten()[mine]
-    first, behind = torch.searchsorted(values, wanted), torch.searchsorted(values, wanted, right=True)
-    times = behind - first
-    run = torch.arange(int(times.sum()), device=ids.device) - (times.cumsum(0) - times).repeat_interleave(times)
-    return mine.repeat_interleave(times), order[first.repeat_interleave(times) + run]
+    sizes = ((pairs.cumsum(0) - pairs) // room).unique_consecutive(return_counts=True)[1]
+    for part in ids.split(sizes.tolist()):
+        inside = _positions(left_values, part) >= 0
+        mine, wanted = left_order[inside], left_values[inside]
+        first, behind = torch.searchsorted(values, wanted), torch.searchsorted(values, wanted, right=True)
+        times = behind - first
+        run = torch.arange(int(times.sum()), device=ids.device) - (times.cumsum(0) - times).repeat_interleave(times)
+        yield mine.repeat_interleave(times), order[first.repeat_interleave(times) + run]
