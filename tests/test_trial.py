@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import ntkit
@@ -68,3 +69,18 @@ def test_another_axis_is_as_long_as_there_are_examples() -> None:
         for n in range(4) for k in range(2)
     ])  # fmt: skip
     assert torch.allclose(got, rows @ rows.T, rtol=1e-10)
+
+
+def test_weights_made_of_parameters() -> None:
+    """The plain run knows them too."""
+    torch.manual_seed(0)
+    case = Case(
+        "derived", lambda: Net(
+            lambda m, x: m.head(F.linear(x.reshape(-1, 3), m.w.T * 2).reshape(x.shape[0], 4, 5).tanh().mean(1)),
+            w=nn.Parameter(torch.randn(3, 5)), head=nn.Linear(5, 2),
+        ).double(), lambda n: torch.randn(n, 4, 3, dtype=torch.float64),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        found, runs = script(case, patch, keeps=True)
+    assert any(axis is not None and axis.after == 4 for _, operands, _ in found for axis in operands)
+    assert runs == 0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # What the C library of Linux is asked to keep of the memory that is freed, and the largest block it keeps (128 MB to
-# 1 GB took the same time within noise); more than that is given back to the system as ever.
+# 1 GB took the same time within noise). Nothing is given back before twice as much has come together.
 KEPT = 256 * 2**20
 LARGEST_KEPT = 256 * 2**20
 # mallopt's names, from malloc.h
@@ -33,7 +33,7 @@ def keep_freed_memory() -> None:
     The GNU C library gives every block of more than 32 MB back to the system as soon as it is freed, and the others
     when 64 MB have come together: in a network nearly all. New memory comes page by page and zeroed, which took a tenth
     to a third of the time of the benchmark's convolutional networks and transformer (20,000 to 120,000 pages for a
-    kernel that takes half a second). From the first call on the process keeps up to 256 MB. Other C libraries, and one
+    kernel that takes half a second). From the first call on the process keeps 256 to 512 MB. Other C libraries, and one
     that the user has set up, are left as they are.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _SETTINGS):
