@@ -22,6 +22,7 @@ from benchmarks.distill import noise
 from benchmarks.distill import results as distilled
 from benchmarks.dynamics import constancy, overhead
 from benchmarks.finetune import results as tuned
+from benchmarks.lines import read as read_lines
 from benchmarks.machine import environment, slug
 from benchmarks.record import Checksum, Job, Record, Sample
 from benchmarks.scale import foretold
@@ -446,3 +447,13 @@ def test_pages_on_distillation_and_fine_tuning_have_what_was_found() -> None:
     for text, found in ((page, tables), (other, tuned_tables)):
         assert all(len(rows) > 2 for rows in found)
         assert not [line for rows in found for line in rows if line not in text]
+
+
+def test_a_line_that_a_killed_run_left_half_written_is_taken_out(tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    assert read_lines(file) == []
+    file.write_text('{"seed": 0}\n{"seed": 1}\n{"se')
+    assert read_lines(file) == [{"seed": 0}, {"seed": 1}]
+    with file.open("a") as more:
+        more.write('{"seed": 2}\n')
+    assert read_lines(file) == [{"seed": 0}, {"seed": 1}, {"seed": 2}]

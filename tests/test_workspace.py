@@ -36,8 +36,8 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="rules
 
 @pytest.mark.parametrize("batch", [[4] * 12, [4] * 12 + [40] * 2, [4] * 60], ids=["small", "large", "many"])
 def test_a_batch_uses_the_memory_of_the_one_before(batch: list[int]) -> None:
-    """Without the call all pages are new, but for when something small happens to lie behind them."""
-    assert new_megabytes(batch) <= sum(batch) / 10
+    """All but a block or two, where something small has come to lie between; without the call all pages are new."""
+    assert new_megabytes(batch) < sum(batch) / 2
 
 
 def test_settings_of_the_user_stand() -> None:

@@ -115,7 +115,7 @@ class Lookup(Factor):
     def _blocks_of(self, other: Lookup, ids: Tensor, scratch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of rows over some ids."""
         rows = self.examples * self.scalars + other.examples * other.scalars
-        step = max(1, min(len(ids), scratch // max(1, rows * self.shape[1] * 4)))
+        step = max(1, min(len(ids), scratch // max(1, rows * self.shape[1] * self.cotangents.element_size())))
         for start in range(0, len(ids), step):
             part = ids[start : start + step]
             mine = self._scatter(_positions(self.ids, part), len(part))
