@@ -76,6 +76,7 @@ def test_rows_as_one_gradient_in_groups(
     geometry: Geometry, scalars: int, innermost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fast rows, several groups of examples of them, are those of unfolded patches in float64."""
+    monkeypatch.setattr(images, "outdoes_mkl", lambda: True)
     x, weight = random(5, 16, 50, 47), random(6, 16, *geometry.window, seed=1)
     padding = [before for before, _ in geometry.padding]
     shape = F.conv2d(x, weight, None, geometry.stride, padding, geometry.dilation).shape[2:]
@@ -107,10 +108,13 @@ def test_rows_as_one_gradient_in_groups(
         ({"padding": ((1, 0), (1, 0))}, False),
     ],
 )
-def test_when_rows_are_fast(change: dict[str, Any], expected: bool) -> None:
+def test_when_rows_are_fast(change: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "outdoes_mkl", lambda: True)
     x, g, geometry = random(2, 16, 20, 20), random(2, 1, 4, 20, 20), replace(PLAIN, **change)
     assert images.has_fast_rows(x, g, geometry) is expected
     assert not images.has_fast_rows(x.double(), g.double(), geometry)
     assert not images.has_fast_rows(x[..., :10], g[..., :10], geometry)  # too few positions
     assert not images.has_fast_rows(x, g.expand(2, 65, 4, 20, 20), geometry)
     assert not images.has_fast_rows(x[..., 0], g[..., 0], geometry)
+    monkeypatch.setattr(images, "outdoes_mkl", lambda: False)
+    assert not images.has_fast_rows(x, g, geometry)

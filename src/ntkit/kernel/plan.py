@@ -205,7 +205,7 @@ def make_plan(found: Sizes, rows: int, cols: int, *, symmetric: bool, trace: boo
     scratch = min(pace.scratch, memory // 4)
     most = max(rows, cols)
     # large weights are read and rearranged for every chunk: it takes many examples to be worth it
-    capture = min(max(pace.capture, 6 * found.parameters), max(pace.capture, memory // 3))
+    capture = min(max(pace.capture, 6 * found.parameters), memory // 3)
     # what two chunks would hold is captured at once: that saves putting them together, which takes as much again
     if most * found.captured <= min(2 * capture, memory // 3):
         capture *= 2
@@ -325,7 +325,7 @@ class _Job:
         result = rows * cols * scalars**2 * found.itemsize
         capture = min(chunk, max(rows, cols)) * found.captured
         if any(route.formed and route.forming for route in routes):
-            capture += 2 * scratch  # rows are formed beside the capture, from padded and unfolded inputs
+            capture += 2 * min(found.grain.unfolded, scratch)  # from padded and unfolded inputs, beside the capture
         if reused:  # the rows of what passes are formed as well
             capture += min(passing, max(rows, cols)) * sum(route.held for route in routes)
         peak = result + LIBRARIES + int(SLACK * max(held + max(capture, temporary), 3 * found.parameters))

@@ -45,7 +45,7 @@ class Grain:
 
 
 CPU = Grain(
-    scratch=16 * 2**20, unfolded=5 * 2**20, carried=4 * 2**20, capture=64 * 2**20, roomy=256 * 2**20, tile=2048,
+    scratch=40 * 2**20, unfolded=5 * 2**20, carried=4 * 2**20, capture=144 * 2**20, roomy=256 * 2**20, tile=2048,
     efficient=128, halved=64, strip=128, together=64 * 2**20,
 )  # fmt: skip
 GPU = Grain(
