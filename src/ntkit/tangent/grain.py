@@ -23,7 +23,7 @@ class Grain:
             efficient matrix products, small beside the activations of the batches it serves.
         unfolded: bytes of patches of images unfolded at a time.
         carried: bytes of cotangents carried between positions at a time.
-        capture: bytes of a capture that is large enough for efficient products; more only costs memory.
+        capture: bytes of a capture that is large enough for efficient products; more gains little and costs memory.
         roomy: bytes held at once of more examples than a tile has, where capturing the others again costs little.
         tile: rows of the widest tile that is contracted in one go.
         efficient: rows of a strip of pairs from which matrix products are efficient.
@@ -45,7 +45,7 @@ class Grain:
 
 
 CPU = Grain(
-    scratch=40 * 2**20, unfolded=5 * 2**20, carried=4 * 2**20, capture=144 * 2**20, roomy=256 * 2**20, tile=2048,
+    scratch=40 * 2**20, unfolded=5 * 2**20, carried=4 * 2**20, capture=96 * 2**20, roomy=256 * 2**20, tile=2048,
     efficient=128, halved=64, strip=128, together=64 * 2**20,
 )  # fmt: skip
 GPU = Grain(
