@@ -334,6 +334,18 @@ def test_in_another_process_and_on_disk(tmp_path: Path) -> None:
             ntkit.open_features(tmp_path / "f.zarr", ntkit.FeatureMap(tangent, other))
 
 
+def test_a_folder_with_directions_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+    pytest.importorskip("zarr", minversion="3", reason="zarr 3 needs Python 3.11")
+    tangent, x = ntkit.linearize(network()), images()
+    mine = tmp_path / "leading.safetensors"
+    Leading.of(tangent, x, rank=3, generator=seeded()).save(mine)
+    before = mine.read_bytes()
+    made = ntkit.FeatureMap(tangent, Sketch(300, 3, leading=Leading.of(tangent, x, rank=4, generator=seeded())))
+    with pytest.raises(InputError, match="is not a matrix written by ntkit"):
+        made.save(x, tmp_path)
+    assert mine.read_bytes() == before
+
+
 def test_a_map_from_disk_is_that_of_its_network(tmp_path: Path) -> None:
     pytest.importorskip("zarr", minversion="3", reason="zarr 3 needs Python 3.11")
     tangent, x, path = ntkit.linearize(network()), images(), tmp_path / "f.zarr"
@@ -352,6 +364,8 @@ def test_a_map_from_disk_is_that_of_its_network(tmp_path: Path) -> None:
     (path / "leading.safetensors").unlink()
     with pytest.raises(StoreError, match=r"directions .* are missing"):
         ntkit.FeatureMap.stored(tangent, path)
+    sketched.map.save(x, path)  # by the map that made them
+    assert ntkit.FeatureMap.stored(tangent, path).sketch.description == sketched.map.sketch.description
     ntkit.TangentKernel(tangent, x).save(tmp_path / "k.zarr")
     with pytest.raises(InputError, match="holds a matrix"):
         ntkit.FeatureMap.stored(tangent, tmp_path / "k.zarr")

@@ -516,15 +516,35 @@ KILLS = """
 import contextlib, os, pathlib, signal, sys
 sys.path.insert(0, {root!r})
 import ntkit, torch
+from ntkit.tangent.sketch import Sketch
 from tests.test_saved import flip
+
+torch.set_num_threads(1)  # a copy of a process has no threads but its own
 
 class Tiles(ntkit.DenseKernel):
     def tile_rows(self, memory):
         return 4
 
+class Features:  # whose map keeps directions in a file of its own
+    def __init__(self):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 2)).double().eval()
+        self.tangent, self.x = ntkit.linearize(net), torch.randn(4, 1, 6, 6, dtype=torch.float64)
+        leading = ntkit.Leading.of(self.tangent, self.x, rank=2, generator=torch.Generator().manual_seed(0))
+        self.new = ntkit.FeatureMap(self.tangent, Sketch(6, 0, leading=leading))
+
+    def save(self, path):
+        begun = (path / "zarr.json").exists()
+        return (ntkit.FeatureMap.stored(self.tangent, path) if begun else self.new).save(self.x, path)
+
 place, state = pathlib.Path(sys.argv[1]), sys.argv[2]
-matrix = torch.arange(32, dtype=torch.float64).reshape(8, 4) + 1.0
-kernel = Tiles(matrix, symmetric=False)
+if state == "features":
+    kernel = Features()
+    phi = kernel.new(kernel.x)
+    matrix = phi @ phi.T
+else:
+    matrix = torch.arange(32, dtype=torch.float64).reshape(8, 4) + 1.0
+    kernel = Tiles(matrix, symmetric=False)
 
 def kill_at(step):
     count = 0
@@ -551,7 +571,7 @@ def apart(do):
     return os.waitpid(pid, 0)[1]
 
 def prepare(path):
-    if state != "new":
+    if state in ("damaged", "half"):
         kernel.save(path)
     if state == "damaged":
         flip(path / "c" / "1" / "0", 5)
@@ -566,7 +586,8 @@ def resumed(path):
     import warnings
     warnings.simplefilter("ignore")
     assert torch.equal(kernel.save(path).dense(), matrix)
-    ntkit.open_kernel(path).verify()
+    if state != "features":
+        ntkit.open_kernel(path).verify()
     assert not list(path.rglob("*.partial"))
 
 step = 0
@@ -583,7 +604,7 @@ print(step - 1)
 """
 
 
-@pytest.mark.parametrize(("state", "least"), [("new", 25), ("half", 12), ("damaged", 12)])
+@pytest.mark.parametrize(("state", "least"), [("new", 25), ("half", 12), ("damaged", 12), ("features", 20)])
 def test_a_run_that_is_killed_at_any_step_goes_on(state: str, least: int, tmp_path: Path) -> None:
     script = KILLS.format(root=str(Path(__file__).parents[1]))
     found = subprocess.run(

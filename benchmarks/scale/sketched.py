@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import ntkit
 from benchmarks.scale.data import Images, cifar10_jpeg, fashion_mnist
 from benchmarks.scale.record import peak_mb, record
+from ntkit.errors import InputError
 from ntkit.solve.primal import PrimalRegression
 from ntkit.solve.ridge import GCV
 from ntkit.tangent.sketch import Sketch
@@ -104,6 +105,15 @@ class Clock:
             self.path.write_text(json.dumps(self.seconds))
 
 
+def feature_map(tangent: ntkit.Tangent, trace: bool, x: Tensor, place: Path) -> ntkit.FeatureMap:
+    """That of the features which are there, or a new one that keeps the leading directions of the first images."""
+    if place.exists():
+        with suppress(InputError):  # nothing but what a kill has left
+            return ntkit.FeatureMap.stored(tangent, place)
+    leading = ntkit.Leading.of(tangent, x, generator=torch.Generator().manual_seed(1))
+    return ntkit.FeatureMap(tangent, Sketch(SIZE, 1, trace, leading))
+
+
 def regressions(
     model: nn.Module, state: str, data: Images, folder: Path, clock: Clock, bars: Progress
 ) -> dict[str, Any]:
@@ -116,7 +126,7 @@ def regressions(
     found: dict[str, Any] = {"network": accuracy(own_outputs(model, data.x_test), data.y_test)}
     for name, (readout, trace) in readouts.items():
         tangent = ntkit.linearize(model, readout=readout)
-        made = ntkit.FeatureMap(tangent, Sketch(SIZE, 1, trace))
+        made = feature_map(tangent, trace, data.x_train, folder / f"{state}-{name}-train.zarr")
         parts = {}
         for part, x in (("train", data.x_train), ("test", data.x_test)):
             with clock.step(f"{state}: {name} features, {part}", bars) as tick:

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from ntkit.kernel.fidelity import relative_error
 from ntkit.kernel.memory import default_memory
 from ntkit.kernel.plan import FEWEST, human_bytes, sizes
 from ntkit.kernel.saved import SAMPLED, begin, fill, holds_features, require_finished
-from ntkit.kernel.store import Layout, Store, Tile, check_type
+from ntkit.kernel.store import COMPANION, Layout, Store, Tile, check_type
 from ntkit.kernel.tasks import Workers, as_workers
 from ntkit.tangent.identity import content
 from ntkit.tangent.leading import Leading
@@ -38,8 +39,6 @@ CAPTURED, MOST = 128 * 2**20, 256
 EDGE = 2048
 # Sizes chosen for a wanted error are multiples of this.
 ROUND = 256
-# The file beside the features that has the directions which their map keeps.
-DIRECTIONS = "leading.safetensors"
 # Examples whose gradients' leading directions are kept.
 LOOKED_AT = 24
 # Features in memory may take three quarters of the machine's, six times the default budget.
@@ -150,7 +149,7 @@ class FeatureMap:
         store = Store.open(Path(path))
         if not holds_features(store):
             raise InputError(f"{path} holds a matrix, not features")
-        facts, kept = store.facts, store.path / DIRECTIONS
+        facts, kept = store.facts, store.path / COMPANION
         leading = None
         if "leading=" in store.identity.get("sketch", ""):
             if not kept.is_file():
@@ -188,10 +187,9 @@ class FeatureMap:
         layout = Layout((len(examples) * k, self.sketch.size), (edge, self.sketch.size), name, False)
         facts = {"scalars": k, "seed": self.sketch.seed, "trace": self.sketch.trace}
         few = min(SAMPLED, len(examples))
-        with begin(Path(path), layout, self.identity(x), facts, lambda: self.block(examples, 0, few)) as store:
-            if self.sketch.leading is not None and not (kept := store.path / DIRECTIONS).is_file():
-                self.sketch.leading.save(kept.with_suffix(".part"))
-                kept.with_suffix(".part").replace(kept)  # whole or not at all
+        directions = None if self.sketch.leading is None else self.sketch.leading.save
+        sample = partial(self.block, examples, 0, few)
+        with begin(Path(path), layout, self.identity(x), facts, sample, directions) as store:
             fill(store, crew, _compute, (self, x), lambda tiles: tiles, progress)
         return FeatureKernel(store, self)
 

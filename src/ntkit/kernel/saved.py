@@ -18,7 +18,19 @@ from torch import Tensor
 from ntkit.errors import InputError, StoreError, StoreWarning
 from ntkit.kernel.base import Kernel, bounds
 from ntkit.kernel.memory import checked_memory
-from ntkit.kernel.store import CHUNK, Layout, Store, Tile, check_place, check_range, check_room, check_type, lock
+from ntkit.kernel.store import (
+    CHUNK,
+    COMPANION,
+    Layout,
+    Store,
+    Tile,
+    check_place,
+    check_range,
+    check_room,
+    check_type,
+    full_disk,
+    lock,
+)
 from ntkit.kernel.tasks import Workers, as_workers
 
 # Pieces of work per worker at least, so that they finish at about the same time.
@@ -188,7 +200,12 @@ def save_kernel(
 
 @contextmanager
 def begin(
-    place: Path, layout: Layout, identity: dict[str, str], facts: dict[str, Any], sample: Callable[[], Tensor]
+    place: Path,
+    layout: Layout,
+    identity: dict[str, str],
+    facts: dict[str, Any],
+    sample: Callable[[], Tensor],
+    companion: Callable[[Path], None] | None = None,
 ) -> Iterator[Store]:
     """The store at a place, under its lock: the one that is there if it is of the same, or a new one.
 
@@ -198,6 +215,7 @@ def begin(
         identity: what the matrix is of.
         facts: what a reader wants to know besides.
         sample: computes a few entries, which are kept, and compared with those that were kept before.
+        companion: writes to a path what readers of the tiles need besides. It is there before the store is.
 
     Raises:
         InputError: if the place cannot be used.
@@ -216,10 +234,14 @@ def begin(
         compare(Store.open(place), values)
     with lock(place) as run:
         if not Store.exists(place):
+            if companion is not None:
+                write_companion(place, companion)
             Store.create(place, layout, identity, {**facts, "sample": sampled(values)})
         store = Store.open(place)
         store.require(layout, identity)  # another run may have begun it meanwhile
         compare(store, values)
+        if companion is not None and not (place / COMPANION).exists():  # somebody has lost it
+            write_companion(place, companion)
         (place / "records").mkdir(exist_ok=True)
         store.sweep()
         store.run = run
@@ -227,6 +249,19 @@ def begin(
             yield store
         finally:
             store.run = None
+
+
+def write_companion(place: Path, write: Callable[[Path], None]) -> None:
+    """Have it written whole or not at all. Under the lock.
+
+    Raises:
+        StoreError: if the disk is full.
+    """
+    whole = place / COMPANION
+    partial = whole.with_name(f"{whole.name}.partial")
+    with full_disk(place):
+        write(partial)
+        partial.replace(whole)
 
 
 def corner(kernel: Kernel) -> Tensor:

@@ -44,6 +44,8 @@ FORMAT, READABLE = 2, (1, 2)
 # Rows of an inner chunk of a shard: what another program reads at least when it reads anything.
 CHUNK = 256
 DTYPES = ("float16", "float32", "float64")
+# What may lie beside the tiles of a new store, and is written before there is one.
+COMPANION = "leading.safetensors"
 
 
 @dataclass(frozen=True)
@@ -529,7 +531,10 @@ def _is_left_over(path: Path) -> bool:
     if not path.is_dir():
         return False
     names = {n for n in os.listdir(path) if not (n.startswith("zarr.") and n.endswith(".partial"))}
-    return names <= {"lock", "run", "records"} and not ("records" in names and os.listdir(path / "records"))
+    own = {"lock", "run", "records"}
+    if "run" in names:  # a run has been here; without it the file may be anybody's
+        own |= {COMPANION, f"{COMPANION}.partial"}
+    return names <= own and not ("records" in names and os.listdir(path / "records"))
 
 
 # A strip that happens to equal the fill value is written too: the length of a file must not depend on its content.
