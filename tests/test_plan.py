@@ -242,6 +242,28 @@ def test_large_weights_are_captured_with_many_examples() -> None:
     assert plan_of(large, 500, 500, memory=10**8).chunk * 10**7 < 10**8  # within the budget
 
 
+@given(st.integers(1, 3000), st.integers(1, 10**7), st.integers(1, 10**8), st.integers(10**6, 10**10), st.booleans())
+@settings(deadline=None)
+def test_what_is_captured_is_within_a_third_of_the_budget(
+    n: int, activations: int, parameters: int, memory: int, symmetric: bool
+) -> None:
+    """As long as one example is."""
+    found = Sizes(1, 4, parameters, activations, 0, sizes(OuterWork(1, 1, 1, 10, 10)).parts, 1, 1)
+    plan = make_plan(found, n, n, symmetric=symmetric, trace=False, memory=memory)
+    assert plan.chunk == 1 or 3 * plan.chunk * found.captured <= memory
+
+
+def test_patches_of_one_example_are_in_the_plan() -> None:
+    """However large an image, at least its patches and a copy of its inputs are there at once."""
+    peaks = []
+    for places in (100_000, 200_000):
+        part = PartSize("layer.weight", 5760, 8 * 10**6, OuterWork(1, 1, places, 576, 10))
+        plan = plan_of(Sizes(1, 4, 23_040, 10**6, 10**6, (part,), 5000, 7000), memory=2**34)
+        assert plan.routes[0].way is Way.ROWS
+        peaks.append(plan.bytes)
+    assert peaks[1] - peaks[0] >= 2 * 100_000 * 576 * 4
+
+
 def test_many_examples_are_not_all_held_where_capturing_them_again_is_cheap() -> None:
     """The MLP of the benchmarks: 0.7 GB of inputs and cotangents for 20,000 examples, beside a matrix of 1.6 GB."""
     parts = tuple(

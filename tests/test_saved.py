@@ -725,6 +725,15 @@ def test_a_full_disk_is_said_and_nothing_is_damaged() -> None:
         else:
             raise AssertionError("nothing was said")
         assert len(store.Store.open(pathlib.Path("k.zarr")).finished()) == 3
+        from ntkit.kernel.saved import write_companion
+        net = torch.nn.Sequential(torch.nn.Conv2d(1, 64, 3), torch.nn.Flatten(), torch.nn.Linear(1024, 2)).eval()
+        leading = ntkit.Leading.of(ntkit.linearize(net), torch.randn(4, 1, 6, 6), generator=torch.Generator())
+        try:
+            write_companion(pathlib.Path("k.zarr"), leading.save)
+        except ntkit.StoreError as error:
+            assert "no room left for" in str(error), error
+        else:
+            raise AssertionError("nothing was said")
         os.unlink("filler")
         torch.testing.assert_close(kernel.save("k.zarr").dense(), truth("full"), rtol=1e-12, atol=1e-12)
         print("fine")

@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import ntkit
 from benchmarks.scale.data import Images, cifar10_jpeg, fashion_mnist
 from benchmarks.scale.record import peak_mb, record
-from ntkit.errors import InputError
+from ntkit.kernel.store import Store
 from ntkit.solve.primal import PrimalRegression
 from ntkit.solve.ridge import GCV
 from ntkit.tangent.sketch import Sketch
@@ -107,9 +107,8 @@ class Clock:
 
 def feature_map(tangent: ntkit.Tangent, trace: bool, x: Tensor, place: Path) -> ntkit.FeatureMap:
     """That of the features which are there, or a new one that keeps the leading directions of the first images."""
-    if place.exists():
-        with suppress(InputError):  # nothing but what a kill has left
-            return ntkit.FeatureMap.stored(tangent, place)
+    if Store.exists(place):
+        return ntkit.FeatureMap.stored(tangent, place)
     leading = ntkit.Leading.of(tangent, x, generator=torch.Generator().manual_seed(1))
     return ntkit.FeatureMap(tangent, Sketch(SIZE, 1, trace, leading))
 

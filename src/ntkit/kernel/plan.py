@@ -324,8 +324,10 @@ class _Job:
         temporary = 3 * found.itemsize * edge**2 + (2 * scratch if working else 0)
         result = rows * cols * scalars**2 * found.itemsize
         capture = min(chunk, max(rows, cols)) * found.captured
-        if any(route.formed and route.forming for route in routes):
-            capture += 2 * min(found.grain.unfolded, scratch)  # from padded and unfolded inputs, beside the capture
+        formed = [part.work for part, route in zip(found.parts, routes, strict=True) if route.formed and route.forming]
+        if formed:  # from unfolded inputs and a copy of them, of one example at least, beside the capture
+            patches = max(work.groups * work.positions * work.inputs for work in formed if work is not None)
+            capture += 2 * max(min(found.grain.unfolded, scratch), patches * found.itemsize)
         if reused:  # the rows of what passes are formed as well
             capture += min(passing, max(rows, cols)) * sum(route.held for route in routes)
         peak = result + LIBRARIES + int(SLACK * max(held + max(capture, temporary), 3 * found.parameters))

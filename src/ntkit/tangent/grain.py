@@ -2,7 +2,8 @@
 
 A CPU wants pieces that stay in its cache; a GPU pieces that are large beside the time it takes to start an operation
 (some microseconds, in which it could do a hundred million FLOPs). Those of a CPU were measured best on two cores with
-AVX-512; those of a GPU are one choice, seen to be several times faster than a CPU's on an H200 and not tuned further.
+AVX-512, `scratch` and `capture` on an Intel Xeon alone; those of a GPU are one choice, seen to be several times faster
+than a CPU's on an H200 and not tuned further.
 """
 
 from __future__ import annotations

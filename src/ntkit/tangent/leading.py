@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ntkit.errors import InputError, ModelError
@@ -143,7 +143,7 @@ class Leading:
         for part, sides in self.sides.items():
             named[f"{part} outputs"], named[f"{part} inputs"] = sides.outputs.contiguous(), sides.inputs.contiguous()
             named[f"{part} shares"] = torch.tensor([sides.weight, *sides.outside], dtype=torch.float64)
-        save_file(named, Path(path))
+        Path(path).write_bytes(save(named))  # unlike safetensors' own writing, a full disk is an OSError
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Leading:
