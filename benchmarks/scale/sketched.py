@@ -125,7 +125,8 @@ def regressions(
     found: dict[str, Any] = {"network": accuracy(own_outputs(model, data.x_test), data.y_test)}
     for name, (readout, trace) in readouts.items():
         tangent = ntkit.linearize(model, readout=readout)
-        made = feature_map(tangent, trace, data.x_train, folder / f"{state}-{name}-train.zarr")
+        with clock.step(f"{state}: {name} directions", bars):
+            made = feature_map(tangent, trace, data.x_train, folder / f"{state}-{name}-train.zarr")
         parts = {}
         for part, x in (("train", data.x_train), ("test", data.x_test)):
             with clock.step(f"{state}: {name} features, {part}", bars) as tick:
