@@ -71,6 +71,41 @@ def test_functions_with_kinks_say_what_the_series_leaves_out():
         infinite_ntk(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), x, weight_std=1.0)
 
 
+def test_functions_that_grow_past_the_quadrature_say_so():
+    """cosh at deviation 5: half of the second moment is of units further out than the rule goes."""
+    x = torch.tensor([[1.0], [0.5]], dtype=torch.float64)
+
+    class Grows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.out = nn.Linear(1, 8, bias=False), nn.Linear(8, 1, bias=False)
+
+        def forward(self, x):
+            return self.out(torch.cosh(self.a(x)))
+
+    def nngp(std):
+        return infinite_ntk(Grows(), x, kind="nngp", weight_std={"a.*": std, "out.*": 1.0}, bias_std=0.0)
+
+    def truth(std):
+        k = std**2 * x @ x.T
+        return torch.exp((k.diagonal()[:, None] + k.diagonal()) / 2) * torch.cosh(k)
+
+    torch.testing.assert_close(nngp(1.5), truth(1.5), rtol=1e-9, atol=0)
+    with pytest.warns(ntkit.FidelityWarning, match=r"cosh grows so fast.*10 standard deviations \(30\)"):
+        found = nngp(3.0)
+    torch.testing.assert_close(found, truth(3.0), rtol=1e-3, atol=0)
+    for std in (5.0, 6.0, 20.0):
+        with pytest.raises(ntkit.ModelError, match=r"cosh grows so fast.*smaller weights"):
+            nngp(std)
+
+
+def test_the_largest_and_the_smallest_variance_are_looked_at():
+    a = torch.full((640,), 0.5, dtype=torch.float64)
+    a[333] = 36.0  # not among the sixty-four that are picked
+    with pytest.raises(ntkit.ModelError, match="grows so fast"):
+        HermiteSeries(torch.cosh, "cosh").check(a, derivative=True)
+
+
 def test_functions_written_out_are_the_functions():
     class Written(nn.Module):
         def __init__(self):
@@ -116,6 +151,21 @@ class Branches(nn.Module):
     def forward(self, x):
         a = F.relu(self.a(x))
         return self.out(torch.cat([F.relu(self.c(a)), a, torch.tanh(self.b(x))], 1))
+
+
+class ClassToken(nn.Module):
+    """One position is taken, others are added up, and an axis of one position goes."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.embed, self.up = nn.Conv1d(3, n, 3, padding=1), nn.Conv1d(n, n, 3, padding=1)
+        self.first, self.all = nn.Linear(n, n), nn.Linear(n, n)
+        self.head = nn.Linear(n, 3)
+
+    def forward(self, x):
+        h = F.relu(self.up(F.relu(self.embed(x.flatten(2)))))
+        every = 0.25 * h.sum(-1, keepdim=True)
+        return self.head(F.relu(self.first(h[..., 5]) + self.all(every.squeeze(-1))))
 
 
 class Tokens(nn.Module):
@@ -223,6 +273,7 @@ NETWORKS = {
         nn.Conv2d(3, n, 4), nn.Conv2d(n, n, 1), nn.ReLU(), nn.Conv2d(n, n, 1), nn.Flatten(), nn.Linear(n, 3)
     ),
     "tokens": Tokens,
+    "class token": ClassToken,
 }  # fmt: skip
 FLAT = {"mlp", "smooth", "slopes", "normalised", "normalised and smooth", "branches", "functional", "by hand"}
 
@@ -322,6 +373,24 @@ def test_networks_approach_their_limit_as_the_root_of_the_width():
     assert biases[-1] < 0.6 * errors[-1], (biases, errors)  # its expectation is 0.32, of ten networks
 
 
+@pytest.mark.parametrize("name", ["residual", "pooled"])
+def test_each_layer_of_a_convolutional_network_approaches_its_limit_as_the_root_of_the_width(name):
+    x, widths, seeds, errors = inputs(name), [16, 32, 64, 128], 12, []
+    for width in widths:
+        nets, parts = [drawn(name, width, seed) for seed in range(seeds)], {}
+        for net in nets:
+            for part, kernel in ntkit.TangentKernel(ntkit.linearize(net), x, trace=True).by_parameter().items():
+                parts.setdefault(part, []).append(kernel)
+        each = []
+        for part in (part for part in parts if part.endswith("weight")):
+            limit = infinite_ntk(nets[0], x, parameters=part, parametrization=Standard(), **law(nets[0], name))
+            squares = (torch.stack(parts[part]) - limit).square().sum((1, 2))
+            each.append(math.log(float(squares.mean().sqrt() / limit.norm())))
+        errors.append(sum(each) / len(each))
+    slope = np.polyfit(np.log(widths), errors, 1)[0]
+    assert -0.65 < slope < -0.35, (slope, errors)
+
+
 @pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout2d])
 def test_dropout_meets_itself_with_one_mask_and_others_with_their_own(kind):
     width, seeds, x = 96, 40, inputs("strided")
@@ -342,6 +411,116 @@ def test_dropout_meets_itself_with_one_mask_and_others_with_their_own(kind):
     assert bool(((mean - limit).abs() <= 5 * error + 0.02 * limit.diagonal().max()).all())
     kept = infinite_ntk(net.eval(), x)
     assert bool((limit.diagonal() > 1.15 * kept.diagonal()).all())
+
+
+# ------------------------------------------------------------------------------------------- other words for the same
+
+
+class Says(nn.Module):
+    """A convolution, a function of it, and a linear layer."""
+
+    def __init__(self, function, kernel=3, volume=False):
+        super().__init__()
+        conv = nn.Conv3d if volume else nn.Conv2d
+        size = (1, kernel, kernel) if volume else kernel
+        self.a, self.out = conv(3, 8, size, padding="same"), nn.Linear(8, 1)
+        self.function = function
+
+    def forward(self, x):
+        return self.out(self.function(torch.relu(self.a(x))))
+
+
+def test_functions_are_read_as_modules_are():
+    class Functions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 2), nn.Linear(8, 4)
+
+        def forward(self, x):
+            h = torch.relu(F.conv2d(x, self.a.weight, self.a.bias, stride=1, padding=2, dilation=2))
+            h = F.adaptive_avg_pool2d(F.avg_pool2d(h, 2, 1), 2)
+            h = F.dropout2d(F.relu(F.conv2d(h, self.b.weight, self.b.bias)), 0.3, self.training)
+            return torch.addmm(self.out.bias, h.flatten(1), self.out.weight.T)
+
+    modules = seq(
+        nn.Conv2d(3, 8, 3, padding=2, dilation=2), nn.ReLU(), nn.AvgPool2d(2, 1), nn.AdaptiveAvgPool2d(2),
+        nn.Conv2d(8, 8, 2), nn.ReLU(), nn.Dropout2d(0.3), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+    x = inputs("strided")
+    for mode in (True, False):
+        both = [infinite_ntk(net.train(mode), x, weight_std=1.2, bias_std=0.3) for net in (Functions(), modules)]
+        torch.testing.assert_close(*both, rtol=1e-12, atol=1e-12)
+
+
+def test_a_volume_of_one_plane_is_the_plane():
+    x = inputs("strided")
+    flat = seq(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(8, 8, 2), nn.Flatten(), nn.Linear(8, 1)
+    )
+    volume = seq(
+        nn.Conv3d(3, 8, (1, 3, 3), padding=(0, 1, 1)), nn.ReLU(), nn.AvgPool3d((1, 2, 2)), nn.Conv3d(8, 8, (1, 2, 2)),
+        nn.Flatten(), nn.Linear(8, 1),
+    )  # fmt: skip
+    found = [infinite_ntk(net, at, weight_std=1.2, bias_std=0.3) for net, at in ((flat, x), (volume, x[:, :, None]))]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_an_image_of_one_row_is_the_line():
+    x = inputs("strided").flatten(2)
+    line = seq(
+        nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Dropout1d(0.4), nn.AvgPool1d(2), nn.Conv1d(8, 8, 2), nn.ReLU(),
+        nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(16, 1),
+    )  # fmt: skip
+    image = seq(
+        nn.Conv2d(3, 8, (1, 3)), nn.ReLU(), nn.Dropout2d(0.4), nn.AvgPool2d((1, 2)), nn.Conv2d(8, 8, (1, 2)),
+        nn.ReLU(), nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten(), nn.Linear(16, 1),
+    )  # fmt: skip
+    found = [infinite_ntk(net, at, weight_std=1.2, bias_std=0.3) for net, at in ((line, x), (image, x[:, :, None]))]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+SAME = {
+    "a sum over all": lambda h: h.sum((2, 3)) / 16,
+    "one axis after the other": lambda h: h.mean(-1).sum(2) * 0.25,
+    "squeezed twice": lambda h: h.mean((2, 3), keepdim=True).squeeze(-1).squeeze(-1),
+    "squeezed": lambda h: F.adaptive_avg_pool2d(h, 1).squeeze(),
+    "squeezed where nothing is to go": lambda h: h.squeeze(1).mean((2, 3)),
+    "the only position": lambda h: F.avg_pool2d(h, 4)[:, :, 0, 0],
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_mean_in_other_words(name):
+    x = inputs("strided")
+    found = infinite_ntk(Says(SAME[name]), x, weight_std=1.2, bias_std=0.3)
+    torch.testing.assert_close(
+        found, infinite_ntk(Says(lambda h: h.mean((2, 3))), x, weight_std=1.2, bias_std=0.3), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_one_position_is_what_a_convolution_sees_there():
+    """The unit at (1, 2) of a padded image is the only one of a convolution without padding on its patch."""
+    x = inputs("strided")
+    at = infinite_ntk(Says(lambda h: h[:, :, 1, 2]), x, weight_std=1.2, bias_std=0.3)
+    patch = seq(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1))
+    torch.testing.assert_close(
+        at, infinite_ntk(patch, x[:, :, 0:3, 1:4], weight_std=1.2, bias_std=0.3), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_single_positions_do_not_need_all_pairs():
+    """An axis of one position goes before a flatten: equal positions are enough, whose memory is far smaller."""
+    x = inputs("strided")[:, :, None]  # one plane
+
+    class Planes(Says):
+        def forward(self, x):
+            return self.out(self.function(torch.relu(self.a(x))).flatten(1))
+
+    nets = [Planes(function, volume=True) for function in (lambda h: h.squeeze(2), lambda h: h)]
+    for net in nets:
+        net.out = nn.Linear(8 * 16, 1)
+    kernels = [InfiniteWidth(net, weight_std=1.2, bias_std=0.3)(x) for net in nets]
+    torch.testing.assert_close(kernels[0].dense(), kernels[1].dense(), rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -444,6 +623,35 @@ class TokensOut(nn.Module):
         return self.a(x[:, None])
 
 
+class Written(nn.Module):
+    """A convolution of three positions, and a function of it."""
+
+    def __init__(self, function, inputs=24):
+        super().__init__()
+        self.a, self.b, self.out = nn.Conv1d(1, 8, 3, padding=1), nn.Conv1d(1, 8, 3, padding=1), nn.Linear(inputs, 1)
+        self.function = function
+
+    def forward(self, x):
+        self.x = x[:, None]
+        return self.function(self, self.a(x[:, None]))
+
+
+def scores(net, h):
+    return net.out((torch.softmax(h @ net.b(net.x).transpose(1, 2), -1) @ h).flatten(1))
+
+
+def einsum(net, h):
+    return net.out(torch.einsum("nct,ndt->nct", h, net.b(net.x)).flatten(1))
+
+
+def counted(net, h):
+    return net.out(torch.relu(h).mean(-1) / net.x.shape[0])
+
+
+def two_orders(net, h):
+    return net.out(h.flatten(1) + h.transpose(1, 2).flatten(1))
+
+
 def parametrized():
     return seq(nn.utils.parametrizations.weight_norm(nn.Linear(3, 8)), nn.ReLU(), nn.Linear(8, 1))
 
@@ -484,7 +692,15 @@ REFUSALS = {
     "hooks": (hooked, "forward hooks"),
     "tokens": (TokensOut, r"output has positions of shape \(1,\)"),
     "no weights": (lambda: nn.Flatten(), "no parameter"),
-    "wrong shape": (lambda: nn.Linear(4, 1), "fails on two of the examples"),
+    "wrong shape": (lambda: nn.Linear(4, 1), "fails on 2 of the examples"),
+    "attention by hand": (lambda: Written(scores), "matmul.*product of two layers.*softmax"),
+    "products as einsum": (lambda: Written(einsum), "einsum.*product of two layers"),
+    "examples counted": (lambda: Written(counted, 8), r"truediv.*how many examples there are"),
+    "flattened in two orders": (lambda: Written(two_orders, 24), "flattened in different orders"),
+    "one of the examples": (lambda: Written(lambda net, h: net.out(h[0].T), 8), "getitem.*only positions may be"),
+    "some positions": (lambda: Written(lambda net, h: net.out(h[:, :, 1:].flatten(1)), 16), "only single positions"),
+    "a sum of all": (lambda: Written(lambda net, h: h.sum(), 8), "takes in all channels"),
+    "channels added": (lambda: Written(lambda net, h: h.sum(1), 8), "channels or examples"),
     "unknown": (lambda: seq(nn.Linear(3, 8), nn.GLU(), nn.Linear(4, 1)), "not among the modules whose limit is known"),
 }  # fmt: skip
 

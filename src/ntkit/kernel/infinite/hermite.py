@@ -81,21 +81,32 @@ class HermiteSeries(Dual):
 
     @torch.no_grad()
     def check(self, a: Tensor, *, derivative: bool) -> None:
-        """Compare moments with the sums of their terms, and with the same rule at every other node.
+        """Compare moments with the sums of their terms, with the same rule at every other node, and look at its ends.
 
         Raises:
-            ModelError: if the function is not finite, or its series does not come near.
+            ModelError: if the function is not finite, its series does not come near, or it grows past the rule.
         """
         a = a.detach().reshape(-1)
-        a = a[:: max(1, a.numel() // 64)].clamp_min(_SMALL)
+        # some of them, and the extremes, where functions that grow or turn fast are at their worst
+        a = torch.cat([a[:: max(1, a.numel() // 64)], a.min()[None], a.max()[None]]).clamp_min(_SMALL)
         nodes, weights, _ = _rule(a.device)
         z = a.sqrt()[:, None] * nodes
         values, slopes = torch.func.jvp(self.function, (z,), (torch.ones_like(z),))  # pyright: ignore[reportAssignmentType]
         terms = self._coefficients(a).square()
-        error = _misfit(values.square(), weights, terms.sum(-1))
+        error, outside = _misfit(values.square(), weights, terms.sum(-1)), _outside(values.square(), weights)
         if derivative:
             orders = torch.arange(TERMS, dtype=a.dtype, device=a.device)
             error = max(error, _misfit(slopes.square(), weights, terms @ orders / a))
+            outside = max(outside, _outside(slopes.square(), weights))
+        if math.isfinite(error) and outside > TOLERANCE:
+            far = REACH * float(a.max().sqrt())
+            grows = (
+                f"{self.name} grows so fast that units more than {REACH:g} standard deviations ({far:.3g}) from zero, "
+                f"which are left out, would add about {outside:.1e} of itself to a moment"
+            )
+            if outside > SENSELESS:
+                raise ModelError(f"{grows}: smaller weights (weight_std), or a function that grows more slowly")
+            warnings.warn(grows, FidelityWarning, stacklevel=2)
         if not math.isfinite(error):
             raise ModelError(f"{self.name} is not finite for all units of a layer: it has no infinite-width limit here")
         if error > SENSELESS:
@@ -103,7 +114,7 @@ class HermiteSeries(Dual):
                 f"the Hermite series of {self.name} is off by {error:.0%} after {TERMS} terms: it jumps, or has "
                 "moments that are infinite"
             )
-        if error > TOLERANCE:
+        if error > max(TOLERANCE, outside):  # the larger of the two is said
             warnings.warn(
                 f"{self.name} has no closed form here, and {TERMS} terms of its Hermite series leave a relative error "
                 f"of about {error:.1e} for nearly equal inputs, far less for others",
@@ -119,6 +130,17 @@ def _misfit(squares: Tensor, weights: Tensor, series: Tensor) -> float:
     largest = torch.stack([exact, coarse, series]).amax(0).clamp_min(_TINY)
     error = torch.maximum((exact - series).abs(), (exact - coarse).abs()) / largest
     return float(error.max()) if bool(error.isfinite().all()) else math.nan
+
+
+def _outside(squares: Tensor, weights: Tensor) -> float:
+    """Part of a second moment that the rule's ends cut off: the integrand there, as if it went on for one deviation.
+
+    What it is worth where it matters: of exp(6 u) all but a fortieth is beyond ten deviations, and both comparisons of
+    `_misfit`, which end where the rule does, see nothing.
+    """
+    ends = squares[:, [0, -1]] @ weights[[0, -1]] / STEP
+    part = ends / (squares @ weights).clamp_min(_TINY)
+    return float(part.max()) if bool(part.isfinite().all()) else math.nan
 
 
 def _needed(coefficients: Tensor) -> int:

@@ -91,7 +91,7 @@ def _part(values: Tensor, dims: tuple[int, ...], index: slice) -> Tensor:
 
 @dataclass(frozen=True)
 class Averaging:
-    """Weighted means of positions along one axis.
+    """Weighted sums of positions along one axis.
 
     Attributes:
         weights: (outputs, inputs), as nested tuples.
@@ -101,9 +101,14 @@ class Averaging:
     weights: tuple[tuple[float, ...], ...]
     dropped: bool = False
 
+    @property
+    def single(self) -> bool:
+        """Whether each output is of one position, so that equal positions are enough for equal outputs."""
+        return all(sum(weight != 0 for weight in row) <= 1 for row in self.weights)
+
 
 def average(values: Tensor, axes: tuple[Averaging | None, ...], *, full: bool) -> Tensor:
-    """Means along each axis, on both sides of a pair. Equal positions do not do: they would have to be all pairs."""
+    """Sums along each axis, on both sides of a pair; of equal positions those that are `single` alone."""
     per = 2 if full else 1
     lead = values.ndim - per * len(axes)
     dropped = []
@@ -111,6 +116,7 @@ def average(values: Tensor, axes: tuple[Averaging | None, ...], *, full: bool) -
         if averaging is None:
             continue
         weights = values.new_tensor(averaging.weights)
+        weights = weights if full else weights.square()
         for dim in range(lead + per * axis, lead + per * (axis + 1)):
             values = _weighted(values, weights, dim)
             if averaging.dropped:

@@ -49,7 +49,9 @@ class Reader:
         self.modules = dict(model.named_modules())
         self.traced = _trace(model)
         self.batch = batch
-        self.results = _results(self.traced, batch)
+        self.results = _results(self.traced, batch.arguments)
+        # what numbers are if there is one example more: those that differ belong to the batch, not to the module
+        self.with_another = _results(self.traced, [torch.cat([t, t[:1]]) for t in batch.arguments])
         self.steps: list[Step] = []
         self.positions: list[tuple[int, ...]] = []
         self.values: dict[fx.Node, Value] = {}
@@ -198,7 +200,7 @@ class Reader:
         first = fields[0]
         shapes = {(self.positions[field.step], field.channel, field.merged) for field in fields}
         if len(shapes) > 1:
-            self.refuse(node, "it adds layers of different shapes")
+            self.refuse(node, "it adds layers of different shapes, or flattened in different orders")
         if len(frozenset().union(*(f.roots for f in fields))) < sum(len(f.roots) for f in fields):
             self.refuse(
                 node, "it adds layers that are correlated: they share weights, with no layer of their own in between"
@@ -366,17 +368,19 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _results(traced: fx.GraphModule, batch: Batch) -> dict[str, Any]:
-    """Shapes of all tensors, and other values, by node; found by running a copy on two examples."""
+def _results(traced: fx.GraphModule, arguments: Sequence[Tensor]) -> dict[str, Any]:
+    """Shapes of all tensors, and other values, by node; found by running a copy on some examples."""
     runner = _Recorder(copy.deepcopy(traced))
     floating = next((p.dtype for p in runner.module.parameters() if p.is_floating_point()), torch.float32)
     device = next((p.device for p in runner.module.parameters()), None)  # which need not be that of the examples
-    arguments = [t.to(device, floating if t.is_floating_point() else t.dtype) for t in batch.arguments]
+    arguments = [t.to(device, floating if t.is_floating_point() else t.dtype) for t in arguments]
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             runner.run(*arguments, enable_io_processing=False)
     except Exception as error:
-        raise ModelError(f"the module fails on two of the examples: {type(error).__name__}: {error}") from error
+        raise ModelError(
+            f"the module fails on {len(arguments[0])} of the examples: {type(error).__name__}: {error}"
+        ) from error
     return runner.found
 
 

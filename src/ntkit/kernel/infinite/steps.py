@@ -268,7 +268,7 @@ class Mixture(Step):
 
 @dataclass(frozen=True)
 class Pooling(Step):
-    """Means over positions, on both sides of all pairs.
+    """Sums over positions, on both sides of all pairs; single positions, on both sides of equal ones too.
 
     Attributes:
         axes: one for each axis of positions; None leaves it.
@@ -277,11 +277,11 @@ class Pooling(Step):
     axes: tuple[Averaging | None, ...]
 
     def needs_pairs(self, pairs: bool) -> bool:  # noqa: D102
-        return True
+        return pairs or not all(axis is None or axis.single for axis in self.axes)
 
     def run(self, found: list[Covariance], block: Block, sides: tuple[Tensor, Tensor] | None) -> Covariance:  # noqa: D102
         rank = sum(axis is None or not axis.dropped for axis in self.axes)
-        return found[0].map(lambda values: average(values, self.axes, full=True), rank=rank)
+        return found[0].map(lambda values: average(values, self.axes, full=found[0].full), rank=rank)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,14 @@ class Known:
 
 @dataclass(frozen=True)
 class Plain:
-    """A number, a shape or another Python value."""
+    """A number, a shape or another Python value.
+
+    Attributes:
+        varies: whether it depends on how many examples there are.
+    """
 
     value: Any
+    varies: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class Field:
             that share a root are correlated.
         gaussian: whether the units are Gaussian, given the layers before.
         centred: whether their mean is zero.
-        merged: whether positions have become channels (behind a flatten).
+        merged: the order in which positions have become channels (behind a flatten), 0 where they have not: 1 and how
+            many axes of positions lay before the channels, but those of one position.
         scale: of a trained weight per channel in a normalisation layer just before, whose part of the tangent kernel is
             still to come: it depends on the function that follows. None where there is none.
         entangled: whether such a part has gone into a sum with another layer, or through another normalisation.
@@ -57,7 +63,7 @@ class Field:
     roots: frozenset[int]
     gaussian: bool = True
     centred: bool = True
-    merged: bool = False
+    merged: int = 0
     scale: float | None = None
     entangled: bool = False
     mixed: bool = False

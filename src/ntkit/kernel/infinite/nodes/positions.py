@@ -1,4 +1,4 @@
-"""What changes positions or the axis of channels: flatten, pooling, means, permutations, concatenation."""
+"""What changes positions or the axis of channels: flatten, pooling, sums, permutations, concatenation."""
 
 from __future__ import annotations
 
@@ -18,17 +18,25 @@ if TYPE_CHECKING:
 
 
 def reshaped(call: Call) -> Value:
-    """Flatten, view, squeeze: all positions may become channels; nothing else may change."""
+    """Flatten, view: all positions may become channels; nothing else may change."""
     reader, value = call.reader, call.x
     before, after = reader.shape(call.first), reader.shape(call.node)
     if before == after:
         return value
     if len(after) != 2 or after[0] != before[0]:
         call.refuse(f"it makes shape {after} of {before}: all axes but the first may be flattened into one, no others")
-    if isinstance(value, Applied):
-        return Applied(changed(value.field, value.field.step, merged=True, channel=1), value.function)
-    field = reader.field(value, call.node)
-    return changed(field, field.step, merged=True, channel=1)
+    field = value.field if isinstance(value, Applied) else reader.field(value, call.node)
+    order = 1 + sum(size > 1 for size in before[1 : field.channel])
+    flat = changed(field, field.step, merged=field.merged or order, channel=1)
+    return Applied(flat, value.function) if isinstance(value, Applied) else flat
+
+
+def squeezed(call: Call) -> Value:
+    """Axes of one position go."""
+    shape, dims = call.reader.shape(call.first), call.argument(1, "dim")
+    asked = range(1, len(shape)) if dims is None else [d % len(shape) for d in _several(dims)]
+    gone = [axis for axis in asked if shape[axis] == 1]
+    return _reduced(call, dict.fromkeys(gone, (1.0,)), keep=False) if gone else call.x
 
 
 def pool_module(call: Call) -> Field:
@@ -86,26 +94,48 @@ def _pooled(call: Call, rank: int, pool: Callable[[int, Tensor], Tensor]) -> Fie
     return changed(field, reader.add(Pooling((field.step,), call.node.name, tuple(axes)), after))
 
 
-def mean(call: Call) -> Field:
-    """A mean over axes of positions."""
+def summed(call: Call) -> Field:
+    """A mean or sum over axes of positions."""
+    shape = call.reader.shape(call.first)
+    dims, keep = call.argument(1, "dim"), bool(call.argument(2, "keepdim", False))
+    if dims is None:
+        call.refuse("it takes in all channels: only positions may be averaged or added")
+    assert dims is not None
+    wanted = {d % len(shape) for d in _several(dims)}
+    part = {axis: 1.0 if call.name == "sum" else 1 / shape[axis] for axis in wanted}
+    return _reduced(call, {axis: (part[axis],) * shape[axis] for axis in wanted}, keep=keep)
+
+
+def _several(dims: Any) -> tuple[int, ...]:
+    return tuple(dims) if isinstance(dims, (tuple, list)) else (dims,)
+
+
+def picked(call: Call) -> Field:
+    """Single positions, as of a class token: `x[:, 0]`."""
+    shape, index = call.reader.shape(call.first), call.argument(1, "index")
+    items = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in items:
+        place = items.index(Ellipsis)
+        items[place : place + 1] = [slice(None)] * (len(shape) - len(items) + 1)
+    taken = {axis: item for axis, item in enumerate(items) if item != slice(None)}
+    if not taken or not all(type(item) is int for item in taken.values()):
+        call.refuse("only single positions may be taken, as by x[:, 0], and whole axes")
+    chosen = {axis: item % shape[axis] for axis, item in taken.items()}
+    return _reduced(call, {a: tuple(float(i == k) for i in range(shape[a])) for a, k in chosen.items()}, keep=False)
+
+
+def _reduced(call: Call, weights: dict[int, tuple[float, ...]], *, keep: bool) -> Field:
+    """Sums over axes of positions with these weights, which leave one position, or no axis."""
     reader, field = call.reader, call.field()
     positions, ndim = reader.positions[field.step], len(reader.shape(call.first))
-    dims, keep = call.argument(1, "dim"), bool(call.argument(2, "keepdim", False))
-    if dims is None or field.merged:
-        call.refuse("it is a mean over channels: only positions may be averaged")
-    assert dims is not None
-    wanted = {d % ndim for d in (dims if isinstance(dims, (tuple, list)) else (dims,))}
     places = [axis for axis in range(ndim) if axis not in (0, field.channel)]
-    if not wanted <= set(places):
-        call.refuse("it is a mean over channels or examples: only positions may be averaged")
-    axes = tuple(
-        Averaging(((1 / size,) * size,), dropped=not keep) if place in wanted else None
-        for place, size in zip(places, positions, strict=True)
-    )
+    if field.merged or not weights.keys() <= set(places):
+        call.refuse("it works on channels or examples: only positions may be averaged, added or taken")
+    axes = tuple(Averaging((weights[place],), dropped=not keep) if place in weights else None for place in places)
     after = [
-        1 if place in wanted else n for place, n in zip(places, positions, strict=True) if keep or place not in wanted
+        1 if place in weights else n for place, n in zip(places, positions, strict=True) if keep or place not in weights
     ]
-    channel = field.channel if keep else field.channel - sum(place < field.channel for place in wanted)
+    channel = field.channel if keep else field.channel - sum(place < field.channel for place in weights)
     return changed(field, reader.add(Pooling((field.step,), call.node.name, axes), after), channel=channel)
 
 

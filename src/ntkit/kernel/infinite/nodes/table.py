@@ -57,7 +57,8 @@ def read(reader: Reader, node: fx.Node) -> Value:
     if call.name in ("item", "tolist") and operands:
         call.refuse("it makes a number of the examples' values, which a graph keeps for all others")
     if _is_plain(result):
-        return Plain(result)  # a shape, a number of dimensions, or arithmetic with such
+        # a shape, a number of dimensions, or arithmetic with such
+        return Plain(result, varies=result != reader.with_another[node.name])
     if all(isinstance(v, (Known, Plain)) for v in operands) and not (module is not None and _has_parameters(module)):
         if operands and (
             call.name.rstrip("_") != call.name or call.name in _IN_PLACE or getattr(module, "inplace", False)
@@ -70,10 +71,11 @@ def read(reader: Reader, node: fx.Node) -> Value:
     home = getattr(node.target, "__module__", None) if node.op == "call_function" else None
     if home is not None and home.partition(".")[0] not in _KNOWN_HOMES:
         call.refuse(f"{home}.{call.name} is a function of its own, which is not traced")
-    handler = _HANDLERS.get(type(module)) if module is not None else _FUNCTIONS.get(call.name)
-    if handler is not None:
-        return handler(call)
-    return functions.elementwise(call)
+    handler = _HANDLERS.get(type(module)) if module is not None else _FUNCTIONS.get(call.name, functions.elementwise)
+    handler = handler or functions.elementwise
+    if handler is not positions.reshaped and any(isinstance(v, Plain) and v.varies for v in operands):
+        call.refuse("it takes a number that depends on how many examples there are")
+    return handler(call)
 
 
 # Where functions come from that are known by their names.
@@ -144,15 +146,18 @@ _HANDLERS: dict[type, Callable[[Call], Value]] = {
 _FUNCTIONS: dict[str, Callable[[Call], Value]] = {
     "linear": weights.linear_function,
     **dict.fromkeys(("matmul", "mm"), weights.product),
+    **dict.fromkeys(("bmm", "baddbmm", "einsum"), weights.contraction),
     "addmm": weights.sum_and_product,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), weights.conv_function),
     **dict.fromkeys(
         (f"{kind}avg_pool{rank}d" for kind in ("", "adaptive_") for rank in (1, 2, 3)), positions.pool_function
     ),
-    **dict.fromkeys(("flatten", "view", "reshape", "squeeze", "unsqueeze"), positions.reshaped),
+    **dict.fromkeys(("flatten", "view", "reshape", "unsqueeze"), positions.reshaped),
+    "squeeze": positions.squeezed,
     **dict.fromkeys(("permute", "transpose", "swapaxes"), positions.permuted),
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), normalization.dropout_function),
     **dict.fromkeys(("cat", "concat", "concatenate"), positions.concatenated),
     **dict.fromkeys(("contiguous", "clone"), _unchanged),
-    "mean": positions.mean,
+    **dict.fromkeys(("mean", "sum"), positions.summed),
+    "getitem": positions.picked,
 }

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkit.kernel.infinite.nodes.call import Call, each
+from ntkit.kernel.infinite.nodes.call import RANDOM, Call, each
 from ntkit.kernel.infinite.positions import Window
 from ntkit.kernel.infinite.steps import Bias, Flattening, Weights
 from ntkit.kernel.infinite.values import Field, Known, Parameter, Value, changed
@@ -75,7 +75,22 @@ def linear_function(call: Call) -> Field:
 
 def product(call: Call) -> Field:
     """`x @ w` with a parameter (inputs, outputs)."""
+    _refuse_two_layers(call)
     return _linear(call, _turned(call, call.argument(1, "other")), None)
+
+
+def contraction(call: Call) -> Field:
+    """Products that are written in general: only those of two layers are looked at, for the reason."""
+    _refuse_two_layers(call)
+    return call.refuse("it is a product that is not read: write it as a linear layer, F.linear or x @ w")
+
+
+def _refuse_two_layers(call: Call) -> None:
+    if sum(isinstance(value, RANDOM) for value in call.args) > 1:
+        call.refuse(
+            "the product of two layers is not Gaussian; of attention, the softmax of random scores has no closed form "
+            "at the usual scale 1/sqrt(d)"
+        )
 
 
 def sum_and_product(call: Call) -> Field:
