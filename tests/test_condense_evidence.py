@@ -62,10 +62,10 @@ def test_the_published_curve_is_in_the_record() -> None:
     found = record("anchor-jpeg")
     assert (found["data"], found["targets"], found["test"]) == ("CIFAR-10 (JPEG q75)", 50_000, 10_000)
     curve = results.curve("jpeg")
-    assert len(found["runs"]) >= 2
+    assert len(found["runs"]) == 5
     for step, published in anchor.PUBLISHED.items():
         assert np.mean(curve[step]) == pytest.approx(published, abs=0.02)
-    assert np.mean(curve[100]) > 0.445
+    assert np.mean(curve[100]) >= 0.45
     losses = [run["loss"][0] for run in found["runs"]]
     assert np.mean(losses) == pytest.approx(0.0488, abs=0.002)
 
