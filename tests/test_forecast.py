@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ntkit
-from ntkit.kernel.forecast import Speeds, forecast, human_time, measure
+from ntkit.kernel.forecast import Speeds, forecast, human_time, measure, one_of
 from ntkit.kernel.saved import SAMPLED, layout_of
 from tests.cases import normal
 from tests.test_saved import C, in_tiles
@@ -65,3 +66,28 @@ def test_speeds_are_of_this_machine() -> None:
 )
 def test_times_in_words(seconds: float, words: str) -> None:
     assert human_time(seconds) == words
+
+
+def test_one_of_several_workers_has_its_part_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        for workers, threads, longer in ((1, 4, 1.0), (2, 2, 1.0), (4, 1, 1.0), (16, 1, 4.0)):
+            with one_of(workers, torch.device("cpu")) as found:
+                assert (torch.get_num_threads(), found) == (threads, longer)
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_more_workers_than_processors_are_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("ntkit.kernel.forecast._speeds", lambda kernel, layout: (2.0, 3.0))
+    kernel = ntkit.TangentKernel(ntkit.linearize(torch.nn.Linear(3, C)), torch.ones(4, 3))
+    layout = layout_of(kernel, "float32", kernel.memory)
+    told = [
+        forecast(layout, C, measure(kernel, layout, workers=workers), memory=10**9, workers=workers)
+        for workers in (1, 8)
+    ]
+    assert told[1].seconds / told[1].workers == told[0].seconds == 4 * 2.0 + 8 * 3.0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,8 +77,36 @@ class Forecast:
         )
 
 
-def measure(kernel: TangentKernel, layout: Layout) -> Speeds:
-    """Compute a small corner as a stripe would, and take the time of its two halves. Cost: some seconds."""
+@contextmanager
+def one_of(workers: int, device: torch.device) -> Iterator[float]:
+    """As one of so many processes that share this machine: with its part of the threads.
+
+    Gives how many times longer everything takes where there are more processes than processors, or GPUs.
+    """
+    before, processors = torch.get_num_threads(), os.cpu_count() or 1
+    if device.type == "cuda":
+        processors = torch.cuda.device_count()
+    torch.set_num_threads(max(1, before // workers))
+    try:
+        yield max(1.0, workers / processors)
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure(kernel: TangentKernel, layout: Layout, *, workers: int = 1) -> Speeds:
+    """Compute a small corner as a stripe would, and take the time of its two halves. Cost: some seconds.
+
+    Args:
+        kernel: of examples of which some are taken.
+        layout: how the matrix is cut.
+        workers: processes that will share this machine; the speeds are those of one of them.
+    """
+    with one_of(workers, kernel.device) as longer:
+        capture, pair = _speeds(kernel, layout)
+    return Speeds(capture * longer, pair * longer, str(kernel.device))
+
+
+def _speeds(kernel: TangentKernel, layout: Layout) -> tuple[float, float]:
     n = min(
         SAMPLE, layout.edge[0] // kernel.scalars, kernel.shape[0] // kernel.scalars, kernel.shape[1] // kernel.scalars
     )
@@ -95,7 +126,7 @@ def measure(kernel: TangentKernel, layout: Layout) -> Speeds:
     one, three = seconds(1), seconds(3)
     column = max((three - one) / 2, 1e-9)
     capture = max(one - column, 0.1 * one) / n
-    return Speeds(capture, max(column - capture * n, 0.02 * column) / n**2, str(kernel.device))
+    return capture, max(column - capture * n, 0.02 * column) / n**2
 
 
 def forecast(

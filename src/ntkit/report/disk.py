@@ -80,17 +80,17 @@ class Disk:
 
     def forecast(self, kernel: TangentKernel) -> Forecast:
         """What is still to do, from speeds measured on a few examples of this kernel on this machine."""
-        count = self.workers or 1
+        count = here = self.workers or 1
         if self.dask is not None and self.dask != "local":
             with self._crew() as client:
-                count = len(client.scheduler_info(n_workers=-1)["workers"])
+                count, here = len(client.scheduler_info(n_workers=-1)["workers"]), 1  # they have their own processors
         layout, tiles = layout_of(kernel, self._type(kernel), kernel.memory // count), None
         if Store.exists(self.path):
             store = Store.open(self.path)
             if begun(kernel, self.path, self._type(kernel)):
                 layout, tiles = store.layout, unfinished(store)
         tiles = layout.tiles() if tiles is None else tiles
-        speeds = measure(kernel, layout)
+        speeds = measure(kernel, layout, workers=here)
         return forecast(layout, kernel.scalars, speeds, tiles=tiles, memory=kernel.memory, workers=count)
 
     def _type(self, kernel: TangentKernel) -> str:

@@ -12,7 +12,7 @@ import torch
 from ntkit.errors import ModelError
 from ntkit.kernel.empirical import TangentKernel
 from ntkit.kernel.features import FeatureMap
-from ntkit.kernel.forecast import Speeds, measure
+from ntkit.kernel.forecast import Speeds, measure, one_of
 from ntkit.kernel.matrixfree import MatrixFreeKernel
 from ntkit.kernel.saved import layout_of
 from ntkit.tangent.sketch import Sketch
@@ -52,19 +52,16 @@ def measure_pace(kernel: TangentKernel, *, size: int, workers: int = 1) -> Pace:
         size: features D.
         workers: processes that will share this machine's threads.
     """
-    before = torch.get_num_threads()
     tangent, x = kernel.tangent, kernel.rows
     few = min(SAMPLE, len(x))
     cholesky = _cholesky_speed(kernel.device)
     layout, made = layout_of(kernel, "float32", kernel.memory), FeatureMap(tangent, Sketch(size, 0, kernel.trace))
     tiles = alone = measure(kernel, layout)
-    try:
-        torch.set_num_threads(max(1, before // workers))
-        if workers > 1:
-            tiles = measure(kernel, layout)
+    if workers > 1:
+        tiles = measure(kernel, layout, workers=workers)
+    with one_of(workers, kernel.device) as longer:
+        threads = torch.get_num_threads()
         sketch = _seconds(lambda: [made.block(x, a, b) for a, b in made.batches(x, 0, few)], kernel.device) / few
-    finally:
-        torch.set_num_threads(before)
     some = MatrixFreeKernel(tangent, x.pick(range(few)))
     vector = torch.ones(some.shape[1], dtype=kernel.dtype, device=kernel.device)
     try:
@@ -75,7 +72,7 @@ def measure_pace(kernel: TangentKernel, *, size: int, workers: int = 1) -> Pace:
     if kernel.scalars > 1:
         reduced = TangentKernel(tangent, x, trace=True, memory=kernel.memory)
         traced = measure(reduced, layout_of(reduced, "float32", kernel.memory))
-    return Pace(tiles, alone, sketch, product, cholesky, max(1, before // workers), traced)
+    return Pace(tiles, alone, longer * sketch, product, cholesky, threads, traced)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
