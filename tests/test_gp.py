@@ -12,6 +12,7 @@ from ntkit.kernel.closed import RBF, DotProduct
 from ntkit.kernel.explicit import Features, RandomFourier
 from ntkit.kernel.fully_connected import FullyConnected
 from ntkit.kernel.function import Empirical, KernelFunction
+from ntkit.kernel.infinite import InfiniteWidth
 from ntkit.solve.conditioned import Posterior
 from ntkit.solve.ridge import Absolute
 from tests.cases import normal
@@ -123,6 +124,9 @@ def test_refusals() -> None:
 FUNCTIONS: dict[str, KernelFunction] = {
     "rbf": RBF(1.5),
     "infinite width": FullyConnected(depth=3, bias_std=0.3),
+    "infinite width of a module": InfiniteWidth(
+        nn.Sequential(nn.Linear(6, 1), nn.ReLU(), nn.Linear(1, 1), nn.Tanh(), nn.Linear(1, 1)), weight_std=1.2
+    ),
     "made of kernels": (0.5 * FullyConnected(depth=2) * RBF(2.0) + DotProduct(1.0)).normalised(),
     "posterior": Posterior(RBF(1.5), inputs(3, 5), ridge=0.1),
     "random features": RandomFourier(RBF(1.5), 16, generator=torch.Generator().manual_seed(0)),

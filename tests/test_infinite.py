@@ -14,6 +14,10 @@ from torch.utils.data import TensorDataset
 
 import ntkit
 from ntkit.kernel.infinite import NTK, InfiniteWidth, Standard, infinite_ntk
+from ntkit.solve.inplace import CholeskyInPlace
+from ntkit.solve.iterative import ConjugateGradients
+from ntkit.solve.regression import KernelRegression
+from ntkit.solve.ridge import Relative
 from tests import oracles_infinite as oracle
 
 ROOT2 = math.sqrt(2)
@@ -404,3 +408,19 @@ def test_the_diagonal_costs_no_pairs(gap, kind, monkeypatch):
     monkeypatch.setattr("ntkit.kernel.infinite.program.Program.covariance", None)
     torch.testing.assert_close(function(x).diagonal(), whole, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(function.diagonal(x), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_any_solver_takes_an_infinite_kernel():
+    net = nn.Sequential(
+        nn.Conv1d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 1)
+    )
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((30, 1, 6), (30, 2)))
+    kernel = InfiniteWidth(net, weight_std=1.4, bias_std=0.2)(x)
+    matrix = kernel.dense()
+    wanted = torch.linalg.solve(matrix + 1e-3 * matrix.diagonal().mean() * torch.eye(30), y)
+    for by in (CholeskyInPlace(), CholeskyInPlace(torch.float32), ConjugateGradients(1e-12, 1000)):
+        found = kernel.solve(y, 1e-3, by=by)
+        torch.testing.assert_close(found.value, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+    fit = KernelRegression.decompose(kernel, y).fit(Relative(1e-3))
+    torch.testing.assert_close(fit.predict(kernel), matrix @ wanted, rtol=1e-8, atol=1e-8)
