@@ -342,6 +342,8 @@ def test_data_files_that_are_none(here: Path, command: list[str]) -> None:
         (["--readout", "random:0"], "at least one draw"),
         (["--readout", "single:7"], "3 outputs"),
         (["--dtype", "float16"], "float32 or float64"),
+        (["--device", "gpu"], "unknown device 'gpu': expected cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "no device cuda:99 here"),
         (["--memory", "much"], "not a size"),
         (["--memory", "0"], "not a size"),
         (["--rows", "z"], "no array 'z'"),

@@ -7,11 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import ntkit
+from ntkit.cli.main import app
 from ntkit.kernel.closed import RBF
 from ntkit.kernel.matrixfree import MatrixFreeKernel
 from ntkit.solve.course import GradientFlow
@@ -340,3 +343,14 @@ def test_watched_runs_go_on_where_they_stopped(tmp_path: Path) -> None:
     assert whole.is_cuda
     again = run(tmp_path / "again")
     assert torch.equal(whole, again)
+
+
+def test_the_command_line_puts_the_network_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("on_gpu.py").write_text("from torch import nn\n\n\ndef make():\n    return nn.Linear(5, 3)\n")
+    np.savez("data.npz", x=np.random.default_rng(0).normal(size=(6, 5)))
+    for device in ("cpu", "cuda"):
+        command = ["kernel", "on_gpu.py:make", "data.npz", "--dtype", "float64", "--out", f"{device}.npy"]
+        found = CliRunner().invoke(app, [*command, "--device", device])
+        assert found.exit_code == 0, found.output
+    np.testing.assert_allclose(np.load("cuda.npy"), np.load("cpu.npy"), rtol=1e-10)

@@ -19,6 +19,7 @@ from ntkit.cli.options import (
     READOUT_HELP,
     ArrayDataArgument,
     ColsOption,
+    DeviceOption,
     FactoryArgument,
     ForceOption,
     MemoryOption,
@@ -206,6 +207,7 @@ def kernel(
     force: ForceOption = False,
     seed: SeedOption = 0,
     dtype: TypeOption = "float32",
+    device: DeviceOption = "cpu",
     memory: MemoryOption = None,
     workers: Annotated[
         int | None,
@@ -239,7 +241,7 @@ def kernel(
 
         disk = Disk.parse(out, workers=workers, dask=dask, dtype=disk_type, force=force, dry_run=dry_run)
         terminal = Terminal()
-        found = _kernel(factory, data, weights, readout, trace, rows, cols, seed, dtype, memory, terminal)
+        found = _kernel(factory, data, weights, readout, trace, rows, cols, seed, dtype, device, memory, terminal)
         start = time.perf_counter()
         if dry_run:
             said = None if disk is None else disk.forecast(found)
@@ -269,7 +271,7 @@ def _save_array(out: Path, found: TangentKernel) -> None:
 
     from ntkit.report.files import replacing
 
-    matrix = found.dense().numpy()
+    matrix = found.dense().cpu().numpy()
     with replacing(out) as file:
         np.save(file, matrix)
 
@@ -285,6 +287,7 @@ def plan(
     cols: ColsOption = None,
     seed: SeedOption = 0,
     dtype: TypeOption = "float32",
+    device: DeviceOption = "cpu",
     memory: MemoryOption = None,
     examples: Annotated[
         int | None,
@@ -321,7 +324,7 @@ def plan(
     with in_plain_words():
         measured = times and cols in {None, rows}
         limits = _limits(ram, disk, workers, iterations, measured=measured)
-        found = _kernel(factory, data, weights, readout, trace, rows, cols, seed, dtype, memory, None)
+        found = _kernel(factory, data, weights, readout, trace, rows, cols, seed, dtype, device, memory, None)
         typer.echo(str(found.plan(examples)))
         if measured:
             from ntkit.solve.outlook import outlook
@@ -360,6 +363,7 @@ def _kernel(
     cols: str | None,
     seed: int,
     dtype: str,
+    device: str,
     memory: str | None,
     terminal: Terminal | None,
 ) -> TangentKernel:
@@ -370,12 +374,13 @@ def _kernel(
         load_factory,
         load_weights,
         parse_bytes,
+        parse_device,
         parse_dtype,
         parse_readout,
     )
     from ntkit.tangent.linearize import linearize
 
-    kind, precision = parse_readout(readout, seed=seed), parse_dtype(dtype)
+    kind, precision, place = parse_readout(readout, seed=seed), parse_dtype(dtype), parse_device(device)
     budget = None if memory is None else parse_bytes(memory)
     model = load_factory(factory).build(seed=seed, dtype=precision)
     if weights is not None:
@@ -384,7 +389,7 @@ def _kernel(
     other = None if cols is None or cols == rows else load_examples(data, cols, precision)
     count_outputs(model, x)
     return TangentKernel(
-        linearize(model, readout=kind.readout),
+        linearize(model.to(place), readout=kind.readout),
         x,
         other,
         trace=trace or kind.trace,

@@ -28,6 +28,9 @@ WeightsOption = Annotated[
     ),
 ]
 TypeOption = Annotated[str, typer.Option(metavar="TYPE", help="float32 or float64, for the network and its kernel.")]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="DEVICE", help="Where the network runs: cpu, cuda or cuda:1 (a GPU by number).")
+]
 MemoryOption = Annotated[str | None, typer.Option(metavar="SIZE", help=MEMORY_HELP, show_default=False)]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of every random choice, the factory's included.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]

@@ -16,7 +16,7 @@ from ntkit.errors import InputError
 from ntkit.kernel.forecast import Forecast, forecast, measure
 from ntkit.kernel.saved import begun, layout_of, unfinished
 from ntkit.kernel.store import DTYPES, Store, check_place
-from ntkit.kernel.tasks import KEEP_MEMORY
+from ntkit.kernel.tasks import KEEP_MEMORY, as_workers
 from ntkit.report.files import check_file
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Disk:
         count = here = self.workers or 1
         if self.dask is not None and self.dask != "local":
             with self._crew() as client:
-                count, here = len(client.scheduler_info(n_workers=-1)["workers"]), 1  # they have their own processors
+                count, here = as_workers(client).count, 1  # they have processors of their own
         layout, tiles = layout_of(kernel, self._type(kernel), kernel.memory // count), None
         if Store.exists(self.path):
             store = Store.open(self.path)

@@ -81,6 +81,20 @@ def parse_dtype(text: str) -> torch.dtype:
     return known[text]
 
 
+def parse_device(text: str) -> torch.device:
+    """cpu, cuda, or cuda:N.
+
+    Raises:
+        InputError: if it is another one, or this machine does not have it.
+    """
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", text)
+    if found is None:
+        raise InputError(f"unknown device {text!r}: expected cpu, cuda or cuda:N")
+    if text != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
+        raise InputError(f"there is no device {text} here: torch sees {torch.cuda.device_count()} GPUs")
+    return torch.device(text)
+
+
 # ---------------------------------------------------------------- the network
 
 
