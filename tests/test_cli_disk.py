@@ -61,6 +61,17 @@ def test_the_same_command_goes_on(here: Path) -> None:
     assert record.exists()
 
 
+@pytest.mark.filterwarnings("default::ntkit.StoreWarning")
+def test_going_on_with_less_memory_is_said(here: Path) -> None:
+    assert call(*COMMAND, "K.zarr", "--memory", "1GB")[0] == 0
+    Path("K.zarr/records/0-0.json").unlink()
+    code, _, said = call(*COMMAND, "K.zarr", "--memory", "1MB")
+    assert code == 0
+    assert "begun with 1,000,000,000 bytes of memory for each worker and goes on with 1,000,000. Finished" in said
+    assert "start again\n" in said  # not cut off
+    torch.testing.assert_close(ntkit.open_kernel("K.zarr").dense(), truth(here), rtol=1e-5, atol=1e-5)
+
+
 def test_another_matrix_is_replaced_only_by_force(here: Path) -> None:
     assert call(*COMMAND, "K.zarr")[0] == 0
     other = ["kernel", "nets.py:net", "data.npz", "--readout", "sum", "--out", "K.zarr"]

@@ -215,6 +215,34 @@ def test_lost_and_damaged_features_are_made_again(saved: tuple[Path, ntkit.Featu
     assert seen == [(2, 4), (3, 4), (4, 4)]
 
 
+def test_a_flipped_bit_in_what_features_say_of_themselves(saved: tuple[Path, ntkit.FeatureMap]) -> None:
+    from tests.test_saved import with_each_bit_flipped
+
+    path, made = saved
+    right = making.open_features(path).features()
+
+    def look() -> bool:
+        opened = making.open_features(path)
+        found = ntkit.FeatureMap.stored(made.tangent, path).sketch
+        return torch.equal(opened.features(), right) and opened.scalars == 3 and found == made.sketch
+
+    found = with_each_bit_flipped(path / "zarr.json", look, step=5)
+    assert all(isinstance(seen, StoreError) or seen for seen in found)
+    assert sum(isinstance(seen, StoreError) for seen in found) > 0.95 * len(found)
+
+
+def test_a_task_looks_at_its_own_tile_only(
+    saved: tuple[Path, ntkit.FeatureMap], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, made = saved
+    (path / "records" / "1-0.json").unlink()
+    store = Store.open(path)
+    monkeypatch.setattr(Store, "finished", None)
+    with store.locked():
+        for tile, count in (((0, 0), 0), ((1, 0), 1)):
+            assert len(list(making._compute((made, images()), (store, tile)))) == count
+
+
 @pytest.mark.parametrize(
     ("name", "other"),
     [

@@ -313,10 +313,11 @@ def test_directions_lower_the_noise_of_gradients_that_have_much_in_common() -> N
     assert errors[1] < 1.2 * dense
 
 
-def test_in_another_process_and_on_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [1, 4])
+def test_in_another_process_and_on_disk(rank: int, tmp_path: Path) -> None:
     pytest.importorskip("zarr", minversion="3", reason="zarr 3 needs Python 3.11")
     tangent, x = ntkit.linearize(network()), images()
-    leading = Leading.of(tangent, x, rank=4, generator=seeded())
+    leading = Leading.of(tangent, x, rank=rank, generator=seeded())
     made = ntkit.FeatureMap(tangent, Sketch(300, 3, leading=leading))
     phi = made(x)
     assert torch.equal(pickle.loads(pickle.dumps(made))(x), phi)
@@ -369,6 +370,27 @@ def test_a_map_from_disk_is_that_of_its_network(tmp_path: Path) -> None:
     ntkit.TangentKernel(tangent, x).save(tmp_path / "k.zarr")
     with pytest.raises(InputError, match="holds a matrix"):
         ntkit.FeatureMap.stored(tangent, tmp_path / "k.zarr")
+
+
+def test_damaged_directions_beside_features(tmp_path: Path) -> None:
+    pytest.importorskip("zarr", minversion="3", reason="zarr 3 needs Python 3.11")
+    from tests.test_saved import with_each_bit_flipped
+
+    tangent, x, path = ntkit.linearize(network()), images(), tmp_path / "f.zarr"
+    leading = Leading.of(tangent, x, rank=2, generator=seeded())
+    made = ntkit.FeatureMap(tangent, Sketch(100, 3, leading=leading))
+    made.save(x, path)
+    file, size = path / "leading.safetensors", 100
+
+    def look() -> bool:
+        return ntkit.FeatureMap.stored(tangent, path).sketch.description == made.sketch.description
+
+    found = with_each_bit_flipped(file, look, step=file.stat().st_size // size)
+    assert all(seen is True or f"Put a copy of {file} back" in str(seen) for seen in found)
+    assert sum(isinstance(seen, StoreError) for seen in found) > 0.95 * size
+    file.unlink()
+    made.save(x, path)  # as the message says
+    assert look()
 
 
 def test_bad_directions(tmp_path: Path) -> None:

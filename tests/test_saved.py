@@ -11,10 +11,11 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from torch.utils.data import TensorDataset
 import ntkit
 from ntkit.errors import InputError, StoreError, StoreWarning
 from ntkit.kernel import store as on_disk
-from ntkit.kernel.saved import SAMPLED, layout_of, pieces
+from ntkit.kernel.saved import SAMPLED, compute, layout_of, pieces
 from ntkit.kernel.store import Layout, Store
 from tests.cases import normal
 
@@ -70,6 +71,15 @@ KERNELS: dict[str, Callable[[], ntkit.Kernel]] = {
     "sum": lambda: in_tiles() + 2.0 * in_tiles(),
     "centred": lambda: in_tiles(readout=ntkit.SumOfLogits()).centred(),
 }
+
+
+def by_an_older_version(path: Path, change: Callable[[dict[str, Any]], Any] = lambda described: None) -> None:
+    """What a store says of itself, changed, and without a checksum of it, which older versions did not write."""
+    file = path / "zarr.json"
+    found = json.loads(file.read_text())
+    del found["attributes"]["ntkit"]["sha256"]
+    change(found["attributes"]["ntkit"])
+    file.write_text(json.dumps(found))
 
 
 @cache
@@ -148,10 +158,7 @@ def test_what_an_older_store_holds_is_told_by_what_it_says(dtype: torch.dtype, t
     for kernel, says in ((in_tiles(), True), (ntkit.DenseKernel(truth("full")), False)):
         path = tmp_path / f"{says}.zarr"
         kernel.save(path, dtype=dtype)
-        file = path / "zarr.json"
-        described = json.loads(file.read_text())
-        del described["attributes"]["ntkit"]["facts"]["precision"]
-        file.write_text(json.dumps(described))
+        by_an_older_version(path, lambda described: described["facts"].pop("precision"))
         exact = says and dtype == torch.float64
         more = {} if exact else {"stored": str(dtype).removeprefix("torch.")}
         assert ntkit.open_kernel(path).identity() == {**kernel.identity(), **more}
@@ -344,6 +351,63 @@ def test_damage_is_named_and_mended(damage: str, tmp_path: Path, undisturbed: Te
     assert (path / "c" / "2" / "2").stat().st_mtime_ns == kept
 
 
+def with_each_bit_flipped(file: Path, look: Callable[[], Any], step: int = 1) -> list[Any]:
+    """What is seen, or said as a `StoreError`, with the lowest bit of every byte flipped, one after the other."""
+    found: list[Any] = []
+    for position in range(0, file.stat().st_size, step):
+        flip(file, position)
+        try:
+            found.append(look())
+        except StoreError as error:
+            found.append(error)
+        finally:
+            flip(file, position)
+    return found
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_flipped_bit_in_what_a_matrix_says_of_itself(older: bool, tmp_path: Path) -> None:
+    """Said, or nothing has changed; older versions wrote no checksum, so that there it may go unseen."""
+    path = tmp_path / "k.zarr"
+    matrix = ntkit.DenseKernel(torch.arange(12.0).reshape(3, 4) + 1)
+    matrix.save(path)
+    if older:
+        by_an_older_version(path)
+
+    def look() -> Any:
+        opened = ntkit.open_kernel(path)
+        return opened.dense().tolist(), opened.scalars, opened.identity()
+
+    right = look()
+    found = with_each_bit_flipped(path / "zarr.json", look)
+    said = [str(error) for error in found if isinstance(error, StoreError)]
+    named = "zarr.json is damaged", "has format 3", "k.zarr is not finished"  # the tiles belong to another matrix
+    assert all(any(words in error for words in named) for error in said)
+    assert older or all(isinstance(seen, StoreError) or seen == right for seen in found)
+    assert len(said) > (0.3 if older else 0.95) * len(found)
+    matrix.save(path)
+
+
+def test_what_others_note_beside_is_not_in_the_checksum(tmp_path: Path) -> None:
+    in_tiles().save(tmp_path / "k.zarr")
+    zarr.open_array(tmp_path / "k.zarr", mode="r+").attrs["mine"] = "a note"
+    assert "a note" in (tmp_path / "k.zarr" / "zarr.json").read_text()
+    ntkit.open_kernel(tmp_path / "k.zarr").verify()
+    (tmp_path / "k.zarr" / "records" / "0-2.json").unlink()
+    torch.testing.assert_close(in_tiles().save(tmp_path / "k.zarr").dense(), truth("full"), rtol=1e-12, atol=1e-12)
+
+
+def test_a_damaged_description_is_not_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "k.zarr"
+    in_tiles().save(path)
+    (path / "records" / "0-2.json").unlink()
+    flip(path / "zarr.json", (path / "zarr.json").read_bytes().index(b'"memory": ') + 10)
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    with pytest.raises(StoreError, match=r"zarr.json is damaged .* Put a copy of that file back, or remove"):
+        in_tiles().save(path)
+    assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
 def test_a_missing_record_is_a_missing_tile(tmp_path: Path) -> None:
     path = tmp_path / "k.zarr"
     in_tiles().save(path)
@@ -482,7 +546,7 @@ def test_an_edited_forward_is_another_model() -> None:
     assert [name for name in first if first[name] != third[name]] == ["architecture"]
 
 
-@pytest.mark.parametrize("same", ["a copy", "a dataset", "less memory"])
+@pytest.mark.parametrize("same", ["a copy", "a dataset", "more memory"])
 def test_the_same_by_another_way_goes_on(same: str, tmp_path: Path) -> None:
     path = tmp_path / "k.zarr"
     in_tiles().save(path)
@@ -495,8 +559,87 @@ def test_the_same_by_another_way_goes_on(same: str, tmp_path: Path) -> None:
         assert InTiles(ntkit.linearize(model), data).identity() != kernel.identity()  # a target is content too
     else:
         kernel = InTiles(ntkit.linearize(model), data)
-    saved = kernel.save(path, memory=2**22 if same == "less memory" else None)
+    saved = kernel.save(path, memory=2**50 if same == "more memory" else None)
     torch.testing.assert_close(saved.dense(), truth("full"), rtol=1e-12, atol=1e-12)
+
+
+class Budgeted(ntkit.TangentKernel):
+    """As many examples in a tile as there are millions of bytes; what it is asked for with a budget is noted."""
+
+    asked: ClassVar[list[tuple[int, int]]] = []
+
+    def tile_rows(self, memory: int) -> int:
+        return max(1, memory // 10**6) * self.scalars
+
+    def stripe(self, rows: slice, columns: Sequence[slice], *, memory: int | None = None) -> Iterator[Tensor]:
+        if memory is not None:
+            self.asked.append((memory, (rows.stop - rows.start) // self.scalars))
+        return super().stripe(rows, columns, memory=memory)
+
+
+def begun_with_ten_million(path: Path, x2: Tensor | None = None) -> tuple[Budgeted, Tensor, set[Path]]:
+    """A kernel, its matrix as it was, and the tiles that are left; half of them have been lost."""
+    kernel = Budgeted(ntkit.linearize(network()), examples(), x2)
+    before = kernel.save(path, memory=10**7).dense()
+    tiles = Store.open(path).layout.tiles()
+    for i, j in tiles[::2]:
+        (path / "records" / f"{i}-{j}.json").unlink()
+    Budgeted.asked.clear()
+    return kernel, before, {path / "c" / str(i) / str(j) for i, j in tiles[1::2]}
+
+
+def modified(files: set[Path]) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in files}
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize(("workers", "each"), [(None, 3 * 10**6), (4, 2_500_000)])
+def test_a_run_that_goes_on_with_less_memory_takes_no_more(
+    sets: int, workers: int | None, each: int, tmp_path: Path
+) -> None:
+    """Less in all, or as much for more workers."""
+    path = tmp_path / "k.zarr"
+    kernel, before, left = begun_with_ten_million(path, examples(17, 2) if sets == 2 else None)
+    kept = modified(left)
+    said = rf"begun with 10,000,000 bytes of memory for each worker and goes on with {each:,}\. .* not to the last bit"
+    with pytest.warns(StoreWarning, match=said), ThreadPoolExecutor(workers or 1) as threads:
+        saved = kernel.save(path, memory=each * (workers or 1), workers=threads if workers else None)
+    assert {memory for memory, _ in Budgeted.asked} == {each}
+    assert max(rows for _, rows in Budgeted.asked) == each // 10**6
+    torch.testing.assert_close(saved.dense(), before, rtol=1e-12, atol=1e-12)
+    if saved.symmetric:
+        assert torch.equal(saved.dense(), saved.dense().T)
+    assert kept == modified(left)
+    kernel.save(path, memory=1)  # there is nothing left to do with less, and nothing is said
+
+
+@pytest.mark.parametrize(("workers", "memory"), [(None, 10**7), (None, 10**9), (2, 2 * 10**7)])
+def test_a_run_that_goes_on_with_as_much_memory_ends_in_the_same_bits(
+    workers: int | None, memory: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "k.zarr"
+    kernel, before, _ = begun_with_ten_million(path)
+    with ThreadPoolExecutor(workers or 1) as threads:
+        saved = kernel.save(path, memory=memory, workers=threads if workers else None)
+    assert {memory for memory, _ in Budgeted.asked} == {10**7}
+    assert torch.equal(saved.dense(), before)
+
+
+def test_a_task_looks_at_its_own_tiles_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen = tmp_path / "k.zarr", []
+    kernel = in_tiles()
+    kernel.save(path)
+    (path / "records" / "0-2.json").unlink()
+    store, look = Store.open(path), Store._record
+
+    def looking(self: Store, tile: Any) -> Any:
+        seen.append(tile)
+        return look(self, tile)
+
+    monkeypatch.setattr(Store, "_record", looking)
+    with store.locked():
+        assert len(list(compute(kernel, (store, [(0, 1), (0, 2)])))) == 1  # that which is there is left out
+    assert sorted(seen) == [(0, 1), (0, 2)]
 
 
 def test_a_tile_of_another_matrix_is_not_taken_for_one(tmp_path: Path) -> None:
@@ -845,21 +988,19 @@ def test_a_kernel_that_does_not_say_what_it_is_of(tmp_path: Path) -> None:
 
 def test_a_store_of_a_newer_version(tmp_path: Path) -> None:
     in_tiles().save(tmp_path / "k")
-    file = tmp_path / "k" / "zarr.json"
-    described = json.loads(file.read_text())
-    described["attributes"]["ntkit"]["format"] = 99
-    file.write_text(json.dumps(described))
+    by_an_older_version(tmp_path / "k", lambda described: described.update(format=99, sha256="of other things"))
     with pytest.raises(StoreError, match="has format 99"):
         ntkit.open_kernel(tmp_path / "k")
 
 
 def test_a_store_of_an_older_version_is_read_and_not_gone_on_with(tmp_path: Path) -> None:
     in_tiles().save(tmp_path / "k")
-    file = tmp_path / "k" / "zarr.json"
-    described = json.loads(file.read_text())
-    described["attributes"]["ntkit"]["format"] = 1
-    del described["attributes"]["ntkit"]["facts"]["sample"]
-    file.write_text(json.dumps(described))
+
+    def change(described: dict[str, Any]) -> None:
+        described["format"] = 1
+        del described["facts"]["sample"]
+
+    by_an_older_version(tmp_path / "k", change)
     torch.testing.assert_close(ntkit.open_kernel(tmp_path / "k").dense(), truth("full"), rtol=1e-12, atol=1e-12)
     with pytest.raises(StoreError, match=r"begun by an older version .* can be read, and not gone on with"):
         in_tiles().save(tmp_path / "k")

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -222,15 +223,13 @@ def test_a_worker_of_a_cluster_that_an_earlier_run_has_left_stops(cluster: Any, 
     future = executor.submit(_work, Parcel.of(in_tiles()), compute, (copied, [(0, 1)]))
     with pytest.raises(StoreError, match="another run has begun to write"):
         future.result()
-    check(in_tiles().save(path, workers=cluster))
+    check(in_tiles().save(path, workers=cluster, memory=2**50))  # for each no less than before
 
 
 class Dying(Executor):
     """Every worker dies."""
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future:
-        from concurrent.futures.process import BrokenProcessPool
-
         future: Future = Future()
         future.set_exception(BrokenProcessPool("killed"))
         return future
@@ -238,7 +237,86 @@ class Dying(Executor):
 
 def test_workers_that_always_die_are_given_up(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"died 5 times without finishing a task.*out of memory"):
-        in_tiles().save(tmp_path / "k", workers=Dying())
+        in_tiles().save(tmp_path / "k", workers=Through(Dying(), count=1))
+
+
+class Breaking(ThreadPoolExecutor):
+    """Takes some tasks, and then a worker of it has died."""
+
+    def __init__(self, takes: int) -> None:
+        super().__init__(1)
+        self.takes = takes
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future:
+        self.takes -= 1
+        if self.takes < 0:
+            raise BrokenProcessPool("killed")
+        return super().submit(fn, *args, **kwargs)
+
+
+@pytest.mark.parametrize("takes", [0, 1])
+def test_an_executor_that_takes_no_more_tasks(takes: int, tmp_path: Path) -> None:
+    path = tmp_path / "k"
+    with Breaking(takes) as executor, pytest.raises(WorkerError, match=r"the Breaking takes no more tasks.*killed"):
+        in_tiles().save(path, workers=executor)
+    assert bool(Store.open(path).finished()) == bool(takes)  # what it has taken is not in vain
+    check(in_tiles().save(path))
+
+
+def test_a_killed_worker_of_a_users_pool(tmp_path: Path) -> None:
+    path = tmp_path / "k"
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        thread, errors = in_background(lambda: slow().save(path, workers=executor))
+        wait_for(begun(path, 1))
+        os.kill(next(iter(executor._processes)), signal.SIGKILL)
+        thread.join()
+    assert [type(error) for error in errors] == [WorkerError]
+    assert "make a new executor" in str(errors[0])
+    assert Store.open(path).finished()
+    check(in_tiles().save(path))
+
+
+class Falling(Processes):
+    """A pool of ours; of the first, a worker dies while it is given its tasks."""
+
+    started = 0
+
+    def _start(self, parcel: Parcel) -> tuple[Executor, Any]:
+        self.started += 1
+        return Breaking(2 if self.started == 1 else 100), parcel
+
+
+def test_a_worker_that_dies_while_tasks_are_handed_out(tmp_path: Path) -> None:
+    crew = Falling(1)
+    check(in_tiles().save(tmp_path / "k", workers=crew))
+    assert crew.started == 2
+
+
+@pytest.fixture
+def elsewhere(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A cluster whose workers are in another folder than the process that saves."""
+    before, here, there = Path.cwd(), tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    monkeypatch.chdir(here)
+    cluster.wait_for_workers(2)
+    cluster.run(os.chdir, str(there))
+    yield cluster
+    cluster.run(os.chdir, str(before))
+
+
+def test_workers_in_another_folder(elsewhere: Any) -> None:
+    check(in_tiles().save("k.zarr", workers=elsewhere))
+    made = ntkit.FeatureMap(ntkit.linearize(network()), Sketch(16, 0))
+    saved = made.save(examples(), "f.zarr", workers=elsewhere)
+    torch.testing.assert_close(saved.features(), made(examples()), rtol=1e-10, atol=1e-10)
+
+
+def test_a_worker_that_does_not_see_the_folder(elsewhere: Any, tmp_path: Path) -> None:
+    Path("k.zarr").mkdir()  # of this name each has one of its own, as on a disk that is not shared
+    with pytest.raises(StoreError, match=r"no folder k\.zarr for a worker on .* a disk that all of them share"):
+        OnDask(elsewhere).run(count_threads, tmp_path, ["a"], lambda: None, place=Path("k.zarr"))
+    assert not (tmp_path / "a").exists()
 
 
 class Negative(nn.Module):
@@ -299,6 +377,35 @@ def test_what_a_user_names_as_workers(cluster: Any) -> None:
     assert as_workers(None).count == 1
     own = Processes(4)
     assert as_workers(own) is own
+
+
+def test_memory_is_divided_among_the_workers_of_an_executor_of_dask(cluster: Any, tmp_path: Path) -> None:
+    in_tiles().save(tmp_path / "k", workers=cluster.get_executor(), memory=2 * 10**8)
+    assert Store.open(tmp_path / "k").facts["memory"] == 10**8
+
+
+def test_an_executor_that_does_not_tell_how_many_workers_it_has(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"Dying does not tell how many.*Through\(executor, count="):
+        in_tiles().save(tmp_path / "k", workers=Dying())
+    assert Through(Dying(), count=3).count == 3
+    with pytest.raises(InputError, match="a positive one: got 0"):
+        Through(Dying(), count=0)
+
+
+def test_workers_of_a_cluster_that_are_still_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        distributed.LocalCluster(
+            n_workers=0, threads_per_worker=1, dashboard_address="127.0.0.1:0", processes=False
+        ) as found,
+        distributed.Client(found) as client,
+    ):
+        monkeypatch.setattr(tasks, "PATIENCE", 0.1)
+        with pytest.raises(InputError, match=r"no workers after .* client\.wait_for_workers"):
+            as_workers(client)
+        monkeypatch.undo()
+        found.scale(3)
+        assert as_workers(client).count == 3
+        assert as_workers(client.get_executor()).count == 3
 
 
 def count_threads(folder: Path, name: str) -> Iterator[None]:

@@ -66,4 +66,7 @@ class FidelityWarning(UserWarning):
 
 
 class StoreWarning(UserWarning):
-    """Issued when a part of a matrix on disk is damaged and will be computed again, naming the file."""
+    """Issued when a matrix on disk goes on in another way than a run without interruption would.
+
+    A part of it is damaged and will be computed again, naming the file, or there is less memory than it was begun with.
+    """

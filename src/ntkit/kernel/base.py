@@ -207,7 +207,8 @@ class Kernel(ABC):
         Args:
             path: the folder, for example "k.zarr".
             dtype: of the entries on disk (float16, float32, float64); the kernel's own by default.
-            memory: bytes of working space, of all workers together; an eighth of the machine's memory by default.
+            memory: bytes of working space, of all workers together; an eighth of the machine's memory by default. What
+                a matrix was begun with decides its last bits: less is used, and said (`StoreWarning`), more is not.
             workers: None computes here; a number starts that many processes; a `concurrent.futures.Executor` or a
                 `distributed.Client` is used as it is, and has to see the same disk.
             progress: called with (tiles done, tiles in all).

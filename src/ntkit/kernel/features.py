@@ -149,13 +149,8 @@ class FeatureMap:
         store = Store.open(Path(path))
         if not holds_features(store):
             raise InputError(f"{path} holds a matrix, not features")
-        facts, kept = store.facts, store.path / COMPANION
-        leading = None
-        if "leading=" in store.identity.get("sketch", ""):
-            if not kept.is_file():
-                raise StoreError(f"the directions that the features at {path} keep are missing: no file {kept}")
-            leading = Leading.load(kept)
-        found = cls(tangent, Sketch(store.layout.shape[1], int(facts["seed"]), bool(facts["trace"]), leading))
+        leading = _kept_directions(store)
+        found = cls(tangent, Sketch(store.layout.shape[1], store.fact("seed", int), store.fact("trace", bool), leading))
         _require_same(store, found.described())
         return found
 
@@ -194,12 +189,37 @@ class FeatureMap:
         return FeatureKernel(store, self)
 
 
+def _kept_directions(store: Store) -> Leading | None:
+    """The directions that lie beside features, if these keep any.
+
+    Raises:
+        StoreError: if they are missing or damaged, naming the file.
+    """
+    sketch, kept = store.identity.get("sketch", ""), store.path / COMPANION
+    if "leading=" not in sketch:
+        return None
+    if not kept.is_file():
+        raise StoreError(f"the directions that the features at {store.path} keep are missing: no file {kept}")
+    try:
+        found = Leading.load(kept)
+    except InputError as error:
+        trouble = str(error)
+    else:
+        if sketch.endswith(f"leading={found.digest}"):
+            return found
+        trouble = f"{kept} does not hold those that the features were made with: bytes have changed on disk"
+    raise StoreError(
+        f"the directions that the features at {store.path} keep are damaged ({trouble}). Put a copy of {kept} back, or "
+        "remove that file and save again by the map that made the features, which writes it anew"
+    )
+
+
 def _compute(shared: tuple[FeatureMap, Any], task: tuple[Store, Tile]) -> Iterator[None]:
     """The features of one tile."""
     (features, x), (store, tile) = shared, task
-    if tile in set(store.finished()):
+    if store.is_finished(tile):
         return
-    examples, k = features.tangent.examples(x), store.facts["scalars"]
+    examples, k = features.tangent.examples(x), store.fact("scalars", int)
     rows = store.layout.slices(tile)[0]
     store.write(tile, features.rows(examples, rows.start // k, rows.stop // k).cpu().numpy())
     yield
@@ -245,7 +265,7 @@ class FeatureKernel(Kernel):
         self.source = source
         self.map = map
         self.x = x
-        self.scalars = int(source.facts["scalars"]) if isinstance(source, Store) else 1
+        self.scalars = source.fact("scalars", int) if isinstance(source, Store) else 1
         if map is not None and x is not None:
             self.scalars = map.rows_per_example(x)
 

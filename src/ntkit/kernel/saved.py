@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class SavedKernel(Kernel):
             )
         require_finished(store)
         self.store = store
-        self.scalars = int(store.facts["scalars"])
+        self.scalars = store.fact("scalars", int)
 
     @property
     def shape(self) -> tuple[int, int]:  # noqa: D102
@@ -191,11 +192,34 @@ def save_kernel(
     crew = as_workers(workers)
     budget = checked_memory(memory) // crew.count
     layout = layout_of(kernel, str(dtype or kernel.dtype).removeprefix("torch."), budget)
-    # the same budget again when it goes on: the size of chunks decides how sums are rounded
+    # the same budget again when it goes on, if that much is given: the size of chunks decides how sums are rounded
     facts = {"scalars": kernel.scalars, "memory": budget, "precision": str(kernel.dtype).removeprefix("torch.")}
     with begin(Path(path), layout, kernel.identity(), facts, lambda: corner(kernel)) as store:
-        fill(store, crew, compute, kernel, lambda tiles: pieces(tiles, crew.count), progress)
+        given = min(budget, store.fact("memory", int))
+
+        def cut(tiles: list[Tile]) -> list[list[Tile]]:
+            if tiles:
+                warn_of_less(store, given, crew.count)
+            return pieces(tiles, crew.count)
+
+        fill(store, crew, partial(compute, memory=given), kernel, cut, progress)
     return SavedKernel(store)
+
+
+def warn_of_less(store: Store, memory: int, workers: int) -> None:
+    """Say so if a matrix goes on with less memory for each worker than it was begun with: it ends in other bits."""
+    begun, (height, width) = store.fact("memory", int), store.layout.edge
+    if memory < begun:
+        warnings.warn(
+            f"{store.path} was begun with {begun:,} bytes of memory for each worker and goes on with {memory:,}. "
+            "Finished tiles are kept; sums of the others are rounded in another way, so that the matrix agrees with an "
+            "uninterrupted run's to rounding, not to the last bit. Tiles keep their size "
+            f"({height:,} x {width:,}) and are computed in strips where their rows do not fit, which takes longer. For "
+            f"the same bits give {begun * workers:,} bytes in all; for smaller tiles choose another place, or remove "
+            "this one and start again",
+            StoreWarning,
+            stacklevel=6,
+        )
 
 
 @contextmanager
@@ -287,7 +311,7 @@ def compare(store: Store, values: Tensor) -> None:
     Raises:
         StoreError: if they differ by more than another machine's rounding would.
     """
-    kept, found = (np.array(entries) for entries in (store.facts["sample"], sampled(values)))
+    kept, found = (np.array(entries) for entries in (store.fact("sample", list), sampled(values)))
     largest, difference = max(np.abs(kept).max(), np.abs(found).max()), np.abs(kept - found).max()
     if difference > TOLERANCE.get(values.dtype, 0.1) * largest:
         raise StoreError(
@@ -326,7 +350,8 @@ def fill(
             progress(store.count_records(), total)
 
     tick()
-    crew.run(function, shared, [(store, task) for task in cut(todo)], tick)
+    store.path = store.path.absolute()  # workers may be in other working directories
+    crew.run(function, shared, [(store, task) for task in cut(todo)], tick, place=store.path)
 
 
 def begun(kernel: Kernel, place: Path, dtype: str) -> bool:
@@ -389,23 +414,60 @@ def pieces(tiles: Sequence[Tile], workers: int) -> list[list[Tile]]:
     return cut if workers == 1 else sorted(cut, key=len, reverse=True)
 
 
-def compute(kernel: Kernel, task: tuple[Store, Sequence[Tile]]) -> Iterator[None]:
-    """Compute tiles of one row of tiles and put them on disk; those that are there already are left out."""
+def compute(kernel: Kernel, task: tuple[Store, Sequence[Tile]], memory: int | None = None) -> Iterator[None]:
+    """Compute tiles of one row of tiles and put them on disk; those that are there already are left out.
+
+    Args:
+        kernel: whose they are.
+        task: the store, and which tiles.
+        memory: bytes of working space, if less than the store was begun with.
+    """
     store, tiles = task
-    finished = set(store.finished())
-    left = [tile for tile in tiles if tile not in finished]
+    left = [tile for tile in tiles if not store.is_finished(tile)]
     if not left:
         return
     rows = store.layout.slices(left[0])[0]
     columns = [store.layout.slices(tile)[1] for tile in left]
-    for tile, values in zip(left, kernel.stripe(rows, columns, memory=store.facts["memory"]), strict=True):
+    begun = store.fact("memory", int)
+    if memory is None or memory >= begun:
+        found = kernel.stripe(rows, columns, memory=begun)
+    else:
+        found = in_strips(kernel, rows, columns, memory)
+    for tile, values in zip(left, found, strict=True):
         store.write(tile, as_array(values))
         yield
+
+
+def in_strips(kernel: Kernel, rows: slice, columns: Sequence[slice], memory: int) -> Iterator[Tensor]:
+    """Tiles of the same rows that were cut for more memory than there is: of as many rows at a time as it holds."""
+    height = max(1, kernel.tile_rows(memory) // kernel.scalars) * kernel.scalars
+    if height >= rows.stop - rows.start:
+        yield from kernel.stripe(rows, columns, memory=memory)
+        return
+    strips = [slice(a, min(a + height, rows.stop)) for a in range(rows.start, rows.stop, height)]
+    for column in columns:
+        out = torch.empty(rows.stop - rows.start, column.stop - column.start, dtype=kernel.dtype, device=kernel.device)
+        mirrored = kernel.symmetric and column == rows
+        for strip in strips:
+            # on the diagonal what is right of the strip is below it as well: the tile equals its transpose
+            parts = [strip, slice(strip.stop, rows.stop)] if mirrored else [column]
+            parts = [part for part in parts if part.start < part.stop]
+            for part, values in zip(parts, kernel.stripe(strip, parts, memory=memory), strict=True):
+                _part(out, strip, rows, part, column).copy_(values)
+                if mirrored:
+                    _part(out, part, rows, strip, column).copy_(values.mT)
+        yield out
 
 
 def as_array(values: Tensor) -> np.ndarray:
     """Entries for NumPy, which has no bfloat16."""
     return (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy()
+
+
+def _part(tile: Tensor, rows: slice, first: slice, cols: slice, second: slice) -> Tensor:
+    """Rows and columns of the matrix, in a tile that begins at the first row and the first column of two others."""
+    top, left = first.start, second.start
+    return tile[rows.start - top : rows.stop - top, cols.start - left : cols.stop - left]
 
 
 def _even(length: int, most: int, unit: int) -> int:

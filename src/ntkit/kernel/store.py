@@ -4,7 +4,7 @@ A store is one Zarr v3 array that any Zarr library reads. Each tile is one shard
 one go (several writers to a shard lose data silently). Beside the shards lie completion records, one small file for
 each finished tile, written after its shard is safely on disk. A tile without a valid record does not exist.
 
-    K.zarr/zarr.json            the array: shape, type, tiles, and what the matrix is of
+    K.zarr/zarr.json            the array: shape, type, tiles, and what the matrix is of, with a SHA-256 of all that
     K.zarr/c/3/5                the shard of tile (3, 5); of a symmetric matrix only tiles (i, j) with i <= j
     K.zarr/records/3-5.json     its size and SHA-256
     K.zarr/lock                 held by the run that writes
@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 import numpy as np
 
@@ -38,12 +38,18 @@ if TYPE_CHECKING:
     import zarr
 
 Tile = tuple[int, int]
+T = TypeVar("T")
 
 # Format 1 is read, and not gone on with: its identity of a model leaves out attributes, helpers and globals.
 FORMAT, READABLE = 2, (1, 2)
 # Rows of an inner chunk of a shard: what another program reads at least when it reads anything.
 CHUNK = 256
 DTYPES = ("float16", "float32", "float64")
+# What the checksum of zarr.json is of, besides our own attributes. Other programs may add attributes of theirs, and how
+# Zarr writes what is optional differs between its versions.
+COVERED = (
+    "zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs",
+)  # fmt: skip
 # What may lie beside the tiles of a new store, and is written before there is one.
 COMPANION = "leading.safetensors"
 
@@ -165,14 +171,13 @@ class Store:
         check_room(path, layout)
         found = cls(path, layout, identity, facts or {})
         described = {"format": FORMAT, "symmetric": layout.symmetric, "identity": found.identity, "facts": found.facts}
+        _, kept = _in_memory(layout, {"ntkit": described})
+        described["sha256"] = _checksum(json.loads(kept["zarr.json"].to_bytes()))
         with full_disk(path):
             (path / "records").mkdir(parents=True, exist_ok=True)
             found.sweep()
             # the description comes last: where it is, everything is
-            _zarr().create_array(
-                path, shape=layout.shape, shards=layout.edge, chunks=layout.chunk, dtype=layout.dtype,
-                compressors=None, fill_value=float("nan"), config=_WHOLE, attributes={"ntkit": described},
-            )  # fmt: skip
+            _create(path, layout, {"ntkit": described})
         return found
 
     @classmethod
@@ -181,27 +186,35 @@ class Store:
 
         Raises:
             InputError: if there is none.
-            StoreError: if it was written by a newer version.
+            StoreError: if it was written by a newer version, or its description is damaged.
         """
         if not path.exists():
             raise InputError(f"there is no matrix at {path}")
         try:
-            array = _zarr().open_array(path, mode="r")
-            described: Any = dict(array.attrs).get("ntkit")
-        except (OSError, ValueError, KeyError) as error:
+            content = (path / "zarr.json").read_bytes()
+        except OSError as error:
             raise InputError(f"{path} is not a matrix written by ntkit ({type(error).__name__}: {error})") from error
-        if not isinstance(described, dict):
-            raise InputError(f"{path} is a Zarr array, but not one written by ntkit")
-        if described["format"] not in READABLE:
-            raise StoreError(
-                f"{path} has format {described['format']}, and this version of ntkit reads formats up to {FORMAT}"
-            )
-        shape, shards = array.shape, array.shards
-        assert shards is not None
-        layout = Layout(
-            (shape[0], shape[1]), (shards[0], shards[1]), np.dtype(array.dtype).name, described["symmetric"]
-        )
-        return cls(path, layout, described["identity"], described["facts"], described["format"])
+        try:
+            found = json.loads(content)
+            described = found["attributes"]["ntkit"]
+            format = described["format"]
+            if format in READABLE:  # what a newer one has a checksum of is not known here
+                _check_sum(found)
+                return cls(path, _layout(found), described["identity"], described["facts"], format)
+        except (ValueError, KeyError, TypeError) as error:
+            _refuse(path, error)
+        raise StoreError(f"{path} has format {format}, and this version of ntkit reads formats up to {FORMAT}")
+
+    def fact(self, name: str, kind: type[T]) -> T:
+        """What the store says of something.
+
+        Raises:
+            StoreError: if it does not say, or not in that type.
+        """
+        found = self.facts.get(name)
+        if not isinstance(found, kind):
+            _refuse(self.path, TypeError(f"{name!r} is {found!r}, expected {kind.__name__}"))
+        return found
 
     @staticmethod
     def exists(path: Path) -> bool:
@@ -312,10 +325,7 @@ class Store:
     @cached_property
     def _encoder(self) -> tuple[zarr.Array, dict[str, Any]]:
         """The array without its shards, in memory, and what that holds."""
-        zarr = _zarr()
-        described = (self.path / "zarr.json").read_bytes()
-        kept = {"zarr.json": zarr.core.buffer.default_buffer_prototype().buffer.from_bytes(described)}
-        return zarr.open_array(zarr.storage.MemoryStore(kept), mode="r+", config=_WHOLE), kept
+        return _in_memory(self.layout, {})
 
     def discard(self, tile: Tile) -> None:
         """Remove a tile, its record first."""
@@ -338,7 +348,11 @@ class Store:
 
     def finished(self) -> list[Tile]:
         """Tiles with a record and a shard of the recorded size; contents are not read."""
-        return [tile for tile in self.layout.tiles() if self._trouble(tile) is None]
+        return [tile for tile in self.layout.tiles() if self.is_finished(tile)]
+
+    def is_finished(self, tile: Tile) -> bool:
+        """Whether one tile is among them: a task asks for its own, as there may be many others."""
+        return self._trouble(tile) is None
 
     def troubles(self) -> dict[Tile, str | None]:
         """Tiles that are not finished, and what is wrong with them; None for those without a record."""
@@ -549,6 +563,71 @@ def _zarr() -> Any:
     if int(zarr.__version__.partition(".")[0]) < 3:
         raise InputError(f"matrices on disk need zarr >= 3: got {zarr.__version__}; pip install 'ntkit[scale]'")
     return zarr
+
+
+def _create(place: Any, layout: Layout, attributes: dict[str, Any]) -> zarr.Array:
+    """The array without its shards, in a folder or a store of Zarr's."""
+    return _zarr().create_array(
+        place, shape=layout.shape, shards=layout.edge, chunks=layout.chunk, dtype=layout.dtype,
+        compressors=None, fill_value=float("nan"), config=_WHOLE, attributes=attributes,
+    )  # fmt: skip
+
+
+def _in_memory(layout: Layout, attributes: dict[str, Any]) -> tuple[zarr.Array, dict[str, Any]]:
+    """The same in memory, and what that holds."""
+    kept: dict[str, Any] = {}
+    return _create(_zarr().storage.MemoryStore(kept), layout, attributes), kept
+
+
+def _checksum(found: Mapping[str, Any]) -> str:
+    """SHA-256 of what a zarr.json says of a matrix, however it is written down."""
+    described = {name: value for name, value in found["attributes"]["ntkit"].items() if name != "sha256"}
+    covered = [{name: found.get(name) for name in COVERED}, described]
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+
+
+def _check_sum(found: Mapping[str, Any]) -> None:
+    """Compare a zarr.json with its checksum, which older versions did not write.
+
+    Raises:
+        ValueError: if it is another.
+    """
+    if found["attributes"]["ntkit"].get("sha256") not in (None, _checksum(found)):
+        raise ValueError("it does not have its checksum: bytes have changed on disk")
+
+
+def _layout(found: Mapping[str, Any]) -> Layout:
+    """How a matrix is cut, from its zarr.json.
+
+    Raises:
+        ValueError: if that is nothing that ntkit writes; KeyError or TypeError: if it is not said.
+    """
+    shape, edge = found["shape"], found["chunk_grid"]["configuration"]["chunk_shape"]
+    dtype, symmetric = found["data_type"], found["attributes"]["ntkit"]["symmetric"]
+    numbers = [*shape, *edge]
+    if len(shape) != 2 or len(edge) != 2 or not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError(f"a matrix of shape {shape} in tiles of {edge}, expected two positive numbers for each")
+    if dtype not in DTYPES or not isinstance(symmetric, bool):
+        raise ValueError(f"entries of type {dtype!r}, symmetric={symmetric!r}")
+    return Layout((shape[0], shape[1]), (edge[0], edge[1]), dtype, symmetric)
+
+
+def _refuse(path: Path, error: Exception) -> NoReturn:
+    """Say of a zarr.json that cannot be believed whether it is damaged or somebody else's, and what to do.
+
+    Raises:
+        InputError: if nothing else of a matrix is there.
+        StoreError: if it is damaged.
+    """
+    said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    if (path / "records").is_dir():
+        raise StoreError(
+            f"{path / 'zarr.json'} is damaged ({said}), and without it nobody knows what the tiles are of. Put a copy "
+            f"of that file back, or remove {path} and run the command that wrote it again"
+        ) from error
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+        raise InputError(f"{path} is not a matrix written by ntkit ({said})") from error
+    raise InputError(f"{path} is a Zarr array, but not one written by ntkit") from error
 
 
 def _sha256(path: Path) -> str:

@@ -11,19 +11,30 @@ import hashlib
 import os
 import pickle
 import signal
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any, TypeVar, Union
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, Union
 
 import torch
 
-from ntkit.errors import InputError, WorkerError
+from ntkit.errors import InputError, StoreError, WorkerError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -39,9 +50,14 @@ Which = Union[bool, "tuple[Which, ...]"]
 POLL = 0.5
 # Rounds in a row in which workers die and no task is finished, after which it is taken for a fault of the tasks.
 ROUNDS = 5
+# Seconds to wait for the first worker of a Dask cluster, which is asked for and comes later.
+PATIENCE = 30.0
 # Dask has its workers give memory back to the system at once, as it takes them for idle in between; a task that takes
 # and gives it all the time then needs half as long again (measured). These are the bounds that glibc would arrive at.
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(64 * 2**20), "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20)}
+
+# What to do about workers that die.
+REMEDY = "Most often they are out of memory: give them less (memory=..., --memory) or start fewer"
 
 
 class Workers(ABC):
@@ -54,10 +70,20 @@ class Workers(ABC):
     count: int
 
     @abstractmethod
-    def run(self, function: Function[T], shared: Any, tasks: Sequence[T], tick: Tick) -> None:
-        """Do all tasks, in any order; `tick` is called now and then.
+    def run(
+        self, function: Function[T], shared: Any, tasks: Sequence[T], tick: Tick, *, place: Path | None = None
+    ) -> None:
+        """Do all tasks, in any order.
+
+        Args:
+            function: of what is shared and of one task.
+            shared: what all tasks need.
+            tasks: one by one.
+            tick: called now and then.
+            place: a folder that is there, which every worker has to see.
 
         Raises:
+            StoreError: if a worker does not see the place.
             WorkerError: if workers die again and again.
         """
 
@@ -67,7 +93,9 @@ class Here(Workers):
 
     count = 1
 
-    def run(self, function: Function[T], shared: Any, tasks: Sequence[T], tick: Tick) -> None:
+    def run(
+        self, function: Function[T], shared: Any, tasks: Sequence[T], tick: Tick, *, place: Path | None = None
+    ) -> None:
         """Do all tasks."""
         for task in tasks:
             for _ in function(shared, task):
@@ -94,8 +122,12 @@ class _Elsewhere(Workers):
     def _stop(self, executor: Executor, *, now: bool) -> None:
         """Be done with an executor; `now`: whatever it is doing."""
 
-    def run(self, function: Function[T], shared: Any, tasks: Sequence[T], tick: Tick) -> None:
+    def run(
+        self, function: Function[T], shared: Any, tasks: Sequence[T], tick: Tick, *, place: Path | None = None
+    ) -> None:
         """Do all tasks, those of dead workers again."""
+        if place is not None:
+            function = partial(_seeing, place, function)
         parcel, left, idle = self._pack(shared), list(tasks), 0
         while left:
             lost, cause = self._round(function, parcel, left, tick)
@@ -104,8 +136,7 @@ class _Elsewhere(Workers):
             if idle == ROUNDS:
                 raise WorkerError(
                     f"workers died {idle} times without finishing a task, the last time with "
-                    f"{type(cause).__name__}: {cause}. Most often they are out of memory: give them less (memory=..., "
-                    "--memory) or start fewer. What is finished is kept"
+                    f"{type(cause).__name__}: {cause}. {REMEDY}. What is finished is kept"
                 ) from cause
 
     def _round(
@@ -113,9 +144,9 @@ class _Elsewhere(Workers):
     ) -> tuple[list[T], BaseException | None]:
         """Every task once; those whose worker died, and of what."""
         executor, handed = self._start(parcel)
-        lost, cause, finished = [], None, False
+        finished = False
         try:
-            futures = {executor.submit(_work, handed, function, task, self._threads): task for task in tasks}
+            futures, lost, cause = self._submit(executor, handed, function, tasks)
             waiting = set(futures)
             while waiting:
                 done, waiting = wait(waiting, timeout=POLL, return_when=FIRST_COMPLETED)
@@ -133,6 +164,20 @@ class _Elsewhere(Workers):
             self._stop(executor, now=not finished)
         return lost, cause
 
+    def _submit(
+        self, executor: Executor, handed: Any, function: Function[T], tasks: Sequence[T]
+    ) -> tuple[dict[Future[None], T], list[T], BaseException | None]:
+        """What the executor takes; the tasks that it does not take, as a worker has died meanwhile, and of what."""
+        futures: dict[Future[None], T] = {}
+        for number, task in enumerate(tasks):
+            try:
+                futures[executor.submit(_work, handed, function, task, self._threads)] = task
+            except Exception as error:
+                if not _is_death(error):
+                    raise
+                return futures, list(tasks[number:]), error
+        return futures, [], None
+
 
 class Processes(_Elsewhere):
     """A pool of processes on this machine, each with its share of the cores.
@@ -146,9 +191,7 @@ class Processes(_Elsewhere):
         Raises:
             InputError: if `count` is not a positive number.
         """
-        if isinstance(count, bool) or count < 1:
-            raise InputError(f"the number of workers is a positive one: got {count!r}")
-        self.count = count
+        self.count = _checked(count)
 
     def _pack(self, shared: Any) -> Parcel:
         # packed off the GPU, or every process would first unpack it on the parent's
@@ -173,10 +216,18 @@ class Processes(_Elsewhere):
 class Through(_Elsewhere):
     """Any `concurrent.futures.Executor`; what is shared travels with every task, since there is no other way."""
 
-    def __init__(self, executor: Executor) -> None:
-        """Use an executor, which is not shut down."""
+    def __init__(self, executor: Executor, count: int | None = None) -> None:
+        """Use an executor, which is not shut down.
+
+        Args:
+            executor: of any kind.
+            count: how many workers it has, of those that do not tell.
+
+        Raises:
+            InputError: if that is not known, or not a positive number.
+        """
         self.executor = executor
-        self.count = int(getattr(executor, "_max_workers", 1))
+        self.count = _count_workers(executor) if count is None else _checked(count)
 
     @property
     def _threads(self) -> int | None:
@@ -185,6 +236,18 @@ class Through(_Elsewhere):
 
     def _start(self, parcel: Parcel) -> tuple[Executor, Any]:
         return self.executor, parcel
+
+    def _submit(
+        self, executor: Executor, handed: Any, function: Function[T], tasks: Sequence[T]
+    ) -> tuple[dict[Future[None], T], list[T], BaseException | None]:
+        futures, left, cause = super()._submit(executor, handed, function, tasks)
+        if left and not futures:  # another round would be given the same executor
+            raise WorkerError(
+                f"the {type(executor).__name__} takes no more tasks, since workers of it have died or could not start "
+                f"({type(cause).__name__}: {cause}). {REMEDY}. What is finished is kept: make a new executor and save "
+                "to the same place again"
+            ) from cause
+        return futures, left, cause
 
     def _stop(self, executor: Executor, *, now: bool) -> None:
         pass
@@ -200,9 +263,7 @@ class OnDask(_Elsewhere):
             InputError: if its cluster has no workers.
         """
         self.client = client
-        self.count = len(client.scheduler_info(n_workers=-1)["workers"])
-        if not self.count:
-            raise InputError("the Dask cluster has no workers yet: start some, or client.wait_for_workers(1)")
+        self.count = _count_on_dask(client)
 
     def _start(self, parcel: Parcel) -> tuple[Executor, Any]:
         # sent once to every worker; and again in the next round, since what all its holders lose with them is lost
@@ -227,12 +288,53 @@ def as_workers(workers: int | Executor | Workers | Client | None) -> Workers:
         return Processes(workers)
     if isinstance(workers, Executor):
         return Through(workers)
-    if hasattr(workers, "scatter") and hasattr(workers, "get_executor"):
+    if _is_client(workers):
         return OnDask(workers)
     raise InputError(
         "workers are None (here), a number of processes, a concurrent.futures.Executor or a distributed.Client: got "
         f"{type(workers).__name__}"
     )
+
+
+def _checked(count: int) -> int:
+    if isinstance(count, bool) or count < 1:
+        raise InputError(f"the number of workers is a positive one: got {count!r}")
+    return count
+
+
+def _is_client(found: Any) -> TypeGuard[Client]:
+    return hasattr(found, "scatter") and hasattr(found, "get_executor")
+
+
+def _count_workers(executor: Executor) -> int:
+    """How many workers an executor has: each is given its part of the memory."""
+    known, client = getattr(executor, "_max_workers", None), getattr(executor, "_client", None)
+    if known is not None:
+        return int(known)
+    if _is_client(client):  # Dask's own; where it is held to some of the workers, these get less than they could
+        return _count_on_dask(client)
+    raise InputError(
+        f"memory is divided among workers, and {type(executor).__name__} does not tell how many it has: say so, "
+        "workers=ntkit.kernel.tasks.Through(executor, count=...)"
+    )
+
+
+def _count_on_dask(client: Client) -> int:
+    """Workers of a cluster, those included that it was asked for and that are still to come: they work as well then."""
+    if not _present(client):
+        with suppress(TimeoutError):
+            client.wait_for_workers(1, timeout=PATIENCE)
+    present = _present(client)
+    if not present:
+        raise InputError(
+            f"the Dask cluster has no workers after {PATIENCE:.0f} seconds: start some, or wait until they are there, "
+            "client.wait_for_workers(1)"
+        )
+    return max(present, len(getattr(client.cluster, "plan", ())))
+
+
+def _present(client: Client) -> int:
+    return len(client.scheduler_info(n_workers=-1)["workers"])
 
 
 # ---------------------------------------------------------------- on the other side
@@ -311,6 +413,16 @@ def _work(parcel: Parcel | None, function: Function[T], task: T, threads: int | 
             _Unpacked.name = parcel.name
         for _ in function(_Unpacked.value, task):
             pass
+
+
+def _seeing(place: Path, function: Function[T], shared: Any, task: T) -> Iterator[None]:
+    """One task, if this process sees where it is to write: that is found out before anything is computed."""
+    if not place.is_dir():
+        raise StoreError(
+            f"there is no folder {place} for a worker on {socket.gethostname()}: workers need a disk that all of them "
+            "share, under the same path. Choose a place on one (if it is, somebody has removed the folder)"
+        )
+    yield from function(shared, task)
 
 
 @contextmanager

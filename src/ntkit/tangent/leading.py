@@ -175,7 +175,7 @@ class Leading:
             found.update(f"{part} {sides.weight!r} {sides.outside!r}".encode())
             for side in (sides.outputs, sides.inputs):
                 found.update(f"{side.dtype} {tuple(side.shape)}".encode())
-                found.update(side.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                found.update(side.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()[:16]
 
 
