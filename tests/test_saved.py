@@ -1010,3 +1010,12 @@ def test_a_matrix_that_is_finished_is_not_computed_again(tmp_path: Path, monkeyp
     in_tiles().save(tmp_path / "k")
     monkeypatch.setattr(Store, "write", None)
     torch.testing.assert_close(in_tiles().save(tmp_path / "k").dense(), truth("full"), rtol=1e-12, atol=1e-12)
+
+
+def test_a_matrix_is_found_from_another_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    entries = in_tiles().save("K.zarr").dense()
+    opened = pickle.dumps(ntkit.open_kernel("K.zarr"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(pickle.loads(opened).dense(), entries)

@@ -350,7 +350,6 @@ def fill(
             progress(store.count_records(), total)
 
     tick()
-    store.path = store.path.absolute()  # workers may be in other working directories
     crew.run(function, shared, [(store, task) for task in cut(todo)], tick, place=store.path)
 
 

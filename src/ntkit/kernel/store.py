@@ -143,7 +143,7 @@ class Store:
             facts: whatever a reader wants to know besides.
             format: of its files.
         """
-        self.path = path
+        self.path = path.absolute()  # workers, and whoever unpickles this, may be in other working directories
         self.layout = layout
         self.identity = dict(identity)
         self.facts = dict(facts)
