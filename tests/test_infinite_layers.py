@@ -508,6 +508,16 @@ def test_one_position_is_what_a_convolution_sees_there():
     )
 
 
+def test_padding_beside_the_only_position_makes_it_smaller():
+    """A mean over one position and two padded ones is a third of it, also where equal positions are all there is."""
+    x = inputs("strided")[:, :, :1, :1]
+    layers = (nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1))
+    plain = seq(*layers)
+    padded = seq(*layers[:2], nn.AvgPool2d((3, 1), 1, (1, 0)), *layers[2:])
+    third, whole = (infinite_ntk(net, x, weight_std=1.2, bias_std=0.0, parameters="0.*") for net in (padded, plain))
+    torch.testing.assert_close(third, whole / 9, rtol=1e-12, atol=1e-12)
+
+
 def test_single_positions_do_not_need_all_pairs():
     """An axis of one position goes before a flatten: equal positions are enough, whose memory is far smaller."""
     x = inputs("strided")[:, :, None]  # one plane
