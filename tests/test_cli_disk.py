@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import ntkit
-from ntkit.kernel.store import Store
+from ntkit.kernel.forecast import Speeds, measure
+from ntkit.kernel.store import Layout, Store
 from tests.test_cli import N, call, here, net, refused
 
 assert here  # a fixture
@@ -115,6 +116,18 @@ def test_a_dry_run_computes_nothing(here: Path) -> None:
     assert code == 0
     assert "Advice" not in said
     assert not Path("K.npy").exists()
+
+
+def test_a_dry_run_measures_one_of_the_workers(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def watched(kernel: ntkit.TangentKernel, layout: Layout, *, workers: int = 1) -> Speeds:
+        asked.append(workers)
+        return measure(kernel, layout, workers=workers)
+
+    monkeypatch.setattr("ntkit.report.disk.measure", watched)
+    assert call(*COMMAND, "K.zarr", "--dry-run", "--workers", 2)[0] == 0
+    assert asked == [2]
 
 
 def test_a_dry_run_counts_what_is_there(here: Path) -> None:

@@ -13,6 +13,7 @@ import ntkit
 from ntkit.kernel.infinite import InfiniteWidth, Standard, infinite_ntk
 from ntkit.kernel.infinite.duals import GELU, Cosine, Erf, Linear, PiecewiseLinear, Rescaled, Sine
 from ntkit.kernel.infinite.hermite import HermiteSeries
+from ntkit.kernel.infinite.steps import Pooling
 from tests import oracles_infinite as oracle
 
 # ----------------------------------------------------------------------------------------- moments of nonlinearities
@@ -518,8 +519,15 @@ def test_padding_beside_the_only_position_makes_it_smaller():
     torch.testing.assert_close(third, whole / 9, rtol=1e-12, atol=1e-12)
 
 
-def test_single_positions_do_not_need_all_pairs():
+def test_single_positions_do_not_need_all_pairs(monkeypatch):
     """An axis of one position goes before a flatten: equal positions are enough, whose memory is far smaller."""
+    pairs, run = [], Pooling.run
+
+    def watched(self, found, block, sides):
+        pairs.append(found[0].full)
+        return run(self, found, block, sides)
+
+    monkeypatch.setattr(Pooling, "run", watched)
     x = inputs("strided")[:, :, None]  # one plane
 
     class Planes(Says):
@@ -531,6 +539,8 @@ def test_single_positions_do_not_need_all_pairs():
         net.out = nn.Linear(8 * 16, 1)
     kernels = [InfiniteWidth(net, weight_std=1.2, bias_std=0.3)(x) for net in nets]
     torch.testing.assert_close(kernels[0].dense(), kernels[1].dense(), rtol=1e-12, atol=1e-12)
+    assert pairs
+    assert not any(pairs)
 
 
 # ------------------------------------------------------------------------------------------------------- refusals

@@ -211,6 +211,14 @@ def test_speeds_are_of_this_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert math.isnan(measure_pace(kernel(trace=True), size=64).product)
 
 
+def test_sketches_of_more_workers_than_processors_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("ntkit.solve.pace._seconds", lambda call, device: 1.0)
+    one, eight = (measure_pace(kernel(), size=64, workers=workers) for workers in (1, 8))
+    assert eight.sketch == 4 * one.sketch
+    assert eight.threads == 1
+
+
 def test_refusals() -> None:
     with pytest.raises(InputError, match="positive numbers"):
         said(0)

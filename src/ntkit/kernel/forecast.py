@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ntkit.kernel.plan import human_bytes
+from ntkit.kernel.tasks import with_threads
 
 if TYPE_CHECKING:
     from ntkit.kernel.empirical import TangentKernel
@@ -83,14 +84,9 @@ def one_of(workers: int, device: torch.device) -> Iterator[float]:
 
     Gives how many times longer everything takes where there are more processes than processors, or GPUs.
     """
-    before, processors = torch.get_num_threads(), os.cpu_count() or 1
-    if device.type == "cuda":
-        processors = torch.cuda.device_count()
-    torch.set_num_threads(max(1, before // workers))
-    try:
+    processors = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
+    with with_threads(max(1, torch.get_num_threads() // workers)):
         yield max(1.0, workers / processors)
-    finally:
-        torch.set_num_threads(before)
 
 
 def measure(kernel: TangentKernel, layout: Layout, *, workers: int = 1) -> Speeds:
@@ -107,6 +103,7 @@ def measure(kernel: TangentKernel, layout: Layout, *, workers: int = 1) -> Speed
 
 
 def _speeds(kernel: TangentKernel, layout: Layout) -> tuple[float, float]:
+    """Seconds of one capture and of one pair."""
     n = min(
         SAMPLE, layout.edge[0] // kernel.scalars, kernel.shape[0] // kernel.scalars, kernel.shape[1] // kernel.scalars
     )

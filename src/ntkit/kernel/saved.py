@@ -438,7 +438,10 @@ def compute(kernel: Kernel, task: tuple[Store, Sequence[Tile]], memory: int | No
 
 
 def in_strips(kernel: Kernel, rows: slice, columns: Sequence[slice], memory: int) -> Iterator[Tensor]:
-    """Tiles of the same rows that were cut for more memory than there is: of as many rows at a time as it holds."""
+    """Tiles of the same rows that were cut for more memory than there is: of as many rows at a time as it holds.
+
+    Cost: the columns are captured once for every strip of rows.
+    """
     height = max(1, kernel.tile_rows(memory) // kernel.scalars) * kernel.scalars
     if height >= rows.stop - rows.start:
         yield from kernel.stripe(rows, columns, memory=memory)

@@ -406,7 +406,7 @@ def _share(count: int) -> int:
 
 def _work(parcel: Parcel | None, function: Function[T], task: T, threads: int | None = None) -> None:
     """One task in this process."""
-    with _Unpacked.lock, _with_threads(threads):
+    with _Unpacked.lock, with_threads(threads):
         if parcel is not None and _Unpacked.name != parcel.name:
             _Unpacked.name, _Unpacked.value = "", None  # two of them might not fit
             _Unpacked.value = pickle.loads(parcel.content)
@@ -426,7 +426,7 @@ def _seeing(place: Path, function: Function[T], shared: Any, task: T) -> Iterato
 
 
 @contextmanager
-def _with_threads(count: int | None) -> Iterator[None]:
+def with_threads(count: int | None) -> Iterator[None]:
     """No more threads than so many."""
     before = torch.get_num_threads()
     torch.set_num_threads(before if count is None else min(before, count))

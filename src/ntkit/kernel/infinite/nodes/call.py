@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ntkit.kernel.infinite.reader import Reader
 
 RANDOM = (Field, Applied)
+# Why attention has no limit here.
+SCORES = "the softmax of random scores has no closed form at the usual scale 1/sqrt(d)"
 
 
 @dataclass(frozen=True)

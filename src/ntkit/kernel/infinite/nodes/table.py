@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ntkit.kernel.infinite.nodes import functions, normalization, positions, weights
-from ntkit.kernel.infinite.nodes.call import Call
+from ntkit.kernel.infinite.nodes.call import SCORES, Call
 from ntkit.kernel.infinite.values import Applied, Field, Known, Parameter, Plain, Shape, Value
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ _REFUSED = {
     "max_pool": "the maximum of correlated Gaussian units has no closed form; use average pooling",
     "max": "the maximum of correlated Gaussian units has no closed form; use average pooling",
     "InstanceNorm": "its statistics run over positions alone, which stay finite and random",
-    "Attention": "the softmax of random scores has no closed form at the usual scale 1/sqrt(d)",
-    "attention": "the softmax of random scores has no closed form at the usual scale 1/sqrt(d)",
+    "Attention": SCORES,
+    "attention": SCORES,
     "Transformer": "the softmax of attention has no closed form at the usual scale 1/sqrt(d)",
     "softmax": "it couples the channels, or the positions, of random units, and has no closed form",
     "Softmax": "it couples the channels, or the positions, of random units, and has no closed form",

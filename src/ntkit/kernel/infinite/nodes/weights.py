@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ntkit.kernel.infinite.nodes.call import RANDOM, Call, each
+from ntkit.kernel.infinite.nodes.call import RANDOM, SCORES, Call, each
 from ntkit.kernel.infinite.positions import Window
 from ntkit.kernel.infinite.steps import Bias, Flattening, Weights
 from ntkit.kernel.infinite.values import Field, Known, Parameter, Value, changed
@@ -87,10 +87,7 @@ def contraction(call: Call) -> Field:
 
 def _refuse_two_layers(call: Call) -> None:
     if sum(isinstance(value, RANDOM) for value in call.args) > 1:
-        call.refuse(
-            "the product of two layers is not Gaussian; of attention, the softmax of random scores has no closed form "
-            "at the usual scale 1/sqrt(d)"
-        )
+        call.refuse(f"the product of two layers is not Gaussian; and if it is attention, {SCORES}")
 
 
 def sum_and_product(call: Call) -> Field:
