@@ -16,6 +16,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -552,3 +553,21 @@ def test_matrices_of_processes_on_gpus(tmp_path: Path) -> None:
 def test_a_kernel_on_the_cpu_stays_there(tmp_path: Path) -> None:
     Processes(1).run(note_device, in_tiles(), [(tmp_path, "0")], lambda: None)
     assert (tmp_path / "0").read_text() == "cpu"
+
+
+def test_workers_that_a_cluster_was_asked_for_have_their_part_of_the_memory() -> None:
+    """One of three is there: it is given a third, or the others would be too much when they come."""
+
+    class Client:
+        cluster = SimpleNamespace(plan={"a", "b", "c"})
+
+        def scatter(self) -> None: ...
+
+        def get_executor(self) -> None: ...
+
+        def scheduler_info(self, n_workers: int) -> dict[str, dict[str, int]]:
+            return {"workers": {"a": 0}}
+
+    assert as_workers(Client()).count == 3  # pyright: ignore[reportArgumentType]
+    Client.cluster = SimpleNamespace()  # a scheduler by its address: nobody knows
+    assert as_workers(Client()).count == 1  # pyright: ignore[reportArgumentType]
