@@ -50,6 +50,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(*arguments: str) -> tuple[int, str]:
     found = CliRunner().invoke(app, ["twosample", *arguments])
+    if found.exception is not None and not isinstance(found.exception, SystemExit):
+        raise found.exception  # what no message is made of has to be seen
     return found.exit_code, found.output + (found.stderr or "")
 
 
