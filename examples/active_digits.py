@@ -53,7 +53,7 @@ axes = left.subplots()
 for name, loop in sessions.items():
     axes.plot([f.labels for f in loop.history], [f.metrics["accuracy"] for f in loop.history], label=name)
 axes.set(xlabel="labels", ylabel="test accuracy", title="The same network, other labels")
-axes.legend()
+axes.legend(loc="best")
 axes.grid(alpha=0.2)
 shown = ("curvature-ivr", "margin", "random")
 rows = right.subplots(len(shown), 10)

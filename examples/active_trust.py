@@ -64,7 +64,7 @@ left.set(
     ylabel="change after training",
     title=f"Entries correlate with {trusted.correlation:.2f} ± {trusted.standard_error:.2f}",
 )
-left.legend()
+left.legend(loc="best")
 left.grid(alpha=0.2)
 right.barh(list(parts), [1000 * max(seconds, 0.0) for seconds in parts.values()])
 right.invert_yaxis()

@@ -76,5 +76,5 @@ right.fill(*zip(*dynamics.CORNERS, strict=True), fill=False, alpha=0.3)
 right.set(title="Path of one example with a wrong label", aspect="equal", xlim=(-0.2, 1.6), ylim=(-0.1, 1))
 right.axis("off")
 for axes in (left, right):
-    axes.legend(fontsize=7)
+    axes.legend(loc="best", fontsize=7)
 figure.savefig(Path(*sys.argv[1:2]) / "filter_kd.svg", metadata={"Date": None})

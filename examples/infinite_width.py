@@ -68,11 +68,11 @@ left.loglog(widths, [mean[0] * (widths[0] / w) ** 0.5 for w in widths], color="g
 left.set(xlabel="width", title="Distance of one network's kernel\nfrom the limit (relative)")
 left.set_xticks(widths, [str(w) for w in widths], minor=False)
 left.minorticks_off()
-left.legend()
+left.legend(loc="best")
 for name, values in scores.items():
     right.semilogx(sizes, values, "o-", markersize=4, label=name)
 right.set(xlabel="labels", title="Accuracy of regression on new digits")
 right.set_xticks(sizes, [str(n) for n in sizes], minor=False)
 right.minorticks_off()
-right.legend()
+right.legend(loc="best")
 figure.savefig(Path(*sys.argv[1:2]) / "infinite_width.svg", metadata={"Date": None})

@@ -63,7 +63,7 @@ error_axes.loglog(sizes, [0.5 / size**0.5 for size in sizes], ":", color="0.5", 
 error_axes.set(xlabel="features", title="error of the kernel of 400 digits")
 error_axes.set_xticks(sizes, sizes)
 error_axes.minorticks_off()
-error_axes.legend(frameon=False)
+error_axes.legend(loc="best", frameon=False)
 
 # A grid over kernels, as over any other setting.
 net = InfiniteWidth(nn.Sequential(nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 1)), weight_std=1.4)

@@ -45,7 +45,7 @@ left.plot(x[:, 0], y[:, 0], ".", color="gray")
 for time, name in ((0.0, "start"), (stop.course.time, "stopped by GCV"), (300 * stop.course.time, "much later")):
     left.plot(new[:, 0], flow.predict(cross, GradientFlow(time), prior)[:, 0], label=name)
 left.set(title="Every time from one decomposition", ylim=(-1.8, 1.8))
-left.legend(fontsize=8)
+left.legend(loc="best", fontsize=8)
 times = torch.tensor([course.time for course in stop.courses])
 truth = torch.sin(4 * new)
 inside = new[:, 0].abs() <= 1
@@ -54,12 +54,12 @@ middle.loglog(times, stop.scores, label="GCV, from the training points")
 middle.loglog(times, errors, label="true error on new points")
 middle.axvline(stop.course.time, color="gray", linewidth=1)
 middle.set(xlabel="time", title="When to stop", ylim=(0.05, 2))
-middle.legend(fontsize=8)
+middle.legend(loc="best", fontsize=8)
 for name, label in (("drift", "the kernel moves"), ("gap", "the flow misses the network by")):
     sizes = [getattr(one, name) for one in found.networks]
     right.loglog([one.width for one in found.networks], sizes, "o", label=label)
 right.set(xlabel="width", title="Wider networks are more linear")
 right.set_xticks([32, 64, 128, 256], ["32", "64", "128", "256"], minor=False)
 right.minorticks_off()
-right.legend(fontsize=8)
+right.legend(loc="best", fontsize=8)
 figure.savefig(Path(*sys.argv[1:2]) / "kernel_flow.svg", metadata={"Date": None})

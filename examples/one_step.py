@@ -49,7 +49,7 @@ for name in ("logits", "in_probability", "in_log_probability"):
     left.loglog(rates, errors, "o-", markersize=3, label=name.replace("_", " "))
 left.loglog(rates, [10 * rate**2 for rate in rates], "--", color="gray", label="slope 2")
 left.set(xlabel="learning rate", ylabel="error of the prediction", title="Of second order in the step")
-left.legend()
+left.legend(loc="best")
 predicted, actual = (getattr(step.in_probability, part).flatten() for part in ("predicted", "actual"))
 right.scatter(predicted, actual, s=8)
 ends = [float(actual.min()), float(actual.max())]

@@ -45,7 +45,7 @@ left.plot(sizes, [e.expected for e in errors], "--", label="dense Gaussian maps,
 left.set(xscale="log", yscale="log", xlabel="features D", ylabel="relative Frobenius error")
 left.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
 left.set_xticks([], minor=True)
-left.legend(frameon=False, fontsize="small")
+left.legend(loc="best", frameon=False, fontsize="small")
 
 full = ntkit.TangentKernel(tangent, x)
 matrix, targets = full.dense(), (F.one_hot(y, 10).double() - 0.1).reshape(-1)
@@ -65,5 +65,5 @@ for name, helper in helpers.items():
     print(f"{name:24} {found.iterations:5d} products, residual {found.relative_residual:.1e}")
     right.plot(range(1, found.iterations + 1), found.history, label=name)
 right.set(yscale="log", xscale="log", xlabel="products with the full kernel", ylabel="relative residual")
-right.legend(frameon=False, fontsize="small")
+right.legend(loc="best", frameon=False, fontsize="small")
 figure.savefig(Path(*sys.argv[1:2]) / "past_memory.svg", metadata={"Date": None})

@@ -71,10 +71,10 @@ middle.plot(taus, [row.accuracy for row in sweep.rows], "o-", label="after fine-
 middle.set(xlabel="epochs of probing", title="Accuracy on new examples")
 for axes in (left, middle):
     axes.set_xscale("symlog", linthresh=1)
-    axes.legend(fontsize=8)
+    axes.legend(loc="best", fontsize=8)
 rows = list(reversed(ranking.rows))
 right.barh([row.name for row in rows], [row.predicted for row in rows], height=0.5)
 right.plot([row.leave_one_out for row in rows], [row.name for row in rows], "D", label="leave-one-out")
 right.set(xlabel="squared error, predicted by GCV", title="Which backbone, without training")
-right.legend(fontsize=8)
+right.legend(loc="best", fontsize=8)
 figure.savefig(Path(*sys.argv[1:2]) / "probe_then_finetune.svg", metadata={"Date": None})

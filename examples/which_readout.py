@@ -58,5 +58,5 @@ for number, (label, (readout, trace)) in enumerate(kernels.items()):
     axes.bar(places, [m.error for m in measured], 0.18, yerr=[m.standard_error for m in measured], label=label)
 axes.set_xticks(range(len(networks)), list(networks))
 axes.set_ylabel("relative Frobenius error")
-axes.legend(frameon=False)
+axes.legend(loc="best", frameon=False)
 figure.savefig(Path(*sys.argv[1:2]) / "which_readout.svg", metadata={"Date": None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import math
@@ -446,3 +447,15 @@ def test_sizes(text: str, size: int) -> None:
 def test_read_outs_that_mean_nothing(text: str) -> None:
     with pytest.raises(InputError, match="unknown read-out"):
         parse_readout(text)
+
+
+@pytest.mark.parametrize("folder", ["src", "examples", "benchmarks"])
+def test_every_legend_is_told_its_place(folder: str) -> None:
+    """matplotlib warns of a place that is left to it and takes a second to find, as on a busy machine."""
+    told, files = [], sorted((Path(__file__).parents[1] / folder).rglob("*.py"))
+    for path in files:
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "legend":
+                assert "loc" in {keyword.arg for keyword in call.keywords}, f"{path}:{call.lineno}"
+                told.append(call)
+    assert told

@@ -89,7 +89,7 @@ def draw(folder: Path, pictures: Path) -> None:
             left.plot(list(curve(name)), values, color=colour, linewidth=1, label=label)
     left.plot(list(PUBLISHED), list(PUBLISHED.values()), "kx", label="published")
     left.set(xlabel="steps of Adam", ylabel="test accuracy", title="100 images for CIFAR-10")
-    left.legend(fontsize=7)
+    left.legend(loc="best", fontsize=7)
     steps = sorted((folder / "anchor-jpeg-1").glob("step-*.safetensors"))
     sets = [condense.load_support(path).x.numpy()[::10] for path in (steps[0], steps[-1])]
     _show(

@@ -224,7 +224,7 @@ def draw() -> None:
     left.set_xlim(80, 100.2)
     left.set_xlabel("per cent of the best accuracy among the three")
     left.set_ylabel(f"per cent of {len(names)} UCI sets that reach it")
-    left.legend(frameon=False)
+    left.legend(loc="best", frameon=False)
     lines = fewshot("images")
     for k, kernel in enumerate(lines[0]["accuracies"] if lines else ()):
         of = 100 * np.array([line["accuracies"][kernel] for line in lines])
@@ -235,7 +235,7 @@ def draw() -> None:
     right.minorticks_off()
     right.set_xlabel("Fashion-MNIST images of five new classes")
     right.set_ylabel("test accuracy, per cent")
-    right.legend(frameon=False, fontsize=8)
+    right.legend(loc="best", frameon=False, fontsize=8)
     figure.savefig(PICTURE, metadata={"Date": None})
     plt.close(figure)
     PICTURE.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", PICTURE.read_text()))  # a hundredth of a point is enough

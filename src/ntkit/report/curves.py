@@ -42,5 +42,5 @@ def plot_learning_curves(
                 drawing.axes.fill_between(labels, mean - error, mean + error, color=line.get_color(), alpha=0.2, lw=0)
         drawing.axes.set(xlabel="labels", ylabel=score)
         drawing.axes.grid(True)
-        drawing.axes.legend()
+        drawing.axes.legend(loc="best")
     return drawing.svg

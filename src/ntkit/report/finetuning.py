@@ -299,7 +299,7 @@ def plot_energy(found: Sweep) -> str:
         axes.plot(taus, [row.change.relative_distance for row in found.rows], "o-", color=ORANGE,
                   label="features move by (1 = their length)")  # fmt: skip
         axes.grid()
-        axes.legend()
+        axes.legend(loc="best")
     return drawing.svg
 
 
@@ -319,7 +319,7 @@ def plot_accuracy(found: Sweep) -> str:
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlabel("epochs of probing")
         axes.grid()
-        axes.legend()
+        axes.legend(loc="best")
     return drawing.svg
 
 
@@ -390,7 +390,7 @@ def plot_ranking(found: Ranking) -> str:
         axes.plot([row.leave_one_out for row in reversed(found.rows)], names, "D", color=ORANGE, label="leave-one-out")
         axes.axvline(found.trivial, color=GREEN, linewidth=1)
         axes.set_xlabel(f"squared error, {found.examples} labels")
-        axes.legend()
+        axes.legend(loc="best")
     return drawing.svg
 
 

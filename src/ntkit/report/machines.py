@@ -309,5 +309,5 @@ def plot_cs(found: NTKSVMSearch) -> str:
         axes.set_ylabel("held-out accuracy")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid()
-        axes.legend()
+        axes.legend(loc="best")
     return drawing.svg

@@ -131,7 +131,7 @@ def spectra(state: State, labels: Sequence[str]) -> str:
         axes.set_ylabel(f"eigenvalue (1 = largest of {labels[0]})")
         axes.set_title(state.name)
         axes.grid()
-        axes.legend()
+        axes.legend(loc="best")
     return drawing.svg
 
 
@@ -197,7 +197,7 @@ def ridge(check: RidgeCheck, title: str) -> str:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(title)
         axes.grid()
-        axes.legend()
+        axes.legend(loc="best")
     return drawing.svg
 
 
@@ -250,7 +250,7 @@ def widths(facts: Convergence) -> str:
         axes.set_xlabel("width of the hidden layers")
         axes.set_ylabel("relative error")
         axes.grid()
-        axes.legend()
+        axes.legend(loc="best")
     return drawing.svg
 
 

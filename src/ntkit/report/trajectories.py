@@ -106,7 +106,7 @@ def easy_to_hard(paths: Paths) -> str:
         axes.set_xlabel("steps")
         axes.set_ylabel("probability of the label")
         axes.grid()
-        axes.legend()
+        axes.legend(loc="best")
     return drawing.svg
 
 
@@ -124,7 +124,7 @@ def kernel_motion(path: KernelPath) -> str:
         axes.set_ylim(0, 1)
         axes.set_xlabel("steps")
         axes.grid()
-        axes.legend()
+        axes.legend(loc="best")
     return drawing.svg
 
 
@@ -140,5 +140,5 @@ def accuracies(watched: Watched) -> str:
         axes.set_xlabel("steps")
         axes.set_ylabel("accuracy")
         axes.grid()
-        axes.legend()
+        axes.legend(loc="best")
     return drawing.svg

@@ -351,7 +351,7 @@ def plot_null(found: TestResult, level: float = 0.05) -> str:
         axes.axvline(found.statistic, color=ORANGE, label="statistic")
         axes.set_xlabel(found.name)
         axes.set_yticks([])
-        axes.legend()
+        axes.legend(loc="best")
     return drawing.svg
 
 
@@ -365,7 +365,7 @@ def plot_witness(x: Tensor, y: Tensor, names: Sequence[str] = ("X", "Y")) -> str
             axes.axvline(float(values.mean()), color=shade, linewidth=1.2)
         axes.set_xlabel("witness (lines: means)")
         axes.set_yticks([])
-        axes.legend()
+        axes.legend(loc="best")
     return drawing.svg
 
 
@@ -414,5 +414,5 @@ def plot_rates(panels: Sequence[Rates], level: float = 0.05, *, label: str) -> s
             axes.grid()
             if place == 0:
                 axes.set_ylabel("power")
-                axes.legend(fontsize=7.5)
+                axes.legend(loc="best", fontsize=7.5)
     return drawing.svg
