@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from ntkit.errors import InputError, ModelError
 from ntkit.solve.regression import KernelRegression
@@ -269,6 +270,34 @@ class Unpaid(KernelKind):
         raise AssertionError("a kernel has been computed")
 
 
+def test_copies_are_left_out_and_said() -> None:
+    """With them a network that sees noise would come first: in one mode it has no residual."""
+    x, y = data()
+    doubled, wide = torch.cat([x, x[:5]]), torch.cat([y, y[:5]])
+    alone = ranked({"a": net(), "b": net(1)}, at=200)
+    with pytest.warns(finetune.RepeatedExamplesWarning, match="5 of 45 examples are copies of others"):
+        found = ranked({"a": net(), "b": net(1)}, data=(doubled, wide), at=200)
+    assert found == alone
+    with pytest.warns(finetune.RepeatedExamplesWarning):
+        named = finetune.rank_backbones(
+            {"a": net()}, TensorDataset(doubled), wide, head="4", generator=torch.Generator().manual_seed(5)
+        )
+    assert named.examples == N
+    other = torch.cat([y, (y[:5] + 1) % C])  # which say how noisy labels are
+    assert ranked({"a": net()}, data=(doubled, other)).examples == N + 5
+    with pytest.raises(InputError, match="20 or more"), pytest.warns(finetune.RepeatedExamplesWarning):
+        ranked({"a": net()}, data=(x[:15].repeat(3, 1), y[:15].repeat(3)))
+
+
+def test_predictions_that_gcv_cannot_make() -> None:
+    """Near copies are not found as copies: the prediction is not the score of their mode."""
+    x, y = data()
+    near = torch.cat([x, x[:6] + 1e-7]), torch.cat([y, y[:6]])
+    wide = nn.Sequential(nn.Linear(D, 400), nn.ReLU(), nn.Linear(400, 10)).double().eval()
+    row = ranked({"a": wide}, data=near, head="2", ridge=1e-7).rows[0]
+    assert row.predicted > 0.4 * row.leave_one_out > 0
+
+
 def test_what_cannot_be_ranked() -> None:
     model, (x, y) = net(), data()
     with pytest.raises(InputError, match="no candidate"):
@@ -290,7 +319,9 @@ def test_what_cannot_be_ranked() -> None:
     several = {"a": model, "b": finetune.Candidate(model, readout=Logits())}
     with pytest.raises(InputError, match="candidate 'b': its read-out gives 10 scalars for each example"):
         ranked(several, kernel=Unpaid())
-    with pytest.raises(InputError, match="'a': predictions of 0 have no power law"):
-        ranked({"a": model}, data=(x, torch.zeros(N, 1).double()), at=500)
+    with pytest.raises(InputError, match="'a': predictions of 0 have no power law"):  # of subsets without the one
+        ranked({"a": model}, data=(x, torch.eye(N).double()[:, 4:5]), at=500)
+    with pytest.raises(InputError, match=r"all targets are equal, 2: there is nothing to predict"):
+        ranked({"a": model}, data=(x, torch.full((N,), 2)), kernel=Unpaid())
     with pytest.raises(InputError, match="three candidates"):
         ranked({"a": model}).spearman({"a": 1.0})

@@ -23,7 +23,7 @@ from ntkit.solve.losses import CrossEntropy, SquareLoss
 from ntkit.solve.regression import KernelRegression, regress
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import SumOfLogits
-from tests.test_regression import Problem
+from tests.test_regression import Problem, noisy
 
 few = settings(max_examples=20, deadline=None)
 problems = st.builds(
@@ -203,6 +203,38 @@ def test_stops_where_new_examples_are_predicted_best() -> None:
     assert error(Converged()) > 2 * error(stop.course)
     noise = 0.25 * float(clean.std()) ** 2
     assert stop.gcv == pytest.approx(error(stop.course) + noise, rel=0.3)  # noise included
+
+
+@pytest.mark.parametrize("copies", [0, 1, 6])
+def test_stopping_is_not_fooled_by_chance_or_copies(copies: int) -> None:
+    """Late in training one or two modes are left; with copies of examples in one of them there is no residual."""
+    fooled = 0
+    for seed in range(12):
+        kernel, y, cross, truth = noisy(copies=copies, seed=seed)
+        flow = KernelFlow.decompose(kernel, y)
+        stop = flow.best()
+        errors = [float((flow.predict(cross, course) - truth).square().mean()) + 0.25 for course in stop.courses[::5]]
+        mine = float((flow.predict(cross, stop.course) - truth).square().mean()) + 0.25
+        assert mine < 1.2 * min(errors)
+        assert stop.gcv > 0.2 * mine
+        fooled += min(map(flow.gcv, stop.courses)) < 0.2 * mine
+    assert fooled == 12 or not copies  # the plain score is
+
+
+@pytest.mark.parametrize("copies", [0, 3])
+def test_the_expected_error_is_gcv_or_leave_one_out(copies: int) -> None:
+    kernel, y, _, _ = noisy(copies=copies)
+    flow = KernelFlow.decompose(kernel, y)
+    early, late = GradientFlow(0.01), GradientFlow(1e4)
+    assert flow.expected_error(early) == flow.gcv(early)
+    values, vectors = torch.linalg.eigh(kernel)
+    smoother = (vectors * torch.exp(-values.clamp_min(0) / len(y) * 1e4)) @ vectors.T
+    missed = float(((smoother @ y) / smoother.diagonal()[:, None]).square().mean())
+    if copies:
+        assert flow.gcv(late) < 1e-3 * missed
+        assert flow.expected_error(late) == pytest.approx(missed, rel=1e-4)
+    with pytest.raises(InputError, match="known on none of these courses"):
+        flow.best([GradientFlow(1e30)])
 
 
 def test_ensemble_covariance() -> None:

@@ -109,3 +109,17 @@ def test_a_ridge_too_small_is_said() -> None:
 def test_refusals(do: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         do()
+
+
+def test_a_copy_does_not_fool_gcv() -> None:
+    """More features than rows: one mode without a residual, by which alone the plain score goes."""
+    phi, y = data(N, 60) + 2, data(N, 1, 2)
+    phi, y = torch.cat([phi, phi[:1]]), torch.cat([y, y[:1]])
+    primal, kernel = PrimalRegression.decompose(phi, y), KernelRegression.decompose(phi @ phi.T, y)
+    assert primal.gcv(1e-6) < 1e-3 * kernel.leave_one_out(1e-6)
+    assert primal.expected_error(1e-6) == float("inf")
+    assert primal.expected_error(30.0) == primal.gcv(30.0)
+    fit = primal.fit(GCV())
+    assert fit.gcv > 0.3 * kernel.leave_one_out(fit.ridge)
+    tall = PrimalRegression.decompose(torch.cat([data(N), data(N)[:1]]), y)
+    assert tall.expected_error(1e-6) == tall.gcv(1e-6)  # many modes lie outside the features

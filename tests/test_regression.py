@@ -428,3 +428,59 @@ def test_unusable_predictions():
         around.predict(problem.full_cross)
     with pytest.raises(InputError, match=r"prior: expected shape \(4, 3\)"):
         around.predict(problem.full_cross, problem.f0_new[:, :2])
+
+
+# ---------------------------------------------------------------- where GCV says nothing
+
+
+def noisy(n: int = 60, copies: int = 0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A kernel with a wide spectrum, noisy targets, the first examples once more; and new ones, their targets true."""
+    draw = torch.Generator().manual_seed(seed)
+    x, new = (torch.randn(m, 5, generator=draw, dtype=torch.float64) for m in (n, 300))
+    y = torch.sin(2 * x[:, :1]) + 0.5 * torch.randn(n, 1, generator=draw, dtype=torch.float64)
+    x, y = torch.cat([x, x[:copies]]), torch.cat([y, y[:copies]])
+    kernel, cross = (torch.exp(-torch.cdist(a, x).square() / 2) for a in (x, new))
+    return kernel, y, cross, torch.sin(2 * new[:, :1])
+
+
+@pytest.mark.parametrize("copies", [1, 8])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_copies_do_not_fool_gcv(copies: int, seed: int) -> None:
+    """Two copies with one label leave a mode without a residual: the plain score is next to nothing at small ridges."""
+    kernel, y, cross, truth = noisy(copies=copies, seed=seed)
+    regression = KernelRegression.decompose(kernel, y)
+    small, large = 1e-7, 30.0
+    assert regression.gcv(small) < 1e-6
+    left = y - oracles.leave_one_out(kernel, y, small)
+    assert regression.expected_error(small) == pytest.approx(float(left.square().mean()), rel=1e-5)
+    assert regression.expected_error(large) == regression.gcv(large)
+
+    fit, other = regression.fit(GCV()), regression.fit(LeaveOneOut())
+    errors = [float((f.predict(cross) - truth).square().mean()) + 0.25 for f in (fit, other)]
+    assert errors[0] < 1.25 * errors[1]
+    assert fit.gcv > 0.2 * errors[0]
+
+
+def test_rows_that_are_left_out_of_a_full_kernel() -> None:
+    """One output of one example at a time, as GCV means it."""
+    problem = Problem()
+    regression = KernelRegression.decompose(problem.full, problem.y)
+    ridge = problem.absolute(True, 0.1)
+    left = regression.left_out(ridge / (regression.eigenvalues + ridge))
+    rows = len(problem.full)
+    alone = problem.full + ridge * torch.eye(rows).double()
+    for row in range(0, rows, 5):
+        others = [k for k in range(rows) if k != row]
+        weights = torch.linalg.solve(alone[others][:, others], problem.y.reshape(-1)[others])
+        expected = problem.y.reshape(-1)[row] - problem.full[row, others] @ weights
+        torch.testing.assert_close(left[row, 0], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_score_that_is_known_nowhere() -> None:
+    class Silent(GCV):
+        def score(self, regression: KernelRegression, ridge: float) -> float:
+            return float("inf")
+
+    problem = Problem()
+    with pytest.raises(InputError, match="says nothing at any ridge of its grid: are examples repeated"):
+        regress(problem.reduced, problem.y, Silent())

@@ -40,9 +40,9 @@ class Stop:
 
     Attributes:
         course: the one with the least score.
-        gcv: its score, an estimate of the squared error summed over the outputs.
+        gcv: that score, an estimate of the squared error summed over the outputs.
         courses: all that were looked at.
-        scores: of each, (courses,).
+        scores: of each, (courses,): GCV where it can be believed (`KernelFlow.expected_error`).
     """
 
     course: Course
@@ -169,34 +169,51 @@ class KernelFlow:
             mean_n ||(left r0)_n||^2 / (mean left)^2
 
         Training for a while is linear in the residual, as ridge regression is, and the same score applies; what is said
-        at `KernelRegression.gcv` on labels that the kernel has seen, and on full kernels, holds here too.
+        at `KernelRegression.gcv` on labels that the kernel has seen, on full kernels and on repeated examples, holds
+        here too.
         """
+        return self._gcv(self._left(course))
+
+    def expected_error(self, course: Course) -> float:
+        """GCV where it can be believed, else what examples miss that are left out; cost: n^2 (C + 1).
+
+        See `KernelRegression.believed`: late in training the score may be small by chance.
+        """
+        left = self._left(course)
+        return self.regression.believed(self._gcv(left), left)
+
+    def _left(self, course: Course) -> Tensor:
+        """What is left of every mode, up to one factor: it cancels in GCV, and late in training this is not 0 / 0."""
         left = self._finite(course.left(self.eigenvalues), course)
         largest = float(left.abs().max())
-        if not largest > 0:
-            return float("inf")  # nothing is left to estimate from
-        left = left / largest  # cancels, and keeps 0 / 0 away late in training
+        return left / largest if largest > 0 else left
+
+    def _gcv(self, left: Tensor) -> float:
         examples = self.regression.targets.numel() // self.regression.outputs
         squares = float((left[:, None] * self.regression.rotated).square().sum()) / examples
         mean = float(left.mean())
-        return squares / mean**2 if mean else float("inf")
+        return squares / mean**2 if mean else float("inf")  # nothing is left to estimate from
 
     def best(self, courses: Iterable[Course] | None = None) -> Stop:
-        """Early stopping without a validation set: the course with the least GCV score.
+        """Early stopping without a validation set: the course with the least expected error.
+
+        That is GCV where it can be believed, as `expected_error` says.
 
         Args:
             courses: those to look at; gradient flow at `times()` by default.
 
         Raises:
-            InputError: if there is none.
+            InputError: if there is none, or the error is known on none.
 
-        Cost: n C for each.
+        Cost: n^2 (C + 1) for each.
         """
         found = tuple(map(GradientFlow, self.times().tolist()) if courses is None else courses)
         if not found:
             raise InputError("best needs at least one course: got none")
-        scores = torch.tensor([self.gcv(course) for course in found], dtype=torch.float64)
+        scores = torch.tensor([self.expected_error(course) for course in found], dtype=torch.float64)
         least = int(scores.argmin())
+        if not float(scores[least]) < math.inf:
+            raise InputError("the error is known on none of these courses: look at earlier ones, or hold examples out")
         return Stop(found[least], float(scores[least]), found, scores)
 
     def times(self, count: int = 200) -> Tensor:

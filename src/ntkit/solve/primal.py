@@ -8,6 +8,7 @@ held has the size D x D.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -190,6 +191,17 @@ class PrimalRegression:
         kept = self.eigenvalues[: self.rows]
         share = (float((ridge / (kept + ridge)).sum()) + self.rows - len(kept)) / self.rows
         return self.train_error(ridge) / share**2
+
+    def expected_error(self, ridge: float) -> float:
+        """GCV for an absolute ridge; infinite where the residual lives on so few modes that it says nothing.
+
+        What examples miss that are left out is not known from one pass (see `KernelRegression.believed`). With as many
+        modes as the root of the rows the score is an average of something; a repeated example alone is one.
+        """
+        kept = self.eigenvalues[: self.rows]
+        left = torch.cat([ridge / (kept + ridge), kept.new_ones(self.rows - len(kept))])
+        modes = float(left.sum()) ** 2 / float(left.square().sum())
+        return self.gcv(ridge) if modes >= self.rows**0.5 else math.inf
 
     def train_error(self, ridge: float) -> float:
         """Mean over the examples of the squared training residual, summed over the outputs; absolute ridge."""

@@ -104,13 +104,20 @@ class SearchedRidge(ABC):
         """The ridge of the grid with the least score; ridges too small for a positive definite kernel are passed over.
 
         Raises:
+            InputError: if the score says nothing at any ridge of the grid.
             NotPositiveDefiniteError: if every ridge of the grid is too small.
         """
         candidates = torch.tensor(self.grid, dtype=torch.float64) * Relative(1.0).absolute(regression.mean_diagonal)
         usable = [float(ridge) for ridge in candidates if regression.is_positive_definite(float(ridge))]
         if not usable:
             regression.require_positive_definite(float(candidates.max()))
-        return Absolute(min(usable, key=lambda ridge: self.score(regression, ridge)))
+        best = min(usable, key=lambda ridge: self.score(regression, ridge))
+        if not self.score(regression, best) < math.inf:
+            raise InputError(
+                f"{self!r} says nothing at any ridge of its grid: are examples repeated? Leave the copies out, or add "
+                "larger ridges to the grid"
+            )
+        return Absolute(best)
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,7 +125,8 @@ class GCV(SearchedRidge):
     """The ridge with the least generalized cross-validation score (Wei, Hu, Steinhardt 2022).
 
     It predicts the squared error on new data. With the full kernel it leaves out one output of one example, not an
-    example: see `KernelRegression.gcv`, and prefer `LeaveOneOut` there.
+    example: see `KernelRegression.gcv`, and prefer `LeaveOneOut` there. Ridges at which it says nothing
+    (repeated examples, small ridges) go by leave-one-out instead: `KernelRegression.expected_error`.
     """
 
     grid: tuple[float, ...] = DEFAULT_GRID
@@ -128,7 +136,7 @@ class GCV(SearchedRidge):
         object.__setattr__(self, "grid", _checked_grid(self.grid, "GCV"))
 
     def score(self, regression: KernelRegression, ridge: float) -> float:  # noqa: D102
-        return regression.gcv(ridge)
+        return regression.expected_error(ridge)
 
 
 @dataclass(frozen=True, repr=False)

@@ -4,6 +4,7 @@ from ntkit.solve.losses import CrossEntropy, Loss, SquareLoss
 from ntkit.uses.finetune.backbones import rank_backbones
 from ntkit.uses.finetune.candidates import Candidate, ExactKernel, SeenLabelsWarning, SketchedKernel
 from ntkit.uses.finetune.change import FeatureChange, feature_change
+from ntkit.uses.finetune.copies import RepeatedExamplesWarning
 from ntkit.uses.finetune.energy import (
     FirstStep,
     Foreseen,
@@ -41,6 +42,7 @@ __all__ = [
     "Ranked",
     "Ranking",
     "Reinitialised",
+    "RepeatedExamplesWarning",
     "Row",
     "SeenLabelsWarning",
     "SketchedKernel",

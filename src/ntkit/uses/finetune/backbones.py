@@ -20,6 +20,7 @@ from ntkit.solve.regression import KernelRegression
 from ntkit.solve.ridge import GCV, FixedRidge, SearchedRidge
 from ntkit.tangent.examples import Examples
 from ntkit.uses.finetune.candidates import Candidate, ExactKernel, KernelKind, checked, tangent_of
+from ntkit.uses.finetune.copies import without_copies
 from ntkit.uses.finetune.powerlaw import PowerLaw
 from ntkit.uses.finetune.ranking import Ranked, Ranking
 from ntkit.uses.finetune.split import Split
@@ -45,8 +46,9 @@ def rank_backbones(
 
     Args:
         candidates: networks, checkpoints, or the same network with other layers, by name.
-        x: N examples of the new task, which no candidate was trained on; every candidate takes the same.
-        y: classes (N,), or points (N, C).
+        x: N examples of the new task, which no candidate was trained on; every candidate takes the same. Copies of
+            an example with the same target are left out, with a `RepeatedExamplesWarning`.
+        y: integer classes (N,), for which one output of each class is fitted; or points, (N, C) or (N,), as they are.
         generator: of random heads, sketches and subsets; the same for all candidates.
         head: names of the modules that a random logit takes the place of, where a candidate does not say.
         kernel: exact by default, with one head as in the paper.
@@ -57,16 +59,23 @@ def rank_backbones(
     Cost, for each candidate: one kernel, and about 20 N^3.
 
     Raises:
-        InputError: if there are no candidates, or the data cannot be used.
+        InputError: if there are no candidates, the data cannot be used, or all targets are equal.
         ModelError: if a candidate is in training mode or has no such module.
     """
     kernel, ridge = ExactKernel() if kernel is None else kernel, GCV() if ridge is None else ridge
     examples, classes = Examples(x), count_classes(y)
-    n = len(examples)
     if not candidates:
         raise InputError("there is no candidate: expected networks by name, {'resnet': model, ...}")
-    if len(y) != n or n < SMALLEST:
-        raise InputError(f"got {n} examples and {len(y)} targets: expected as many, and {SMALLEST} or more")
+    if len(y) != len(examples):
+        raise InputError(f"got {len(examples)} examples and {len(y)} targets: expected as many")
+    own = without_copies(examples, y)
+    if len(own) < len(examples):
+        examples, y = Examples(examples.pick(own)), y[own]
+    n = len(examples)
+    if n < SMALLEST:
+        raise InputError(f"got {n} different examples: expected {SMALLEST} or more")
+    if bool((y == y[0]).all()):
+        raise InputError(f"all targets are equal, {y[0].tolist()}: there is nothing to predict. Expected two or more")
     if kernel.heads < 1 or (at is not None and at < 1):
         raise InputError(f"heads and at are positive: got {kernel.heads!r} and {at!r}")
     asked = {name: c if isinstance(c, Candidate) else Candidate(c) for name, c in candidates.items()}
@@ -133,27 +142,29 @@ def _ranked(name: str, candidate: Candidate, split: Split, job: _Job) -> Ranked:
         sketch = torch.Generator().manual_seed(job.draws.sketch ^ seed)
         matrix = matrix + job.kernel.of(tangent, job.examples.data, sketch) / len(seeds)
     points = job.points.to(matrix.device)
-    fit = KernelRegression.decompose(matrix, points).fit(job.ridge)
-    law = _law(matrix, points, fit.gcv, job)
+    regression = KernelRegression.decompose(matrix, points)
+    fit = regression.fit(job.ridge)
+    predicted = regression.expected_error(fit.ridge)
+    law = _law(matrix, points, predicted, job)
     if law is None and job.at not in (None, len(points)):
         raise InputError(
             f"candidate {name!r}: predictions of 0 have no power law, and none for at={job.at}: leave `at` out"
         )
     return Ranked(
         name=name,
-        predicted=fit.gcv,
+        predicted=predicted,
         leave_one_out=fit.leave_one_out,
         relative_ridge=fit.relative_ridge,
         law=law,
         # the law says by how much the loss falls; where it falls from is known better than the law goes through
-        extrapolated=fit.gcv if law is None or job.at is None else fit.gcv * law.at(job.at) / law.at(len(points)),
+        extrapolated=predicted if law is None or job.at is None else predicted * law.at(job.at) / law.at(len(points)),
         parameters=count,
         seen=candidate.seen or candidate.readout is not None,
     )
 
 
 def _law(matrix: Tensor, points: Tensor, whole: float, job: _Job) -> PowerLaw | None:
-    """The power law through GCV of subsets and of all."""
+    """The power law through the errors that subsets and all of them predict."""
     if len(job.draws.subsets) < 2:
         return None
     sizes, losses = [len(points)], [whole]
@@ -168,9 +179,9 @@ def _law(matrix: Tensor, points: Tensor, whole: float, job: _Job) -> PowerLaw | 
 
 
 def _pooled(found: Sequence[KernelRegression], ridge: float | FixedRidge | SearchedRidge) -> float:
-    """Mean GCV of subsets of one size, at the one ridge that is best for all: the least of each would be too good."""
+    """Mean prediction of subsets of one size, at the one ridge that is best for all: the least of each would be too good."""
     if not isinstance(ridge, SearchedRidge):
-        return fmean(regression.fit(ridge).gcv for regression in found)
+        return fmean(r.expected_error(r.fit(ridge).ridge) for r in found)
     scores = {
         relative: fmean(ridge.score(r, relative * r.mean_diagonal) for r in found)
         for relative in ridge.grid
@@ -179,4 +190,4 @@ def _pooled(found: Sequence[KernelRegression], ridge: float | FixedRidge | Searc
     if not scores:
         return found[0].fit(ridge).gcv  # says which ridge helps
     best = min(scores, key=lambda relative: scores[relative])
-    return fmean(r.gcv(best * r.mean_diagonal) for r in found)
+    return fmean(r.expected_error(best * r.mean_diagonal) for r in found)

@@ -17,7 +17,8 @@ class Ranked:
 
     Attributes:
         name: of the candidate.
-        predicted: squared error on new examples, summed over the outputs, of N training examples: GCV.
+        predicted: squared error on new examples, summed over the outputs, of N training examples: GCV, or what
+            rows miss that are left out where GCV cannot be believed (`KernelRegression.expected_error`).
         leave_one_out: the same by leaving out each example, exactly.
         relative_ridge: that was chosen.
         law: how the prediction falls with the number of examples; None where there are too few of them.
@@ -42,7 +43,7 @@ class Ranking:
 
     Attributes:
         rows: ascending by the extrapolated loss.
-        examples: N.
+        examples: N, without copies.
         at: number of examples that the loss is predicted for.
         trivial: squared error of always saying how frequent the classes are.
     """
