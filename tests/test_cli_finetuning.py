@@ -209,6 +209,11 @@ def test_rank_backbones(here: Path) -> None:
         (("probe", "backbones:net", "data.npz", "--head", "nose"), "nose"),
         (("probe", "backbones:net", "data.npz", "--head", "fc", "--taus", "1,x"), "taus"),
         (("probe", "backbones:net", "data.npz", "--head", "fc", "--finetuning-rate", "1e30"), "diverge"),
+        (("probe", "backbones:net", "data.npz", "--head", "fc", "--probing-rate", "-1"), "expected a positive number"),
+        (
+            ("probe", "backbones:net", "data.npz", "--head", "fc", "--finetuning-rate", "0"),
+            "expected a positive number",
+        ),
         (("rank-backbones", "data.npz", "backbones:net", "backbones:net", "--head", "fc"), "once"),
         (("probe", "backbones:net", "data.npz", "--head", "fc", "--stop", "2"), "stop"),
         (("probe", "backbones:net", "data.npz", "--head", "fc", "--reinitialise", "layer4"), "layer4"),

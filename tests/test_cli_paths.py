@@ -29,6 +29,9 @@ def net():
 def deep():
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Linear(12, 4))
 
+def dies():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 12, bias=False), nn.ReLU(), nn.Linear(12, 4, bias=False))
+
 def pair():
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
 """
@@ -189,10 +192,28 @@ def test_nothing_but_its_own_is_deleted(here: Path, monkeypatch: pytest.MonkeyPa
     assert "is a file" in text
 
 
+def test_the_page_of_a_dead_network(here: Path) -> None:
+    """No unit is ever on, and the kernel is zero: the page is what one wants then."""
+    from safetensors.torch import save_file
+
+    save_file({"1.weight": torch.zeros(12, 16), "3.weight": torch.zeros(4, 12)}, here / "zero.safetensors")
+    code, text = run("pathnets:dies", "data.npz", "--weights", "zero.safetensors", "--steps", "30", "--out", "out")
+    assert code == 0, text
+    results = json.loads((here / "out" / "results.json").read_text())
+    assert set(results["kernel"]["trace"]) == {0}
+    assert set(results["kernel"]["drift"]) == {None}
+    assert re.search(r"\bnan\b", (here / "out" / "index.html").read_text()) is None
+
+
 def test_what_is_refused(here: Path) -> None:
     code, text = run("pathnets:net", "floats.npz")
     assert code == 2
     assert "are of classes" in text
+    for rate in ("-1", "0", "nan"):
+        code, text = run("pathnets:net", "data.npz", "--learning-rate", rate, "--out", "out")
+        assert code == 2
+        assert "expected a positive number" in text
+    assert not (here / "out.part").exists()
     (here / "there").mkdir()
     code, text = run("pathnets:net", "data.npz", "--out", "there")
     assert code == 2

@@ -56,6 +56,68 @@ def test_the_linearised_network_trains_as_the_flow_says() -> None:
         Linearized(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)))
 
 
+def test_the_network_may_be_trained_beside_its_linearisation() -> None:
+    """That is how the gap between the two is measured; parameters chosen by a module are those of the copy."""
+    model, (x, _, _) = network(), data()
+    straight, last = Linearized(model), Linearized(model, parameters=model[2])  # type: ignore[index]
+    assert last.change.numel() == 16 * 3 + 3
+    before, kernel = straight(x).detach(), kernel_of(model, x, x)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    torch.testing.assert_close(straight(x).detach(), before, rtol=0, atol=0)
+    assert float((model(x) - straight(x)).detach().norm()) > 0.1
+    jacobian = torch.cat([straight.tangent.jacobian(x[k : k + 1]) for k in range(len(x))])
+    torch.testing.assert_close(jacobian @ jacobian.T, kernel)
+
+
+@pytest.mark.parametrize("when", [0, 1, 2])
+def test_a_network_that_dies_leaves_its_path(when: int, tmp_path: Path) -> None:
+    """Its kernel is zero: what is relative to it is NaN, and all other records say what they said."""
+    torch.manual_seed(0)
+    x, y, _ = data()
+    models = [nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False)) for _ in range(3)]
+    whole, broken = (KernelRecorder(x.float(), labels=y, schedule=Every()) for _ in range(2))
+    for step, model in enumerate(models):
+        whole.record(model, step)
+        if step == when:
+            with torch.no_grad():
+                model[0].weight.zero_()
+                model[2].weight.zero_()
+        broken.record(model, step)
+    found, expected = broken.path(), whole.path()
+    others = [step for step in range(3) if step != when]
+    assert float(found.trace[when]) == 0
+    assert bool(found.effective_rank[when].isnan())
+    assert bool(found.largest[when].eq(0).all())
+    for name in ("trace", "effective_rank", "largest"):
+        assert torch.equal(getattr(found, name)[others], getattr(expected, name)[others])
+    if when:
+        assert torch.equal(found.drift[others], expected.drift[others])
+        assert float(found.drift[when]) == pytest.approx(1.0)
+        assert bool(found.cosine[when].isnan())
+    else:
+        assert bool(found.drift.isnan().all())
+    after = [False] * 3
+    if when < 2:
+        after[when + 1] = True  # from nothing there is no relative velocity
+    if when == 0:
+        after[0] = True
+    assert found.velocity.isnan().tolist() == after
+
+
+def test_records_that_are_left_behind_are_kept() -> None:
+    x, _, _ = data()
+    recorder = KernelRecorder(x, schedule=Every())
+    for step in range(4):
+        recorder.record(network(seed=step), step)
+    gone = recorder.matrices[2:]
+    recorder.rewind(2)
+    assert recorder.steps == [0, 1]
+    assert [step for step, _ in recorder.aside] == [2, 3]
+    assert all(torch.equal(a, b) for (_, a), b in zip(recorder.aside, gone, strict=True))
+
+
 def test_kernel_recorder_by_the_definitions() -> None:
     model, (x, y, _) = network(), data()
     recorder = KernelRecorder(x, labels=y, trace=False, schedule=Every())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,8 @@ def test_what_does_not_belong_is_refused(tmp_path: Path) -> None:
         PathRecorder(x + 1, labels=y, folder=tmp_path)
     with pytest.raises(StoreError, match="other labels"):
         PathRecorder(x, labels=(y + 1) % 4, folder=tmp_path)
+    with pytest.raises(InputError, match=r"labels are classes, whole numbers: got torch.float"):
+        PathRecorder(x, labels=y / 2)
     with pytest.raises(StoreError, match="other select"):
         PathRecorder(x, labels=y, folder=tmp_path, select=lambda output: output.flip(1))
     again = PathRecorder(x, labels=y, folder=tmp_path)
@@ -297,6 +300,10 @@ def test_merged() -> None:
         merge(whole, early.paths())
     with pytest.raises(InputError, match="same steps"):
         merge(left.paths(), late.paths())
+    other = replace(late.paths(), labels=(late.paths().labels + 1) % 4)  # pyright: ignore[reportOptionalOperand]
+    for pair in ((early.paths(), other), (early.paths(), replace(other, labels=None))):
+        with pytest.raises(InputError, match="same probes have other labels"):
+            merge(*pair)
 
 
 def test_schedules() -> None:
@@ -479,6 +486,8 @@ def test_a_picture_of_a_path() -> None:
         simplex(paths, 0, truth=star[:3])
     with pytest.raises(InputError, match="4 probabilities that sum to 1"):
         simplex(paths, 0, truth=2 * star)
+    with pytest.raises(InputError, match="4 probabilities that sum to 1"):
+        simplex(paths, 0, truth=torch.tensor([2.0, -1.0, 0.0, 0.0]))
     with pytest.raises(InputError, match="from 0 to 3"):
         simplex(paths, 0, true_class=4)
     with pytest.raises(InputError, match="of 4 classes"):
@@ -508,6 +517,8 @@ def test_wrong_labels_are_found() -> None:
     assert ranking_quality(-paths.astray(), wrong) > 0.9
     with pytest.raises(InputError, match="wrong labels and right ones"):
         ranking_quality(paths.area(), torch.zeros(600))
+    with pytest.raises(InputError, match="scores are finite"):
+        ranking_quality(torch.where(wrong, math.nan, paths.area()), wrong)
 
 
 # ---------------------------------------------------------------- in other people's loops

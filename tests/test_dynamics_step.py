@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -297,6 +298,25 @@ def test_bad_input() -> None:
         one_step(Odd().eval(), (x, y), seen, 0.1)
     with pytest.raises(ModelError, match=r"model.eval\(\)"):
         one_step(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)).double().train(), (x, y), seen, 0.1)
+
+    with pytest.raises(InputError, match="a tensor of classes or of soft targets: got list"):
+        one_step(model, (x, y.tolist()), seen, 0.1)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="weights are finite"):
+        one_step(model, (x, y), seen, 0.1, weights=torch.tensor([1.0, math.nan] + [1.0] * (len(y) - 2)))
+    single = nn.Linear(5, 1).double()
+    with pytest.raises(InputError, match="two classes or more"):
+        one_step(single, (x, torch.ones(len(x), 1).double()), seen, 0.1)
+    assert float(one_step(single, (x, torch.ones(len(x), 1).double()), seen, 0.1, loss=SquareLoss()).G.norm()) > 0
+
+
+def test_a_class_of_bytes_is_a_class() -> None:
+    """-100 says that there is no target; wrapped to a byte it would be class 156."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 200).double(), torch.randn(3, 5).double()
+    y = torch.tensor([156, 3, 156])
+    found, expected = one_step(model, (x, y.to(torch.uint8)), x, 0.1), one_step(model, (x, y), x, 0.1)
+    torch.testing.assert_close(found.G, expected.G, rtol=0, atol=0)
+    assert float(expected.G[0].norm()) > 0
 
 
 class Odd(nn.Module):

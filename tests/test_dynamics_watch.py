@@ -149,6 +149,9 @@ def test_bad_input(tmp_path: Path) -> None:
         Run(0)
     from functools import partial
 
+    normed = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    with pytest.raises(InputError, match="Expected more than 1 value per channel"):
+        watch(normed, train, test, generator=generator, run=Run(3, 1), look=Look(5, 3))
     wild = Run(50, 8, optimizer=partial(torch.optim.SGD, lr=1e30))
     with pytest.raises(ModelError, match=r"diverged"):
         watch(network(), train, test, generator=generator, run=wild, look=Look(5, 3))

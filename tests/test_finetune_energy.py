@@ -261,6 +261,16 @@ def test_bad_input() -> None:
         finetune.average_initial_energy(split(), x, y + C)
     with pytest.raises(InputError, match="learning_rate and steps"):
         finetune.foresee(split(), x, y, learning_rate=0.0, steps=3)
+    with pytest.raises(InputError, match="positive and finite"):
+        finetune.foresee(split(), x, y, learning_rate=math.inf, steps=3)
+    with pytest.raises(InputError, match="diverges until its numbers overflow") as told:
+        finetune.foresee(split(), x, y, learning_rate=1e3, steps=400, loss=finetune.SquareLoss())
+    limit = float(str(told.value).split()[-1])
+    for factor, grows in ((0.95, False), (1.1, True)):
+        found = finetune.foresee(
+            split(), x, y, learning_rate=factor * limit, steps=300, loss=finetune.SquareLoss()
+        ).energies  # fmt: skip
+        assert bool(found[-1] > found[0]) == grows
     with pytest.raises(InputError, match="cut in two"):
         finetune.slow_kernel(net(), x)  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match=r"one shape \(N, h\)"):

@@ -275,6 +275,38 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "s" / "tau-0001.json").read_text())["facts"]["tau"] == 1
 
 
+def test_what_could_not_be_tuned_is_refused_before_the_head_is_probed(tmp_path: Path) -> None:
+    """No step of probing, and nothing written."""
+    steps = []
+
+    class Counting(torch.optim.SGD):
+        def step(self, *arguments: Any, **more: Any) -> Any:
+            steps.append(1)
+            return super().step(*arguments, **more)
+
+    probing = replace(PROBING, optimizer=partial(Counting, lr=0.1))
+    frozen = net()
+    for p in frozen.parameters():
+        p.requires_grad_(False)
+    x, y = data()
+    with pytest.raises(ModelError, match="backbone has no parameter"):
+        sweep(model=frozen, probing=probing, folder=tmp_path / "a")
+    wrong = replace(FINETUNING, optimizer=partial(torch.optim.SGD, lr=-1.0))
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        sweep(probing=probing, finetuning=wrong, folder=tmp_path / "b")
+    with pytest.raises(InputError, match="all targets are equal, 1: there is nothing to learn"):
+        sweep(train=(x, torch.ones_like(y)), probing=probing, folder=tmp_path / "c")
+    with pytest.raises(InputError, match="two classes or more"):
+        sweep(
+            train=(x, torch.rand(len(x), 1).double()), seen=(x, torch.rand(len(x), 1).double()), probing=probing,
+            folder=tmp_path / "d",
+        )  # fmt: skip
+    assert not steps
+    assert not any(tmp_path.iterdir())
+    sweep(probing=probing)
+    assert steps
+
+
 def row(tau: int, energy: float, distance: float, accuracy: float, probed: float = 0.5) -> finetune.Row:
     change = finetune.FeatureChange(distance, 0.9, 1.0, 1.0, 1.0, 0.9)
     return finetune.Row(tau, energy, 1.0, change, probed, 1.0, accuracy, 1 - accuracy, 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -374,6 +375,9 @@ def test_bad_input() -> None:
         MomentumDescent(1, 0.1, 1.0)
     with pytest.raises(InputError, match="ridge"):
         Ridge(0.0)
+    for whole in (torch.arange(problem.n), np.arange(problem.n)):
+        with pytest.raises(InputError, match="may be classes or points"):
+            KernelFlow.decompose(problem.reduced, whole)
     with pytest.raises(InputError, match="at least one course"):
         flow.best([])
     for asked in (KernelFlow.times, KernelFlow.largest_learning_rate):

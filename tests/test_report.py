@@ -390,7 +390,16 @@ def test_thumbnails_are_for_images_alone() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0"), (0.1234, "0.123"), (12.34, "12.3"), (1234.4, "1,234"), (1.2e6, "1.2·10⁶"), (3.4e-5, "3.4·10⁻⁵")],
+    [
+        (0.0, "0"),
+        (0.1234, "0.123"),
+        (12.34, "12.3"),
+        (1234.4, "1,234"),
+        (1.2e6, "1.2·10⁶"),
+        (3.4e-5, "3.4·10⁻⁵"),
+        (math.inf, "∞"),
+        (math.nan, "-"),
+    ],
 )
 def test_numbers_in_words(value: float, text: str) -> None:
     assert number(value) == text

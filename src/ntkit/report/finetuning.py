@@ -16,7 +16,7 @@ import torch
 
 from ntkit.errors import InputError
 from ntkit.report.files import as_json, check_folder, earlier_results, write_folder
-from ntkit.report.inputs import Cut, Data, Factory, load_data, load_factory, load_weights
+from ntkit.report.inputs import Cut, Data, Factory, load_data, load_factory, load_weights, require_rate
 from ntkit.report.page import Card, Figure, Page, Section, Table, render
 from ntkit.report.pictures import SIZE, drawn
 from ntkit.report.provenance import provenance
@@ -82,6 +82,15 @@ class Sweeping:
     batch_size: int = 128
     stop: float | None = None
     frozen_statistics: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the rates, before anything is read.
+
+        Raises:
+            InputError: if one is not positive.
+        """
+        require_rate("probing rate", self.probing_rate)
+        require_rate("fine-tuning rate", self.finetuning_rate)
 
     @property
     def new_head(self) -> Head:
@@ -251,7 +260,7 @@ def _probe_page(own: Sweeping, found: Sweep, data: Data, seconds: float) -> Page
         f"{own.epochs} epochs from {len(found.rows)} of its states. Data: {data.said}.",
         cards=(
             Card(str(best.tau), "epochs of probing before fine-tuning (tau)"),
-            Card(_share(best.accuracy) or number(best.loss), "on the examples held out, after fine-tuning"),
+            Card(_share(best.accuracy) or number(best.loss), "after fine-tuning, on the examples tau was chosen by"),
             Card(_share(best.probed_accuracy) or number(best.probed_loss), "with the probed head alone"),
             Card(number(best.energy), "energy at that point"),
         ),

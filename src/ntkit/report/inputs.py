@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import pickle
 import re
 import sys
@@ -96,6 +97,16 @@ def parse_device(text: str) -> torch.device:
 
 
 # ---------------------------------------------------------------- the network
+
+
+def require_rate(name: str, value: float) -> None:
+    """Refuse what is no learning rate, before any work.
+
+    Raises:
+        InputError: if it is not a positive number.
+    """
+    if not 0 < value < math.inf:
+        raise InputError(f"{name}: got {value!r}, expected a positive number")
 
 
 @dataclass(frozen=True)

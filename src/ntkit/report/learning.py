@@ -16,7 +16,7 @@ from torch import Tensor
 from ntkit.errors import InputError
 from ntkit.report import trajectories
 from ntkit.report.files import as_json, check_folder, write_folder
-from ntkit.report.inputs import Cut, Factory, load_data, load_weights, make_task
+from ntkit.report.inputs import Cut, Factory, load_data, load_weights, make_task, require_rate
 from ntkit.report.page import Card, Figure, Page, Section, Strip, Table, Tile, render
 from ntkit.report.pictures import thumbnail
 from ntkit.report.provenance import provenance
@@ -65,6 +65,14 @@ class Learning:
     adam: bool = False
     probes: int = 1000
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        """Check the rate, before anything is read.
+
+        Raises:
+            InputError: if it is not positive.
+        """
+        require_rate("learning rate", self.learning_rate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +231,10 @@ def _page(own: Learning, result: LearningResult, seen: Watched, task: Task) -> P
         f"{count(int(doubted.sum()))} labels are doubtful: on the average over training the network held another class "
         "to be likelier. They are the first to look at for wrong labels.",
         f"The kernel turned by {number(turned)} (cosine distance; 0 is a lazy network that its first kernel describes "
-        f"to the end){agreement}.",
+        f"to the end){agreement}."
+        if math.isfinite(turned)
+        else "The kernel is zero at the start or at the end: no parameter moves any prediction there, the network is "
+        "dead. Smaller learning rates, biases or another initialisation help.",
     ]
     return Page(
         title=f"How {own.factory.name} learns",

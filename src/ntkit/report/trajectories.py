@@ -9,7 +9,7 @@ import torch
 
 from ntkit.errors import InputError
 from ntkit.report.pictures import INK, SIZE, drawn
-from ntkit.solve.losses import TOLERANCE
+from ntkit.solve.losses import TOLERANCE, off_simplex
 from ntkit.uses.dynamics import CORNERS, SMOOTHING, triangle
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def simplex(
         InputError: if there is no such probe, `truth` are not C probabilities, or the network has two classes.
     """
     classes = paths.logits.shape[2]
-    if truth is not None and not (truth.shape == (classes,) and abs(float(truth.sum()) - 1) < TOLERANCE):
+    if truth is not None and not (truth.shape == (classes,) and off_simplex(truth[None]) < TOLERANCE):
         raise InputError(f"truth: expected {classes} probabilities that sum to 1, got {truth.tolist()}")
     if true_class is not None and not 0 <= true_class < classes:
         raise InputError(f"true_class: expected a class from 0 to {classes - 1}, got {true_class}")

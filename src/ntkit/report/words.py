@@ -20,7 +20,9 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, without an exponent where that stays short."""
+    """Three significant digits, without an exponent where that stays short; a dash for what is not defined."""
+    if math.isnan(value):
+        return "-"
     if math.isinf(value):
         return "∞"
     if value != 0 and not 1e-3 <= abs(value) < 1e4:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ntkit.errors import InputError
 from ntkit.solve.course import Course, GradientFlow
 from ntkit.solve.regression import KernelRegression, evaluate
-from ntkit.solve.symmetric import as_kernel
+from ntkit.solve.symmetric import as_kernel, as_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -97,13 +97,20 @@ class KernelFlow:
 
         Args:
             kernel: (N, N), used for every output, or (N*C, N*C), example-major.
-            targets: Y, (N,) or (N, C).
+            targets: Y, (N,) or (N, C), real numbers; classes are one_hot(y, C).double().
             prior: f0(X), the network's outputs before training; None for zero.
             mean: train the mean of the losses over the examples, not their sum.
 
         Raises:
-            InputError: if a shape does not fit, or anything is not finite.
+            InputError: if a shape does not fit, anything is not finite, or targets are whole numbers (N,), which may
+                be classes or points.
         """
+        y = as_tensor(targets)
+        if y.ndim == 1 and not y.is_floating_point():
+            raise InputError(
+                f"targets of type {y.dtype} may be classes or points: pass torch.nn.functional.one_hot(y, C).double(), "
+                "or y.double()"
+            )
         return cls(KernelRegression.decompose(kernel, targets, prior=prior), mean)
 
     @property

@@ -24,9 +24,8 @@ from ntkit.solve.direct import factor
 from ntkit.solve.ridge import DEFAULT_GRID, FixedRidge, Relative, SearchedRidge, as_ridge
 from ntkit.solve.symmetric import SymmetricMatrix, as_kernel, as_tensor, symmetric_matrix
 
-
-# Of the error on examples left out, GCV may say a half: it varies by a few tens of per cent where it holds, and falls to
-# nothing where it does not.
+# Of the error on examples left out, GCV may say a half: it varies by a few tens of per cent where it holds, and falls
+# to nothing where it does not.
 BELIEVED = 2.0
 
 

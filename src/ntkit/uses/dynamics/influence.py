@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.errors import InputError
-from ntkit.solve.losses import CrossEntropy, Loss, as_loss
+from ntkit.solve.losses import CrossEntropy, Loss, as_loss, require_classes
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits
 
@@ -77,6 +77,8 @@ def influence(
         z = tangent.outputs(seen)
         if len(z) != 1:
             raise InputError(f"one probe at a time: got {len(z)} examples")
+        if isinstance(loss, CrossEntropy):
+            require_classes(z.shape[1])
         if not hasattr(asked, "__index__") or not 0 <= int(asked) < z.shape[1]:
             raise InputError(f"classes are numbers from 0 to {z.shape[1] - 1}: got {asked!r}")
         unit = torch.zeros_like(z)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable
@@ -35,7 +36,8 @@ class KernelPath:
 
     Attributes:
         steps: numbers of updates done.
-        drift: ||K_t - K_0|| / ||K_0||, Frobenius.
+        drift: ||K_t - K_0|| / ||K_0||, Frobenius; NaN, as all that is relative, from the kernel of a network that has
+            died, which is zero.
         cosine: cosine distance of K_t from K_0: what has changed but for the scale.
         velocity: ||K_t - K_s|| / (||K_s|| (t - s)) since the record before; 0 for the first.
         similarity: centred kernel alignment of K_t and K_0 (CKA); NaN where one of them is constant.
@@ -101,6 +103,7 @@ class KernelRecorder:
         self.schedule = Logarithmic(10) if schedule is None else schedule
         self.steps: list[int] = []
         self.matrices: list[Tensor] = []
+        self.aside: list[tuple[int, Tensor]] = []
         self.scalars = 1
         self._architecture: str | None = None
         self._folder = None if folder is None else Path(folder)
@@ -151,7 +154,9 @@ class KernelRecorder:
         return True
 
     def rewind(self, step: int) -> None:
-        """Go on from an earlier checkpoint: records of this step and later are left out; files become `replaced-*`.
+        """Go on from an earlier checkpoint: records of this step and later are set aside, files as `replaced-*`.
+
+        Without a folder they are in `aside`.
 
         Raises:
             StoreError: if the files cannot be renamed.
@@ -167,6 +172,8 @@ class KernelRecorder:
                     path.rename(aside)
                 except OSError as error:
                     raise StoreError(f"{path}: cannot set the kernel aside ({error})") from error
+        else:
+            self.aside.extend(zip(self.steps[keep:], self.matrices[keep:], strict=True))
         del self.steps[keep:], self.matrices[keep:]
 
     def path(self, eigenvalues: int = 10) -> KernelPath:
@@ -184,19 +191,20 @@ class KernelRecorder:
             )
         }  # fmt: skip
         largest = []
-        first, before, then = DenseKernel(self.matrices[0]), None, 0
+        before, then = self.matrices[0], self.steps[0] - 1
+        first = DenseKernel(before)
         for step, matrix in zip(self.steps, self.matrices, strict=True):
             now = DenseKernel(matrix)
-            moved, seen = drift(first, now), spectrum(now)
-            rows["drift"].append(moved.relative_change)
-            rows["cosine"].append(moved.cosine_distance)
-            rows["velocity"].append(0.0 if before is None else drift(before, now).relative_change / (step - then))
+            seen = spectrum(now) if bool(matrix.any()) else None
+            rows["drift"].append(_moved(self.matrices[0], matrix))
+            rows["cosine"].append(_cosine(lambda now=now: drift(first, now).cosine_distance))
+            rows["velocity"].append(_moved(before, matrix) / (step - then))
             rows["similarity"].append(_cosine(lambda now=now: cka(first, now, scalars=self.scalars)))
             rows["alignment"].append(self._aligned(now))
-            rows["effective_rank"].append(seen.participation_ratio)
-            rows["trace"].append(seen.trace)
-            largest.append(seen.eigenvalues[:eigenvalues])
-            before, then = now, step
+            rows["effective_rank"].append(math.nan if seen is None else seen.participation_ratio)
+            rows["trace"].append(0.0 if seen is None else seen.trace)
+            largest.append((matrix.new_zeros(len(matrix)) if seen is None else seen.eigenvalues)[:eigenvalues])
+            before, then = matrix, step
         facts = {name: torch.tensor(column, dtype=torch.float64) for name, column in rows.items()}
         return KernelPath(steps=torch.tensor(self.steps), largest=torch.stack(largest), **facts)
 
@@ -274,8 +282,14 @@ class KernelRecorder:
         return _cosine(lambda: alignment(kernel, points).centred)
 
 
+def _moved(before: Tensor, after: Tensor) -> float:
+    """||after - before|| / ||before||; NaN from zero."""
+    size = float(before.norm())
+    return float((after - before).norm()) / size if size else math.nan
+
+
 def _cosine(measure: Callable[[], float]) -> float:
-    """A cosine between matrices; NaN where a kernel is constant and has none, as that of a network that has died."""
+    """A cosine between matrices; NaN where a kernel is zero or constant and has none: of a network that has died."""
     try:
         return measure()
     except InputError:

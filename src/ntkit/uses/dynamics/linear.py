@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ class Linearized(nn.Module):
     """
 
     def __init__(self, model: nn.Module, *, parameters: Choice | None = None, select: Select | None = None) -> None:
-        """Linearise where the model stands; it must not be trained further while this is used.
+        """Linearise a copy where the model stands: the model may be trained beside it.
 
         Args:
             model: in evaluation mode.
@@ -38,7 +39,10 @@ class Linearized(nn.Module):
             InputError: if no parameter is selected.
         """
         super().__init__()
-        self._tangent = (linearize(model, readout=Logits(select), parameters=parameters),)  # not a submodule
+        chosen = set(linearize(model, readout=Logits(select), parameters=parameters).parameter_names)
+        twin = copy.deepcopy(model)
+        tangent = linearize(twin, readout=Logits(select), parameters=lambda name, _: name in chosen)
+        self._tangent = (tangent,)  # not a submodule
         self.change = nn.Parameter(
             torch.zeros(self.tangent.count, dtype=self.tangent.dtype, device=self.tangent.device)
         )

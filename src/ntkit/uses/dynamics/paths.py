@@ -292,7 +292,7 @@ def merge(*recordings: Paths) -> Paths:
     """Recordings of the same probes at other steps in one, or of other probes at the same steps.
 
     Raises:
-        InputError: if they are neither.
+        InputError: if they are neither, or labels of the same probes differ.
     """
     if not recordings:
         raise InputError("merge needs at least one recording: got none")
@@ -300,6 +300,8 @@ def merge(*recordings: Paths) -> Paths:
     if any(one.logits.shape[2] != first.logits.shape[2] for one in recordings):
         raise InputError(f"recordings of networks with {[one.logits.shape[2] for one in recordings]} outputs")
     if all(one.probes == first.probes for one in recordings):
+        if any(not _same(one.labels, first.labels) for one in recordings):
+            raise InputError("recordings of the same probes have other labels: which of them are meant?")
         steps = torch.cat([one.steps for one in recordings])
         order = steps.argsort(stable=True)
         if bool((steps[order].diff() == 0).any()):
@@ -316,6 +318,10 @@ def merge(*recordings: Paths) -> Paths:
         labels,
         "+".join(one.probes for one in recordings),
     )
+
+
+def _same(labels: Tensor | None, others: Tensor | None) -> bool:
+    return labels is others or (labels is not None and others is not None and torch.equal(labels, others))
 
 
 def triangle(points: Tensor) -> Tensor:
@@ -337,12 +343,14 @@ def ranking_quality(scores: Tensor, wrong: Tensor) -> float:
         wrong: whether each label is wrong, (n,).
 
     Raises:
-        InputError: if shapes differ, or all or none are wrong.
+        InputError: if shapes differ, scores are not finite, or all or none are wrong.
     """
     from sklearn.metrics import roc_auc_score
 
     if scores.shape != wrong.shape or scores.ndim != 1:
         raise InputError(f"scores and wrong are of the same length: got {tuple(scores.shape)}, {tuple(wrong.shape)}")
+    if not bool(torch.isfinite(scores).all()):
+        raise InputError("scores are finite numbers: some are NaN or infinity")
     if bool(wrong.all()) or not bool(wrong.any()):
         raise InputError("an AUROC needs wrong labels and right ones")
     return float(roc_auc_score(wrong.numpy().astype(bool), -scores.double().numpy()))

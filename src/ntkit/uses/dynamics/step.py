@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ntkit.errors import InputError
 from ntkit.kernel.empirical import TangentKernel
-from ntkit.solve.losses import CrossEntropy, Loss, as_loss
+from ntkit.solve.losses import CrossEntropy, Loss, as_loss, require_classes
 from ntkit.tangent.linearize import Tangent, linearize
 from ntkit.tangent.readout import Readout
 from ntkit.tangent.untouched import untouched
@@ -229,6 +229,12 @@ def _shapes(tangent: Tangent, x: Any) -> torch.Size:
 def _misfit(outputs: Tensor, y: Tensor, loss: Loss, weights: Tensor | None, *, mean: bool) -> Tensor:
     """Gradient of the loss at the logits, of their shape."""
     places, count = outputs.shape[:-1], outputs.shape[-1]
+    if isinstance(loss, CrossEntropy):
+        require_classes(count)
+    if not isinstance(y, Tensor):
+        raise InputError(f"targets are a tensor of classes or of soft targets: got {type(y).__name__}")
+    if weights is not None and not bool(torch.isfinite(weights).all()):
+        raise InputError("weights are finite numbers: some are NaN or infinity")
     rows = outputs.reshape(-1, count)
     if y.is_floating_point():
         if y.shape != outputs.shape:
@@ -237,7 +243,7 @@ def _misfit(outputs: Tensor, y: Tensor, loss: Loss, weights: Tensor | None, *, m
     else:
         if y.shape != places:
             raise InputError(f"targets are classes of shape {tuple(places)}: got {tuple(y.shape)}")
-        targets = y.reshape(-1)
+        targets = y.reshape(-1).long()  # in uint8 the ignored -100 would be class 156
         there = targets.cpu() != IGNORED
     if not bool(there.any()):
         raise InputError(f"the update has no target: all are {IGNORED}")

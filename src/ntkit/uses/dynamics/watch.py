@@ -18,7 +18,7 @@ from ntkit.tangent.examples import Examples
 from ntkit.tangent.identity import architecture, content, describe, digest
 from ntkit.tangent.readout import logits
 from ntkit.uses.dynamics.kernels import KernelPath, KernelRecorder
-from ntkit.uses.dynamics.looking import said
+from ntkit.uses.dynamics.looking import call, said
 from ntkit.uses.dynamics.paths import Paths
 from ntkit.uses.dynamics.recorder import PathRecorder
 from ntkit.uses.dynamics.schedules import AndLast, Logarithmic, Schedule
@@ -220,7 +220,7 @@ def _update(
     device = next(model.parameters()).device
     model.train()
     optimizer.zero_grad()
-    value = loss.value(logits(examples.batch(some, device).call(model), None), y[some].to(device))
+    value = loss.value(logits(call(model, examples.batch(some, device)), None), y[some].to(device))
     if not bool(torch.isfinite(value)):
         raise ModelError(
             f"the training loss is {float(value)}: training has diverged. Take a smaller learning rate; what was "

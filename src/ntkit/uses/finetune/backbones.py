@@ -179,7 +179,7 @@ def _law(matrix: Tensor, points: Tensor, whole: float, job: _Job) -> PowerLaw | 
 
 
 def _pooled(found: Sequence[KernelRegression], ridge: float | FixedRidge | SearchedRidge) -> float:
-    """Mean prediction of subsets of one size, at the one ridge that is best for all: the least of each would be too good."""
+    """Mean prediction of subsets of one size, at the one ridge best for all: the least of each would be too good."""
     if not isinstance(ridge, SearchedRidge):
         return fmean(r.expected_error(r.fit(ridge).ridge) for r in found)
     scores = {

@@ -11,6 +11,7 @@ gradient descent on all N examples moves the features of any x by
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,12 +192,12 @@ def foresee(
     Cost: the exact kernel of N*C rows, steps * (N*C)^2, and as much as `first_step`. Memory: 8 (N*C)^2 bytes.
 
     Raises:
-        InputError: if the examples or targets cannot be used, or a number is not positive.
+        InputError: if the examples or targets cannot be used, a number is not positive, or it diverges.
         ModelError: if the network cannot be cut there.
     """
     loss, at = as_loss(loss), x if at is None else at
-    if not learning_rate > 0 or steps < 1:
-        raise InputError(f"learning_rate and steps are positive: got {learning_rate!r} and {steps!r}")
+    if not 0 < learning_rate < math.inf or steps < 1:
+        raise InputError(f"learning_rate and steps are positive and finite: got {learning_rate!r} and {steps!r}")
     slow = as_split(split).tangent()
     split.check(slow.examples(x))
     _require_as_many(len(slow.examples(x)), y)
@@ -209,6 +210,11 @@ def foresee(
         found.append(torch.linalg.vector_norm(misfit, dim=1).mean())
         weights = weights + learning_rate / len(start) * misfit
         outputs = start + (theta @ weights.reshape(-1)).reshape(start.shape)
+    if not bool(torch.isfinite(outputs).all()):
+        raise InputError(
+            f"with learning_rate={learning_rate:g} the linearised network diverges until its numbers overflow: with "
+            f"the square loss it converges below {2 * len(start) / float(torch.linalg.matrix_norm(theta, 2)):.3g}"
+        )
     found.append(energies(outputs, y.to(outputs.device), loss).mean())
     names = {name.removeprefix("model.") for name in slow.parameter_names}
     backbone = linearize(split.model, readout=Logits(split.select), parameters=lambda name, _: name in names)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError
-from ntkit.solve.losses import Loss, as_loss
+from ntkit.solve.losses import CrossEntropy, Loss, as_loss, require_classes
 from ntkit.tangent.examples import Examples
 from ntkit.tangent.identity import architecture, content, describe, digest
 from ntkit.tangent.readout import logits
@@ -65,20 +65,22 @@ def probe_then_finetune(
     is a folder.
 
     Raises:
-        InputError: if the data cannot be used.
-        ModelError: if the network cannot be cut there, or training diverges.
+        InputError: if the data cannot be used, or all targets are equal.
+        ModelError: if the network cannot be cut there, its backbone has no parameter to tune, or training diverges.
         StoreError: if the folder holds a sweep of another network, other data or settings.
     """
     probing = Probing() if probing is None else probing
     finetuning = Finetuning() if finetuning is None else finetuning
     task = _Task.of(train, validation, as_loss(loss), finetuning.smoothing)
     check_evaluation(model)
-    store = None
-    if folder is not None:
-        store = Folder(folder, _identity(model, head, task, probing, finetuning))
     with seeded(probing.seed):
         start = head.build(model, task.x, task.classes)
     start.check(task.x)
+    start.tangent()  # refuses a backbone that stands still, before the head is probed
+    finetuning.optimizer([p for p in start.model.parameters() if p.requires_grad])  # and what it cannot be tuned by
+    store = None
+    if folder is not None:
+        store = Folder(folder, _identity(model, head, task, probing, finetuning))
     first_features = start.features(task.x_seen)
     energies, checkpoints, stopped = _probed(start, task, probing, store)
     rows, weights = [], {}
@@ -126,6 +128,10 @@ class _Task:
             if not isinstance(part, tuple) or len(part) != 2:
                 raise InputError(f"{name}: expected a pair (examples, targets): got {type(part).__name__}")
         classes = count_classes(train[1], validation[1])
+        if bool((train[1] == train[1][0]).all()):
+            raise InputError(f"train: all targets are equal, {train[1][0].tolist()}: there is nothing to learn")
+        if isinstance(loss, CrossEntropy):
+            require_classes(classes)
         x, x_seen = Examples(train[0]), Examples(validation[0])
         for name, examples, y in (("train", x, train[1]), ("validation", x_seen, validation[1])):
             if len(y) != len(examples):
