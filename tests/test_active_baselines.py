@@ -92,6 +92,74 @@ def test_dropout_is_drawn_from_a_copy() -> None:
     assert np.abs(many[0, free] - true.numpy()[free]).max() < 0.1 * float(true.max())
 
 
+class Attending(nn.Module):
+    """Attention, and nothing else that drops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8, num_layers=layers, dropout=0.5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+class Head(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = body, nn.BatchNorm1d(8), nn.Linear(8, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.body(x).mean(1)))
+
+
+def sequences() -> tuple[Tensor, np.ndarray]:
+    y = np.full(N, np.nan)
+    y[[2, 5]] = [0, 1]
+    return torch.randn(N, 4, 8, generator=torch.Generator().manual_seed(0)), y
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True),
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True), 2),
+        Attending,
+        lambda: Recurrent(2),
+    ],
+    ids=["encoder layer", "encoder", "attention", "recurrent"],
+)
+def test_dropout_inside_of_operations_is_drawn(body: Any) -> None:
+    """In evaluation mode torch takes fused ways through these, which leave dropout out."""
+    torch.manual_seed(0)
+    (x, y), model = sequences(), Head(body()).eval()
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    members = Dropout(10).outputs(BALD().round(x, y, model))
+    spread = members.std(0)
+    assert float(spread.min()) > 1e-3
+    plain = model(x).detach().double()
+    assert float((members.mean(0) - plain).abs().max()) < 5 * float(spread.max())  # BatchNorm is that of evaluation
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_dropout_that_changes_nothing_is_said() -> None:
+    with pytest.warns(UserWarning, match="dropout option adds dropout after all but last recurrent layer"):
+        (x, y), model = sequences(), Head(Recurrent(1)).eval()
+    with pytest.raises(ModelError, match="dropout changes nothing"):
+        BALD().query(x, y, model)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_badge_is_k_means_plus_plus_on_gradients() -> None:
     (x, y), model = pool(), member(0)
     p, hidden = model(x).detach().softmax(1), model[:2](x).detach()  # pyright: ignore

@@ -15,6 +15,7 @@ from ntkit.errors import InputError, ModelError
 from ntkit.solve.losses import CrossEntropy, Loss
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import logits
+from ntkit.tangent.untouched import untouched
 from ntkit.uses.active.picks import Picked, one_after_the_other
 from ntkit.uses.active.strategy import Round, Strategy
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 # Examples of one forward pass; numbers in a tensor of pairs.
 BATCH, MOST = 256, 2**23
 _DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+# These drop inside of one operation, by a rate and a mode of their own.
+_DROP_INSIDE = (nn.MultiheadAttention, nn.RNNBase)
 
 
 class Members(ABC):
@@ -38,6 +41,8 @@ class Members(ABC):
 class Dropout(Members):
     """A copy of the network with its dropout switched on, several times (Gal & Ghahramani 2016).
 
+    Dropout is that of torch's modules, attention and recurrent layers included; all else stays in evaluation mode.
+
     Attributes:
         samples: how many times.
     """
@@ -48,18 +53,25 @@ class Dropout(Members):
         """Cost: `samples` forward passes.
 
         Raises:
-            ModelError: if the network has no dropout.
+            ModelError: if the network has no dropout, or none that its outputs depend on.
         """
         model = copy.deepcopy(now.tangent.model)
-        drops = [module for module in model.modules() if isinstance(module, _DROPS)]
-        if not any(module.p > 0 for module in drops):
+        drops = [module for module in model.modules() if _rate(module) > 0]
+        if not drops:
             raise ModelError("the network has no dropout to draw from: use Ensemble([...]) of networks trained apart")
         for module in drops:
-            module.train()
+            module.training = True  # this flag alone: a BatchNorm inside of it stays as it is
         seed = int(torch.randint(2**62, (1,), generator=now.generator))
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        # without torch's fused attention, which knows no dropout
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), untouched(model):
             torch.manual_seed(seed)
-            return torch.stack([_outputs(model, now) for _ in range(self.samples)])
+            found = torch.stack([_outputs(model, now) for _ in range(self.samples)])
+        if bool((found == found[0]).all()):
+            raise ModelError(
+                f"dropout changes nothing in the network's outputs: {self.samples} draws are all the same. Use "
+                "Ensemble([...]) of networks trained apart"
+            )
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +159,13 @@ class EPIG(Strategy):
         scores = torch.cat(found)
         places = scores.sort(descending=True, stable=True).indices[: now.size]
         return Picked(now.candidates[places], one_after_the_other(scores, places))
+
+
+def _rate(module: nn.Module) -> float:
+    """With which a module drops what comes into it, or something inside of it."""
+    if isinstance(module, _DROPS):
+        return module.p
+    return module.dropout if isinstance(module, _DROP_INSIDE) else 0.0
 
 
 def _probabilities(strategy: BALD | EPIG, now: Round) -> Tensor:
