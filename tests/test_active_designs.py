@@ -25,8 +25,10 @@ from ntkit.uses.active.designs import (
     MaxDet,
     MaxDiag,
 )
+from ntkit.uses.active.gradients import BADGE
 from ntkit.uses.active.picks import RedundantBatchWarning
 from ntkit.uses.active.strategy import Round, Strategy
+from ntkit.uses.active.typical import TypiClust
 from ntkit.uses.active.uncertainty import Entropy, LeastConfidence, Margin, PowerMargin, Random
 
 N, D, SIZE, SIGMA = 40, 30, 7, 0.3
@@ -246,6 +248,36 @@ def test_every_strategy_asks_and_answers_alike(rule: Strategy) -> None:
     assert len(rule.query(x, np.full(30, np.nan), model, batch_size=6)) == 6
     with pytest.raises(InputError, match="28 points are asked for"):
         rule.query(x, y, model, batch_size=28)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rule", [MaxDet, CoreSet, KMeansPlusPlus, LCMD, FrankWolfe, Bait])
+def test_an_entry_that_is_no_number_is_named(rule: Any, bad: float) -> None:
+    """One pair in a matrix, beside a diagonal that looks well; and one with a point that has a label."""
+    phi, labels, pool = problem(0)
+    known = (labels >= 0).nonzero()[:, 0]
+    for one, two in ((pool[3], pool[8]), (known[0], pool[8])):
+        k = phi @ phi.T
+        k[one, two] = k[two, one] = bad
+        for sigma in (SIGMA,) if rule is Bait else (None, SIGMA):
+            with pytest.raises(InputError, match=r"not finite|is nan|is inf"):
+                rule(Given(DenseKernel(k)), sigma).choose(now(labels, pool, len(pool)))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rule", [BADGE, TypiClust])
+def test_features_that_are_no_numbers_are_named(rule: Any, bad: float) -> None:
+    phi, labels, pool = problem(0)
+    phi[pool[3], 2] = bad
+    with pytest.raises(InputError, match=f"not.*, point {int(pool[3])} among them"):
+        rule(kernel=Given(FeatureKernel(phi))).choose(now(labels, pool))
+
+
+def test_points_without_features_are_worth_nothing() -> None:
+    phi, labels, pool = problem(0)
+    phi[pool[:2]] = 0.0
+    found = FrankWolfe(Given(FeatureKernel(phi))).choose(now(labels, pool))
+    assert found.utilities[:, :2].abs().max() == 0
 
 
 def test_uncertainty_by_hand() -> None:

@@ -52,7 +52,7 @@ class KernelColumns(Columns):
             factor: on all entries, in float64.
 
         Raises:
-            InputError: if there is not one row for each point, or an entry is not finite.
+            InputError: if there is not one row for each point, or a diagonal entry is not finite.
         """
         if kernel.shape != (n, n):
             raise InputError(
@@ -64,14 +64,26 @@ class KernelColumns(Columns):
         if not bool(self.diagonal.isfinite().all()):
             raise InputError("the kernel's diagonal is not finite: features or outputs are too large for their type")
 
-    def column(self, number: int) -> Tensor:  # noqa: D102
+    def column(self, number: int) -> Tensor:
+        """k(., x) of one point, (n,).
+
+        Raises:
+            InputError: if an entry is not finite: no rule would say so, and distances would be 0.
+        """
         kernel, mine = self._kernel, slice(number, number + 1)
         if isinstance(kernel, FeatureKernel) and kernel.dtype.itemsize < torch.float32.itemsize:
             phi = kernel.features(mine)[0].float()
             found = torch.cat([kernel.features(some).float() @ phi for some in strips(kernel.shape[0])])
         else:
             found = kernel.tile(slice(None), mine)[:, 0]
-        return self._factor * found.cpu().double()
+        found = self._factor * found.cpu().double()
+        bad = (~found.isfinite()).nonzero()[:, 0]
+        if len(bad):
+            raise InputError(
+                f"the kernel's entry of points {int(bad[0])} and {number} is {float(found[bad[0]])}: it has a NaN, or "
+                "is too large for its type"
+            )
+        return found
 
     def sums(self, numbers: Tensor) -> Tensor:  # noqa: D102
         some = torch.zeros(self._kernel.shape[0], dtype=torch.float64)

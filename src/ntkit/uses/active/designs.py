@@ -22,7 +22,7 @@ from ntkit.kernel.base import DenseKernel, Kernel
 from ntkit.kernel.features import FeatureKernel
 from ntkit.uses.active.columns import Columns, KernelColumns
 from ntkit.uses.active.geometry import Geometry, LastLayer, posterior, scale
-from ntkit.uses.active.picks import Picked, RedundantBatchWarning
+from ntkit.uses.active.picks import Picked, RedundantBatchWarning, checked
 from ntkit.uses.active.strategy import Round, Strategy, require_kernel
 
 if TYPE_CHECKING:
@@ -90,11 +90,15 @@ class Design(Strategy):
 
 
 def in_turn(chosen: Chosen, now: Round) -> Picked:
-    """One pick after the other among the candidates."""
-    free = torch.ones(len(now.candidates), dtype=torch.bool)
+    """One pick after the other among the candidates.
+
+    Raises:
+        InputError: if the score of any point is not a number: it would be passed over, or spoil those of others.
+    """
+    free, every = torch.ones(len(now.candidates), dtype=torch.bool), torch.arange(len(now.labels))
     numbers, utilities = [], []
     for _ in range(now.size):
-        scores = chosen.scores()[now.candidates].masked_fill(~free, -torch.inf)
+        scores = checked(chosen.scores(), every)[now.candidates].masked_fill(~free, -torch.inf)
         place = chosen.pick(scores, now.generator)
         free[place] = False
         numbers.append(int(now.candidates[place]))
@@ -196,6 +200,11 @@ class _Nearest(Chosen):
         self.distance = torch.full_like(columns.diagonal, torch.inf)
         self.centre = torch.full(columns.diagonal.shape, -1, dtype=torch.int64)
 
+    @property
+    def begun(self) -> bool:
+        """Whether any point has been chosen."""
+        return bool((self.centre >= 0).any())
+
     def take(self, number: int) -> None:
         new = self.columns.distances(number)
         new[number] = 0.0
@@ -204,7 +213,7 @@ class _Nearest(Chosen):
         self.distance = torch.minimum(self.distance, new)
 
     def scores(self) -> Tensor:
-        return self.distance if bool(self.distance.isfinite().all()) else self.columns.diagonal
+        return self.distance if self.begun else self.columns.diagonal
 
 
 @dataclass(frozen=True)
@@ -228,7 +237,7 @@ class Scattered(_Nearest):
 
     def scores(self) -> Tensor:
         """Squared distances; before the first pick 1 for all."""
-        return self.distance if bool(self.distance.isfinite().all()) else torch.ones_like(self.distance)
+        return self.distance if self.begun else torch.ones_like(self.distance)
 
     def pick(self, scores: Tensor, generator: torch.Generator) -> int:
         """Drawn; any free one where all distances are zero."""
@@ -252,7 +261,7 @@ class _Clusters(_Nearest):
         self._pool = pool
 
     def scores(self) -> Tensor:
-        if int(self.centre[0]) < 0:
+        if not self.begun:
             return self.columns.diagonal
         mine = self.centre[self._pool]
         weights = torch.zeros_like(self.distance).index_add_(0, mine, self.distance[self._pool])
@@ -283,7 +292,7 @@ class _Coreset(Chosen):
         self._now_mean, self._now_now = 0.0, 0.0  # <c, mu> and <c, c>
 
     def scores(self) -> Tensor:
-        return (self._mean - self._now) / self._norms.clamp_min(torch.finfo(torch.float64).tiny)
+        return torch.where(self._norms > 0, (self._mean - self._now) / self._norms, 0.0)
 
     def take(self, number: int) -> None:
         norm = float(self._norms[number])

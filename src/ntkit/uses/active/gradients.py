@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ntkit.errors import InputError
 from ntkit.kernel.features import FeatureKernel
 from ntkit.solve.losses import CrossEntropy, Loss
-from ntkit.uses.active.columns import Columns, ProductColumns
+from ntkit.uses.active.columns import ProductColumns
 from ntkit.uses.active.designs import Scattered, in_turn
 from ntkit.uses.active.geometry import Geometry, LastLayer
 from ntkit.uses.active.strategy import Round, Strategy
@@ -46,16 +46,8 @@ class BADGE(Strategy):
 
 
 class _FromTheLongest(Scattered):
-    def __init__(self, columns: Columns) -> None:
-        super().__init__(columns)
-        self._begun = False
-
     def scores(self) -> Tensor:
-        return super().scores() if self._begun else self.columns.diagonal
+        return super().scores() if self.begun else self.columns.diagonal
 
     def pick(self, scores: Tensor, generator: torch.Generator) -> int:
-        return super().pick(scores, generator) if self._begun else int(scores.argmax())
-
-    def take(self, number: int) -> None:
-        self._begun = True
-        super().take(number)
+        return super().pick(scores, generator) if self.begun else int(scores.argmax())

@@ -75,7 +75,7 @@ class Greedy(Picks):
         free = torch.ones(len(candidates), dtype=torch.bool)
         numbers, utilities = [], []
         for _ in range(size):
-            scores = _checked(objective.scores(scene, candidates), candidates).masked_fill(~free, -torch.inf)
+            scores = checked(objective.scores(scene, candidates), candidates).masked_fill(~free, -torch.inf)
             place = int(scores.argmax())
             free[place] = False
             numbers.append(int(candidates[place]))
@@ -103,7 +103,7 @@ class TopK(Picks):
                 RedundantBatchWarning,
                 stacklevel=3,
             )
-        scores = _checked(objective.scores(scene, candidates), candidates)
+        scores = checked(objective.scores(scene, candidates), candidates)
         places = scores.sort(descending=True, stable=True).indices[:size]
         return Picked(candidates[places], one_after_the_other(scores, places))
 
@@ -130,7 +130,7 @@ class Power(Picks):
     def choose(  # noqa: D102
         self, objective: Objective, scene: Scene, candidates: Tensor, size: int, generator: torch.Generator
     ) -> Picked:
-        scores = _checked(objective.scores(scene, candidates), candidates)
+        scores = checked(objective.scores(scene, candidates), candidates)
         places = drawn_by_power(scores, self.beta, size, generator)
         return Picked(candidates[places], one_after_the_other(scores, places))
 
@@ -142,6 +142,21 @@ def after(scene: Scene, number: int) -> Scene:
     response = scene.posterior.add(number)
     moved = response[:, 0] * misfit if scene.posterior.block == 1 else response @ misfit
     return replace(scene, outputs=scene.outputs + moved.to(scene.outputs))
+
+
+def checked(scores: Tensor, numbers: Tensor) -> Tensor:
+    """Scores as they are, of points by number.
+
+    Raises:
+        InputError: if one is not a number.
+    """
+    if not bool(torch.isfinite(scores).all()):
+        bad = numbers[~torch.isfinite(scores)]
+        raise InputError(
+            f"the scores of {len(bad)} points are not finite, point {int(bad[0])} among them: the kernel, features or "
+            "outputs have a NaN there, or are too large for their type"
+        )
+    return scores
 
 
 def drawn_by_power(scores: Tensor, beta: float, size: int, generator: torch.Generator) -> Tensor:
@@ -157,13 +172,3 @@ def one_after_the_other(scores: Tensor, places: Tensor) -> Tensor:
     for k in range(1, len(places)):
         utilities[k, places[:k]] = -torch.inf
     return utilities
-
-
-def _checked(scores: Tensor, candidates: Tensor) -> Tensor:
-    if not bool(torch.isfinite(scores).all()):
-        bad = candidates[~torch.isfinite(scores)]
-        raise InputError(
-            f"the scores of {len(bad)} candidates are not finite, point {int(bad[0])} among them: its features or "
-            "outputs are too large for their type"
-        )
-    return scores

@@ -34,7 +34,11 @@ class TypiClust(Strategy):
     kernel: Geometry = field(default_factory=LastLayer)
 
     def choose(self, now: Round) -> Picked:
-        """Cost: that of k-means with as many clusters as labels and picks, and the square of the largest cluster."""
+        """Cost: that of k-means with as many clusters as labels and picks, and the square of the largest cluster.
+
+        Raises:
+            InputError: if there is not one row of finite features for each point.
+        """
         from sklearn.cluster import KMeans, MiniBatchKMeans
 
         kernel, n = now.kernel(self.kernel), len(now.labels)
@@ -44,6 +48,11 @@ class TypiClust(Strategy):
                 f"{kernel.shape[0]} rows for {n} points"
             )
         phi = kernel.features().cpu().double()
+        bad = (~phi.isfinite().all(1)).nonzero()[:, 0]
+        if len(bad):
+            raise InputError(
+                f"TypiClust needs finite features: those of {len(bad)} points are not, point {int(bad[0])} among them"
+            )
         count = min(len(now.labelled) + now.size, MOST, n)
         kind = KMeans if count <= 50 else MiniBatchKMeans
         seed = int(torch.randint(2**31, (1,), generator=now.generator))
