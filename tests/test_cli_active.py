@@ -443,6 +443,35 @@ def test_answers_that_have_not_been_told_are_kept(place: Path) -> None:
     run("ask", session, "--count", 2, "--out", place / "empty.csv")
 
 
+def test_answers_of_another_session_are_refused(place: Path) -> None:
+    """Both are of the same pool, so that every number fits."""
+    session, other = begin(place, "--labels", "first"), place / "other.jsonl"
+    shutil.copy(session, other)
+    run("ask", session, "--count", 3, "--out", place / "q.csv")
+    run("ask", other, "--count", 3)
+    asked = events(session)[1]["numbers"]
+    answer(place, place / "q.csv", skip=1)
+    run("tell", session, place / "q.csv")
+    strange = next(i for i in range(10, N) if i not in asked)
+    text = (place / "q.csv").read_text().replace(f"\n{asked[2]},", f"\n{strange},")
+    (place / "mixed.csv").write_text(text)
+    before = session.read_bytes()
+    said = refused("tell", session, place / "mixed.csv")
+    truth = NAMES[np.load(place / "data.npz")["truth"][asked[2]]]
+    assert f"1 of its answers are to points that this session has never asked for, the first to point {strange}" in said
+    assert f"Say --label {strange}={truth} if it is meant" in said
+    rows = list(csv.DictReader(io.StringIO((place / "q.csv").read_text())))
+    with (place / "skipped.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows([{**rows[0], "ntkit_id": strange}])
+    assert f"Say --skip {strange} if it is meant" in refused("tell", session, place / "skipped.csv")
+    assert session.read_bytes() == before
+    run("tell", session, f"--label={strange}={truth}")
+    run("tell", session, place / "mixed.csv")  # that is known by now
+    run("tell", session, place / "q.csv")  # the same again
+
+
 def test_names_of_classes_can_be_answered(place: Path) -> None:
     session, net, data = place / "s.jsonl", f"{place}/net.py:make", place / "data.npz"
     for names, message in (("cat,cat,owl", "same name"), ("cat, cat,owl", "same name"), ("cat,,owl", "empty name")):

@@ -149,14 +149,14 @@ def tell(
     skip: Annotated[list[int] | None, typer.Option(metavar="NUMBER", help="A point that cannot be labelled.")] = None,
     unlabel: Annotated[list[int] | None, typer.Option(metavar="NUMBER", help="Take a label back.")] = None,
 ) -> None:
-    """Write labels down, from a file or one by one. All of them, or none if one is wrong."""
+    """Write labels down, from a file of this session's questions or one by one: all, or none if one is wrong."""
     with in_plain_words():
         from ntkit.report.session import Session
 
         found = Session.resume(session)
         numbers, classes, skipped = [], [], list(skip or [])
         if answers is not None:
-            read = found.exchange(kind, answers).read(answers)
+            read = found.answers(found.exchange(kind, answers), answers)
             numbers, classes, skipped = read.numbers, read.labels, [*skipped, *read.skipped]
         for text in label or []:
             number, c = found.label(text)

@@ -18,7 +18,7 @@ from ntkit.report.page import Table
 from ntkit.solve.losses import CrossEntropy, Loss, SquareLoss
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits
-from ntkit.uses.active.exchange import CSV, Exchange, exchange
+from ntkit.uses.active.exchange import CSV, Answers, Exchange, exchange
 from ntkit.uses.active.geometry import Hidden
 from ntkit.uses.active.journal import Journal
 from ntkit.uses.active.loop import Loop
@@ -189,14 +189,35 @@ class Session:
                 f"{path} is there already and cannot be read as questions, so that it is not replaced. {error}. Mend "
                 "it, or choose another file"
             ) from error
-        answers = [*zip(found.numbers, found.labels, strict=True), *((number, None) for number in found.skipped)]
-        told = self.loop.told
-        lost = [number for number, label in answers if (number, label) not in told]
+        lost = [number for number, _ in self._new(found)]
         if lost:
             raise InputError(
                 f"{path} has answers that this session has not been told: {len(lost)}, the first to point {lost[0]}. "
                 "Hand it in with `ntkit active tell` before you ask again, or choose another file"
             )
+
+    def answers(self, kind: Exchange, path: Path) -> Answers:
+        """What a file says, to questions of this session.
+
+        Raises:
+            InputError: if it cannot be read, or has an answer to what was never asked: it is another session's then.
+        """
+        found, asked = kind.read(path), self.loop.asked
+        stray = [(number, label) for number, label in self._new(found) if number not in asked]
+        if stray:
+            number, label = stray[0]
+            meant = f"--skip {number}" if label is None else f"--label {number}={kind.name(label)}"
+            raise InputError(
+                f"{path}: {len(stray)} of its answers are to points that this session has never asked for, the first "
+                f"to point {number}: is this another session's file? Say {meant} if it is meant"
+            )
+        return found
+
+    def _new(self, found: Answers) -> list[tuple[int, int | None]]:
+        """Answers of a file that the session has never been told; None for skipped."""
+        answers = [*zip(found.numbers, found.labels, strict=True), *((number, None) for number in found.skipped)]
+        told = self.loop.told
+        return [one for one in answers if one not in told]
 
     def exchange(self, name: str | None, path: Path) -> Exchange:
         """The kind of a file, by name or by the end of its path.

@@ -96,7 +96,7 @@ class Exchange(ABC):
         if len(worth) != len(points) or (guesses is not None and len(guesses) != len(points)):
             raise InputError(f"one score and one guess for each of {len(points)} points: got {len(worth)} scores")
         shown = [_item(items, i) for i in points]
-        said = [None if guesses is None else self._name(int(guesses[k])) for k in range(len(points))]
+        said = [None if guesses is None else self.name(int(guesses[k])) for k in range(len(points))]
         text = self._written(points, worth, shown, said)
         place = Path(path)
         half = place.with_name(place.name + ".part")
@@ -142,7 +142,8 @@ class Exchange(ABC):
     def _read(self, text: str, place: Path) -> Iterable[tuple[int, str | None]]:
         """Numbers and answers; None for what could not be labelled."""
 
-    def _name(self, label: int) -> str:
+    def name(self, label: int) -> str:
+        """A class as people see it."""
         return str(label) if self.names is None else str(self.names[label])
 
     def parse(self, answer: object) -> int:

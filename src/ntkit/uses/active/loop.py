@@ -192,6 +192,11 @@ class Loop:
         return {*map(tuple, begun["labels"]), *labels, *skipped}
 
     @property
+    def asked(self) -> set[int]:
+        """All points that have been asked for so far, answered or not."""
+        return {number for event in self._journal.events if event["event"] == "query" for number in event["numbers"]}
+
+    @property
     def rounds(self) -> int:
         """Questions so far."""
         return sum(event["event"] == "query" for event in self._journal.events)
