@@ -172,9 +172,21 @@ def test_argilla(tmp_path: Path) -> None:
     assert records[0]["suggestions"] == {"animal": {"value": "dog", "score": None, "agent": "ntkit"}}
     assert kind.read(path) == Answers([], [], [])
     records[0]["responses"] = {"animal": [{"value": "cat", "user_id": "1"}, {"value": "cat", "user_id": "2"}]}
-    records[2]["responses"] = {"animal": [{"value": None, "user_id": "1"}]}
+    # as Argilla's own export has them: every response has a value, and none a status
     path.write_text(json.dumps(records), encoding="utf-8")
-    assert kind.read(path) == Answers([17], [0], [256])
+    assert kind.read(path) == Answers([17], [0], [])
+    # with the status, as the server has it: what stood in the form is there whether or not it was sent
+    for status, expected in (
+        ("submitted", Answers([17, 256], [0, 1], [])),
+        ("discarded", Answers([17], [0], [256])),
+        ("draft", Answers([17], [0], [])),
+        ("pending", Answers([17], [0], [])),
+    ):
+        for value in ("dog", None):
+            records[2]["responses"] = {"animal": [{"value": value, "user_id": "1", "status": status}]}
+            path.write_text(json.dumps(records), encoding="utf-8")
+            nothing = status == "submitted" and value is None
+            assert kind.read(path) == (Answers([17], [0], []) if nothing else expected)
     assert Argilla(NAMES, question="other").read(path) == Answers([], [], [])
 
 

@@ -261,7 +261,9 @@ class LabelStudio(Exchange):
 class Argilla(Exchange):
     """Records for Argilla 2, as `dataset.records.from_json` reads and `to_json` writes them.
 
-    A record's score is in its metadata; a response without a value counts as skipped.
+    A record's score is in its metadata. A response whose status is "discarded" counts as skipped, one with another than
+    "submitted" as none. But `to_json` leaves the status out, and what was discarded or is a draft has its value all the
+    same: export the records with the status "submitted" alone, and skip those that were discarded by hand.
 
     Attributes:
         question: name of the label question.
@@ -288,7 +290,11 @@ class Argilla(Exchange):
         for record in _records(text, place):
             number = _number(record.get("id"), place)
             for response in (record.get("responses") or {}).get(self.question, []):
-                yield number, response.get("value")
+                value, status = response.get("value"), response.get("status", "submitted")
+                if status == "discarded":
+                    yield number, None
+                elif status == "submitted" and value is not None:
+                    yield number, value
 
 
 FORMATS: dict[str, type[Exchange]] = {"csv": CSV, "labelstudio": LabelStudio, "argilla": Argilla}
