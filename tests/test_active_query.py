@@ -565,3 +565,28 @@ def test_a_layer_that_is_called_twice_has_not_one_input() -> None:
     torch.testing.assert_close(kernel.features(), torch.cat([*expected, torch.ones(300, 1)], 1))
     with pytest.raises(ModelError, match="'again' does not see each example once"):
         active.Hidden(layers=["again"]).of(linearize(model), x)
+
+
+class ByName(nn.Module):
+    """The same three layers, called by place or by keyword."""
+
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.conv, self.head = nn.Linear(6, 6), nn.Conv1d(1, 4, 3), nn.Linear(4, 3)
+        self.named = named
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.named:
+            return self.head(self.conv(self.first(x).tanh()[:, None]).relu().mean(2))
+        hidden = self.conv(input=self.first(input=x).tanh()[:, None])
+        return self.head(input=hidden.relu().mean(2))
+
+
+@pytest.mark.parametrize("kernel", [active.Hidden(), active.Hidden(layers=["conv", "head"]), active.LastLayer()])
+def test_layers_that_are_called_by_keyword_are_seen(kernel: active.Geometry) -> None:
+    x = torch.randn(300, 6)
+    found, expected = (kernel.of(linearize(ByName(named).eval()), x) for named in (True, False))
+    assert isinstance(found, FeatureKernel)
+    assert isinstance(expected, FeatureKernel)
+    torch.testing.assert_close(found.features(), expected.features())

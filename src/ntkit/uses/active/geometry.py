@@ -19,7 +19,7 @@ from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits, Readout
 from ntkit.tangent.sketch import Sketch
 from ntkit.tangent.untouched import untouched
-from ntkit.uses.active.layers import layer_inputs
+from ntkit.uses.active.layers import incoming, layer_inputs
 from ntkit.uses.active.posterior import FeaturePosterior, KernelPosterior, Posterior
 
 if TYPE_CHECKING:
@@ -58,10 +58,11 @@ class LastLayer(Geometry):
     def of(self, tangent: Tangent, x: Any) -> Kernel:  # noqa: D102
         seen: list[tuple[nn.Linear, Tensor, Tensor]] = []
 
-        def note(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[:] = [(module, inputs[0].detach(), output.detach())]
+        def note(module: nn.Linear, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+            seen[:] = [(module, incoming(inputs, named).detach(), output.detach())]
 
-        hooks = [m.register_forward_hook(note) for m in tangent.model.modules() if isinstance(m, nn.Linear)]
+        linear = [module for module in tangent.model.modules() if isinstance(module, nn.Linear)]
+        hooks = [module.register_forward_hook(note, with_kwargs=True) for module in linear]
         examples, parts, outs = tangent.examples(x), [], []
         try:
             for start in range(0, len(examples), BATCH):

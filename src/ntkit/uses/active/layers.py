@@ -57,7 +57,10 @@ def layer_inputs(tangent: Tangent, x: Any, names: Sequence[str] | None = None, l
         )
     watched = {n: m for n, m in modules.items() if (isinstance(m, LAYERS) if names is None else n in names)}
     notes = _Notes(len(tangent.examples(x)), names or ())
-    hooks = [module.register_forward_pre_hook(partial(notes.take, name)) for name, module in watched.items()]
+    hooks = [
+        module.register_forward_pre_hook(partial(notes.take, name), with_kwargs=True)
+        for name, module in watched.items()
+    ]
     hooks.append(tangent.model.register_forward_hook(notes.close))
     try:
         outputs = tangent.outputs(x, batch=BATCH).detach().cpu()
@@ -75,11 +78,12 @@ class _Notes:
         self._n, self._wanted = n, wanted
         self._done, self._now, self._calls = 0, {}, Counter()
 
-    def take(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def take(self, name: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """A hook before a module."""
         self._calls[name] += 1
-        if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim > 1:
-            self._now[name] = _pooled(inputs[0].detach(), module)
+        x = incoming(inputs, named)
+        if isinstance(x, Tensor) and x.ndim > 1:
+            self._now[name] = _pooled(x.detach(), module)
 
     def close(self, *_: Any) -> None:
         """A hook after the network: the end of a batch."""
@@ -94,6 +98,11 @@ class _Notes:
         for name, column in self.parts.items():
             column.append(whole[name].cpu())
         self._done, self._now, self._calls = self._done + size, {}, Counter()
+
+
+def incoming(inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The first thing that comes into a module, by place or by name; None if there is nothing."""
+    return next(iter((*inputs, *named.values())), None)
 
 
 def _pooled(x: Tensor, module: nn.Module) -> Tensor:
