@@ -250,6 +250,42 @@ def test_every_strategy_asks_and_answers_alike(rule: Strategy) -> None:
         rule.query(x, y, model, batch_size=28)
 
 
+ALIKE = [
+    rule(Given(FeatureKernel(problem(3)[0])), sigma)
+    for rule in (MaxDiag, MaxDet, CoreSet, KMeansPlusPlus, LCMD, FrankWolfe)
+    for sigma in (None, SIGMA)
+]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [*ALIKE, Bait(Given(FeatureKernel(problem(3)[0])), SIGMA), BADGE(), TypiClust()],
+    ids=lambda r: type(r).__name__,
+)
+def test_a_candidate_is_worth_the_same_among_few_and_among_all(rule: Strategy) -> None:
+    (_, labels, pool), model = problem(3), nn.Linear(2, 3).double()
+    every, some = (rule.choose(now(labels, numbers, 1, model)).utilities[0] for numbers in (pool, pool[5:20:3]))
+    torch.testing.assert_close(some, every[5:20:3], rtol=1e-9, atol=1e-12)
+
+
+def test_the_next_heaviest_cluster_where_the_first_has_no_candidate() -> None:
+    """Clusters around three labelled points of ten, six and three others, most of them no candidates."""
+    middle = torch.tensor([[0.0, 0.0], [100.0, 0.0], [0.0, 100.0]], dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    around = [middle[k] + 1 + torch.rand(n, 2, generator=draw).double() for k, n in enumerate((10, 6, 3))]
+    phi = torch.cat([middle, *around])
+    labels = torch.tensor([0, 1, 2] + [-1] * 19)
+    rule = LCMD(Given(FeatureKernel(phi)))
+
+    def choose(candidates: list[int]) -> list[int]:
+        return rule.choose(now(labels, torch.tensor(candidates), 1)).numbers.tolist()
+
+    distance = (phi[:, None] - middle).square().sum(2).amin(1)
+    assert choose([5, 15, 20]) == [5]
+    assert choose([14, 15, 16, 20]) == [14 + int(distance[14:17].argmax())]
+    assert choose([19, 20, 21]) == [19 + int(distance[19:22].argmax())]
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("rule", [MaxDet, CoreSet, KMeansPlusPlus, LCMD, FrankWolfe, Bait])
 def test_an_entry_that_is_no_number_is_named(rule: Any, bad: float) -> None:

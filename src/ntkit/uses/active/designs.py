@@ -249,10 +249,14 @@ class Scattered(_Nearest):
 
 @dataclass(frozen=True)
 class LCMD(Design):
-    """The farthest point of the heaviest cluster; points belong to the nearest chosen one and weigh their distance."""
+    """The farthest point of the heaviest cluster; points belong to the nearest chosen one and weigh their distance.
+
+    All points without a label weigh, candidates or not. Where the heaviest cluster has no candidate, the next one has
+    its turn: points of other clusters than the first have scores below 0, the heavier theirs the higher.
+    """
 
     def start(self, columns: Columns, now: Round) -> Chosen:  # noqa: D102
-        return _Clusters(columns, now.candidates)
+        return _Clusters(columns, (now.labels < 0).nonzero()[:, 0])
 
 
 class _Clusters(_Nearest):
@@ -265,19 +269,22 @@ class _Clusters(_Nearest):
             return self.columns.diagonal
         mine = self.centre[self._pool]
         weights = torch.zeros_like(self.distance).index_add_(0, mine, self.distance[self._pool])
-        return torch.where(self.centre == weights.argmax(), self.distance, -1.0)
+        rank = torch.empty_like(self.centre)
+        rank[weights.argsort(descending=True, stable=True)] = torch.arange(len(rank))
+        rank = rank[self.centre]
+        return torch.where(rank == 0, self.distance, self.distance / (1 + self.distance.max()) - rank)
 
 
 @dataclass(frozen=True)
 class FrankWolfe(Design):
-    """Points whose weighted sum comes near the sum over the pool (ACS-FW, Pinsler et al. 2019).
+    """Points whose weighted sum comes near the sum over all without a label (ACS-FW, Pinsler et al. 2019).
 
     Where labelled points count as chosen, they belong to the sum.
     """
 
     def start(self, columns: Columns, now: Round) -> Chosen:  # noqa: D102
-        known = now.labelled if self.sigma is None else now.labelled[:0]
-        return _Coreset(columns, torch.cat([now.candidates, known]))
+        pool = torch.arange(len(now.labels)) if self.sigma is None else (now.labels < 0).nonzero()[:, 0]
+        return _Coreset(columns, pool)
 
 
 class _Coreset(Chosen):
@@ -340,10 +347,8 @@ class Bait(Strategy):
         kernel = now.kernel(self.kernel)
         KernelColumns(kernel, n)  # which checks the kernel
         ones = torch.ones(n, 1, 1, dtype=torch.float64)
-        points = torch.zeros_like(ones)
-        points[now.labelled] = points[now.candidates] = 1.0
         ridge = self.sigma**2 * scale(kernel, now.labelled, ones)
-        open_ = posterior(kernel, now.labelled, now.weights[:, None, None].clone(), points, ridge)
+        open_ = posterior(kernel, now.labelled, now.weights[:, None, None].clone(), ones, ridge)
         wanted = min(2 * now.size, len(now.candidates)) if self.backward else now.size
         picked = in_turn(_Variance(open_), replace(now, size=wanted))
         kept = picked.numbers.tolist()
