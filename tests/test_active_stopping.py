@@ -111,19 +111,41 @@ def test_sessions_stop_and_say_why(tmp_path: Path) -> None:
     options: dict[str, Any] = {"strategy": Random(), "stop": rules, "evaluate": accuracy}
     loop = session(tmp_path / "s.jsonl", **options)
     reasons = loop.run(lambda numbers: true[numbers].tolist(), 6)
-    assert reasons == ("33 labels of a budget of 30",)
-    assert [found.labels for found in loop.history] == [3, 9, 15, 21, 27, 33]
+    assert reasons == ("30 labels of a budget of 30",)
+    assert (loop.labels >= 0).sum() == 30  # the last question is a smaller one, and nothing is trained after it
+    assert [found.labels for found in loop.history] == [3, 9, 15, 21, 27]
     assert all(set(found.measured) == {"Kappa", "MeanUncertainty"} for found in loop.history)
-    assert len(calls) == 6
+    assert len(calls) == 5
     again = session(tmp_path / "s.jsonl", **options)  # nothing is trained or measured again
     assert again.run(lambda numbers: true[numbers].tolist(), 6) == reasons
-    assert len(calls) == 6
+    assert len(calls) == 5
     assert again.history == loop.history
     with pytest.raises(InputError, match="one rule of each kind"):
         session(tmp_path / "t.jsonl", stop=[Kappa(), Kappa(rounds=2)])
     other = session(tmp_path / "u.jsonl", strategy=Random(), stop=[Target("accuracy", 0.9)])
     with pytest.raises(InputError, match="measures nothing"):
         other.run(lambda numbers: true[numbers].tolist(), 6)
+
+
+def test_a_budget_goes_by_the_labels_of_now(tmp_path: Path) -> None:
+    _, true = pool()
+    loop = session(tmp_path / "s.jsonl", strategy=Random(), stop=[Budget(12), Budget(20), Kappa(rounds=50)])
+    assert (loop.room, loop.reasons) == (9, ())
+    asked = loop.query(15).numbers  # by hand, and more than there is room for
+    said: list[list[int]] = []
+
+    def answer(numbers: np.ndarray) -> list[int | None]:
+        said.append(numbers.tolist())
+        return [None if i == asked[0] else int(true[i]) for i in numbers]
+
+    assert loop.run(answer, 5) == ("12 labels of a budget of 12",)
+    assert said == [asked[:9].tolist(), asked[9:10].tolist()]  # what is skipped costs nothing
+    assert len(loop.waiting) == 5
+    loop.unlabel([int(asked[1])])
+    assert (loop.room, loop.reasons) == (1, ())
+    assert loop.run(answer, 5) == ("12 labels of a budget of 12",)
+    free = session(tmp_path / "t.jsonl", strategy=Random(), stop=[Kappa()])
+    assert free.room is None
 
 
 def test_sessions_end_when_nothing_is_left(tmp_path: Path) -> None:

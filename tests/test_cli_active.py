@@ -95,7 +95,7 @@ def events(path: Path) -> list[dict]:
 
 
 def test_a_session_from_the_first_label_to_the_last(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = begin(place, "--labels", "first", "--budget", 14)
+    session = begin(place, "--labels", "first", "--budget", 16)
     monkeypatch.chdir(place.parent)  # tomorrow, in another folder
     questions = place / "q.csv"
     out = run("ask", session, "--count", 5, "--out", questions)
@@ -110,13 +110,25 @@ def test_a_session_from_the_first_label_to_the_last(place: Path, monkeypatch: py
     truth = np.load(place / "data.npz")["truth"]
     words = [f"--label={number}={NAMES[truth[number]]}" for number in asked[-2:]]
     run("tell", session, *words, "--unlabel", next(iter(given)))
-    run("ask", session, "--count", 6, "--out", questions)
+    run("ask", session, "--count", 7, "--out", questions)
     answer(place, questions)
     run("tell", session, questions)
     status = " ".join(run("status", session).split())
-    for text in ("points 60", "with a label 15", "waiting for an answer 0", "skipped 1", "question 2", "cat", "owl"):
+    for text in ("points 60", "with a label 16", "waiting for an answer 0", "skipped 1", "question 2", "cat", "owl"):
         assert text in status
-    assert "you may stop: 15 labels of a budget of 14" in run("ask", session, "--count", 1)
+    assert "you may stop: 16 labels of a budget of 16" in run("ask", session, "--count", 1)
+
+
+def test_a_budget_is_not_overrun(place: Path) -> None:
+    session = begin(place, "--labels", "first", "--budget", 8)
+    assert "2 of 5 points are asked for" in run("ask", session, "--count", 5)
+    asked = events(session)[1]["numbers"]
+    assert len(asked) == 2
+    run("tell", session, *(f"--label={n}=cat" for n in asked))
+    assert "you may stop: 8 labels of a budget of 8" in run("status", session)  # before anybody asks again
+    out = run("ask", session, "--count", 3)  # who wants more has been told
+    assert "you may stop: 8 labels of a budget of 8" in out
+    assert len(events(session)[3]["numbers"]) == 3
 
 
 def test_from_no_label_at_all_and_with_weights(place: Path) -> None:

@@ -124,9 +124,12 @@ def ask(
         shown = None if exchange is None else found.items(items, needed=exchange.needs_items)
         if exchange is not None and out is not None:
             found.require_told(exchange, out)
+        size = count if len(found.loop.waiting) else found.within(count)
+        if size < count:
+            say(f"{size} of {count} points are asked for: the session's budget leaves no more")
         with Terminal() as terminal:
             terminal.step("training and choosing")
-            asked = found.ask(count, weights)
+            asked = found.ask(size, weights)
         print_table(_questions(found, asked))
         if exchange is not None and out is not None:
             known = bool((found.loop.labels >= 0).any())

@@ -149,6 +149,10 @@ class Session:
             raise StoreError(f"{journal}: this session was begun in Python, or by another version: go on there")
         return cls(Settings(**kept), journal)
 
+    def within(self, count: int) -> int:
+        """So many points, or as many as the budget leaves. One that is used up stops nobody: `ask` says so."""
+        return min(count, self.loop.room or count)
+
     def ask(self, count: int, weights: Path | None = None) -> Asked:
         """Points to be labelled; the network is trained here, or read from a file.
 

@@ -216,10 +216,26 @@ class Loop:
         return dict(self._journal.events[0]["settings"])
 
     @property
+    def room(self) -> int | None:
+        """So many labels more are allowed by the rules; None for any number."""
+        limits = [left for rule in self.rules if (left := rule.left(self._spent)) is not None]
+        return min(limits, default=None)
+
+    @property
     def reasons(self) -> tuple[str, ...]:
-        """Why one may as well stop, as of the last question; rules about what it did not measure wait for the next."""
-        history = self.history
-        return _reasons([rule for rule in self.rules if not self._waits(rule, history)], history)
+        """Why one may as well stop: rules that limit the labels go by those of now, the others by the last question.
+
+        Rules about what the last question did not measure wait for the next.
+        """
+        history, spent = self.history, self._spent
+        now = Finding(spent, history[-1].metrics if history else {}, {})
+        limits = [rule for rule in self.rules if rule.left(spent) is not None]
+        others = [rule for rule in self.rules if rule not in limits and not self._waits(rule, history)]
+        return (*_reasons(limits, [*history, now]), *_reasons(others, history))
+
+    @property
+    def _spent(self) -> int:
+        return int((self._labels >= 0).sum())
 
     def _waits(self, rule: StoppingRule, history: list[Finding]) -> bool:
         metric = getattr(rule, "metric", None)
@@ -347,7 +363,7 @@ class Loop:
             InputError: if an answer is no class, or there is not one for each point.
         """
         asked = self.query(size)
-        self._answer(asked, oracle)
+        self._answer(asked.numbers, oracle)
         return asked
 
     def run(
@@ -360,9 +376,11 @@ class Loop:
     ) -> tuple[str, ...]:
         """Step after step until a rule says stop, all points have labels, or so many questions have been asked.
 
+        Where the rules allow no label more, it ends before the network is trained again.
+
         Args:
             oracle: as for `step`.
-            size: of a batch; the last may be smaller.
+            size: of a batch; the last may be smaller, by the points that are left or the labels that rules allow.
             rounds: questions of the session, those before a crash included.
             progress: called after every question.
 
@@ -373,24 +391,26 @@ class Loop:
             InputError: if an answer is no class.
         """
         while True:
-            left = int((self._labels < 0).sum()) - len(self._skipped)
+            left, room = int((self._labels < 0).sum()) - len(self._skipped), self.room
             if not self._pending and not left:
                 return ("every point has a label or was skipped",)
+            if not self._pending and room == 0:
+                return self.reasons
             if not self._pending and rounds is not None and self.rounds >= rounds:
                 return (f"{self.rounds} rounds",)
-            asked = self.query(min(size, left))
+            asked = self.query(min(size, left, left if room is None else room))
             if progress is not None:
                 progress(asked)
             if asked.reasons:
                 return asked.reasons
-            self._answer(asked, oracle)
+            self._answer(asked.numbers[:room], oracle)  # those of an older question may be more
 
-    def _answer(self, asked: Asked, oracle: Callable[[np.ndarray], Sequence[int | None]]) -> None:
-        answers = list(oracle(asked.numbers))
-        if len(answers) != len(asked.numbers):
-            raise InputError(f"{len(asked.numbers)} points were asked for, {len(answers)} answers came")
-        known = [(int(i), a) for i, a in zip(asked.numbers, answers, strict=True) if a is not None]
-        unknown = [int(i) for i, a in zip(asked.numbers, answers, strict=True) if a is None]
+    def _answer(self, numbers: np.ndarray, oracle: Callable[[np.ndarray], Sequence[int | None]]) -> None:
+        answers = list(oracle(numbers))
+        if len(answers) != len(numbers):
+            raise InputError(f"{len(numbers)} points were asked for, {len(answers)} answers came")
+        known = [(int(i), a) for i, a in zip(numbers, answers, strict=True) if a is not None]
+        unknown = [int(i) for i, a in zip(numbers, answers, strict=True) if a is None]
         self.tell([i for i, _ in known], [a for _, a in known], skipped=unknown)
 
     def _network(self, model: nn.Module) -> dict[str, str]:
@@ -410,7 +430,7 @@ class Loop:
                 "modules, or begin a session with Loop(y=loop.labels) in another journal"
             )
         trained_before = before and before[-1]["network"]["parameters"] == mine["parameters"]
-        if trained_before and before[-1]["spent"] != int((self._labels >= 0).sum()):
+        if trained_before and before[-1]["spent"] != self._spent:
             warnings.warn(
                 "labels have come since the last question, and the network is the same as then: does fit(labels) train "
                 "it?",

@@ -51,6 +51,13 @@ class StoppingRule(ABC):
         """Something to remember of this round, as JSON has it; nothing by default."""
         return None
 
+    def left(self, labels: int) -> int | None:
+        """So many labels may still be bought when there are `labels`; None for any number, as by default.
+
+        A rule that says so is asked for its reason with the labels as they are by now, not as of the last question.
+        """
+        return None
+
     @abstractmethod
     def reason(self, history: Sequence[Finding]) -> str | None:
         """Why to stop, in words; None to go on. The last of the history is the present.
@@ -65,6 +72,9 @@ class Budget(StoppingRule):
     """So many labels and no more, those of the beginning included."""
 
     labels: int
+
+    def left(self, labels: int) -> int:  # noqa: D102
+        return max(self.labels - labels, 0)
 
     def reason(self, history: Sequence[Finding]) -> str | None:  # noqa: D102
         spent = history[-1].labels
