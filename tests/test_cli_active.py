@@ -495,6 +495,44 @@ def test_names_of_classes_can_be_answered(place: Path) -> None:
     assert events(session)[0]["settings"]["names"] == NAMES
 
 
+def test_a_strategy_that_the_network_cannot_serve_is_refused_before_the_session_begins(place: Path) -> None:
+    net, data, new = f"{place}/net.py:make", place / "data.npz", place / "n.jsonl"
+    said = refused("start", new, net, data, "--strategy", "bald")
+    assert "BALD cannot be used with this network: the network has no dropout" in said
+    assert "Say --strategy NAME" in said
+    (place / "net.py").write_text(
+        "from torch import nn\n\n\ndef make():\n"
+        "    model = nn.Sequential(nn.Linear(5, 16), nn.Dropout(0.2), nn.Linear(16, 3))\n"
+        "    nn.init.zeros_(model[2].weight)\n    return model\n\n\n"
+        "def end():\n    return nn.Sequential(nn.Linear(5, 16), nn.Linear(16, 3), nn.Tanh())\n"
+    )
+    assert "no last layer" in refused("start", new, f"{place}/net.py:end", data, "--strategy", "badge")
+    assert not new.exists()
+    run("start", new, net, data, "--strategy", "bald", "--labels", "first", "--steps", 20)
+    assert len(events(new)) == 1
+
+
+@pytest.mark.filterwarnings("always::ntkit.uses.active.loop.ChangedStrategyWarning")
+def test_another_strategy_for_a_question(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = begin(place, "--labels", "first")
+    before = session.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("ntkit.report.session.Session._train", lambda *_: pytest.fail("trained for nothing"))
+        assert "BALD cannot be used" in refused("ask", session, "--strategy", "bald")
+        assert "expected one of curvature-ivr" in refused("ask", session, "--strategy", "magic")
+    assert session.read_bytes() == before
+    said = run("ask", session, "--count", 2, "--strategy", "margin")
+    assert "note: this session was begun with another strategy: LookAhead" in " ".join(said.split())
+    assert events(session)[1]["strategy"].startswith("Margin(")
+    run("tell", session, *(f"--label={n}=cat" for n in events(session)[1]["numbers"]))
+    run("ask", session, "--count", 2)
+    assert events(session)[3]["strategy"].startswith("LookAhead(")
+    cold = place / "cold.jsonl"
+    run("start", cold, f"{place}/net.py:make", place / "data.npz")
+    run("ask", cold, "--strategy", "k-means++", "--count", 2)
+    assert events(cold)[1]["strategy"].startswith("KMeansPlusPlus(")
+
+
 def test_no_label_and_no_last_linear_layer(place: Path) -> None:
     (place / "net.py").write_text(
         "from torch import nn\n\n\ndef make():\n"

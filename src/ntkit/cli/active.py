@@ -111,6 +111,10 @@ def ask(
     kind: FormatOption = None,
     weights: WeightsOption = None,
     items: ItemsOption = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Another than the session's, this time.", show_default=False),
+    ] = None,
 ) -> None:
     """Which points should be labelled next? Trains the network on the labels so far, or takes your --weights.
 
@@ -119,7 +123,7 @@ def ask(
     with in_plain_words():
         from ntkit.report.session import Session
 
-        found = Session.resume(session)
+        found = Session.resume(session, strategy)
         exchange = None if out is None else found.exchange(kind, out)
         shown = None if exchange is None else found.items(items, needed=exchange.needs_items)
         if exchange is not None and out is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ntkit.errors import InputError, StoreError
+from ntkit.errors import InputError, ModelError, StoreError
 from ntkit.report.inputs import Arrays, load_factory, load_weights, parse_dtype
 from ntkit.report.items import items_of
 from ntkit.report.page import Table
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from ntkit.uses.active.loop import Asked
     from ntkit.uses.active.strategy import Strategy
 
+# Points on which a strategy is tried.
+TRIAL = 50
 LOSSES: dict[str, type[Loss]] = {"cross-entropy": CrossEntropy, "square": SquareLoss}
 
 
@@ -78,13 +81,17 @@ class Settings:
 class Session:
     """A session on disk, with its pool and its network."""
 
-    def __init__(self, settings: Settings, journal: Path, *, labels: str | None = None) -> None:
+    def __init__(
+        self, settings: Settings, journal: Path, *, labels: str | None = None, strategy: str | None = None
+    ) -> None:
         """Read the pool, and the journal if there is one.
 
         Args:
             settings: those of the session.
             journal: its file.
             labels: name of the array of labels to begin with.
+            strategy: another than that of the settings, by name. It is tried on a few points, as that of a session that
+                begins is.
 
         Raises:
             InputError: if anything does not fit.
@@ -92,6 +99,7 @@ class Session:
         """
         if settings.loss not in LOSSES:
             raise InputError(f"unknown loss {settings.loss!r}: expected {' or '.join(LOSSES)}")
+        self._chosen = strategy
         self.settings, self._dtype = settings, parse_dtype(settings.dtype)
         self._factory = load_factory(settings.factory)
         path, y = Path(settings.data), None
@@ -113,13 +121,16 @@ class Session:
         classes = linearize(model, readout=Logits()).outputs(self.x[:2]).shape[1]
         if settings.names is not None and len(settings.names) != classes:
             raise InputError(f"the network has {classes} outputs, one for each class: got {len(settings.names)} names")
-        if not Journal(journal).events:
+        rule, begins = self._strategy(strategy or settings.strategy), not Journal(journal).events
+        if begins:
             CSV(settings.names)  # which checks them: a session keeps its names for ever
             if settings.items is not None:  # later it may be another, or nobody looks
                 self.items()
+        if begins or strategy is not None:
+            self._try(rule, classes)
         self.loop = Loop(
             self.x,
-            self._strategy(settings.strategy),
+            rule,
             self._train,
             journal=journal,
             classes=classes,
@@ -130,8 +141,12 @@ class Session:
         )
 
     @classmethod
-    def resume(cls, journal: Path) -> Session:
+    def resume(cls, journal: Path, strategy: str | None = None) -> Session:
         """The session of a journal.
+
+        Args:
+            journal: its file.
+            strategy: another than the session's, by name.
 
         Raises:
             InputError: if there is none, or what it needs has gone.
@@ -147,7 +162,7 @@ class Session:
         fields = {field.name for field in dataclasses.fields(Settings)}
         if not {"factory", "data"} <= set(kept) <= fields:
             raise StoreError(f"{journal}: this session was begun in Python, or by another version: go on there")
-        return cls(Settings(**kept), journal)
+        return cls(Settings(**kept), journal, strategy=strategy)
 
     def within(self, count: int) -> int:
         """So many points, or as many as the budget leaves. One that is used up stops nobody: `ask` says so."""
@@ -163,8 +178,8 @@ class Session:
             self.loop.fit = partial(self._load, weights)
         elif not (self.loop.labels >= 0).any():
             self.loop.fit = lambda _: self._factory.build(seed=self.settings.seed, dtype=self._dtype)
-            # not every network ends in a linear layer
-            self.loop.strategy = TypiClust(Hidden(), random_state=self.settings.seed)
+            if self._chosen is None:  # not every network ends in a linear layer
+                self.loop.strategy = TypiClust(Hidden(), random_state=self.settings.seed)
         return self.loop.query(count)
 
     def label(self, text: str) -> tuple[int, int]:
@@ -272,6 +287,27 @@ class Session:
     def _strategy(self, name: str) -> Strategy:
         return strategy(name, loss=LOSSES[self.settings.loss](), random_state=self.settings.seed)
 
+    def _try(self, rule: Strategy, classes: int) -> None:
+        """Ask once on a few points, with labels that are made up and a network that has seen them once.
+
+        What a strategy needs of a network is known before anything is written down, or trained for long.
+
+        Raises:
+            InputError: if the strategy cannot be used with the network.
+        """
+        x = self.x[:TRIAL]
+        if len(x) < 4:  # too few to leave anything to choose from
+            return
+        y = np.where(np.arange(len(x)) % 2, -1, np.arange(len(x)) // 2 % classes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a trial nobody need know
+            try:
+                replace(rule, missing_label=-1).query(x, y, self._training(x, 1)(y))
+            except (InputError, ModelError) as error:
+                raise InputError(
+                    f"the strategy {type(rule).__name__} cannot be used with this network: {error}. Say --strategy NAME"
+                ) from error
+
     def _rules(self) -> list[StoppingRule]:
         said = self.settings
         rules: list[StoppingRule] = []
@@ -284,16 +320,19 @@ class Session:
         return rules
 
     def _train(self, labels: np.ndarray) -> nn.Module:
+        return self._training(self.x, self.settings.steps)(labels)
+
+    def _training(self, x: Tensor, steps: int) -> Training:
         said = self.settings
         return Training(
-            self.x,
+            x,
             partial(self._factory.build, seed=said.seed, dtype=self._dtype),
             loss=LOSSES[said.loss](),
             optimizer=partial(torch.optim.Adam, lr=said.lr),
-            steps=said.steps,
+            steps=steps,
             batch_size=said.batch_size,
             seed=said.seed,
-        )(labels)
+        )
 
     def _load(self, weights: Path, _: np.ndarray) -> nn.Module:
         model = self._factory.build(seed=self.settings.seed, dtype=self._dtype)
