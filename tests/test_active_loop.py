@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from ntkit.errors import InputError, ModelError, StoreError
 from ntkit.kernel.features import FeatureKernel
 from ntkit.tangent.examples import Examples
-from ntkit.uses.active import ChangedStrategyWarning, Given, LookAhead, Margin, SquareLoss
+from ntkit.uses.active import Budget, ChangedStrategyWarning, Given, LookAhead, Margin, SquareLoss
 from ntkit.uses.active.journal import Journal
 from ntkit.uses.active.loop import Loop
 from ntkit.uses.active.uncertainty import Random
@@ -383,6 +383,31 @@ def test_as_many_outputs_as_classes(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=f"3 outputs, the session {classes} classes"):
             loop.query(2)
         assert path.read_bytes() == before
+
+
+def test_numbers_that_count_nothing_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    for classes in (None, 3.5, 3.0, "3", 0, 1):
+        with pytest.raises(InputError, match=r"classes: got .*, expected a whole number of at least 2"):
+            session(path, classes=classes)
+    for stop, message in (
+        (5, "stop: got int; expected an object such as Budget"), (None, "stop: got NoneType"),
+        ([Budget], "stop: got the class Budget, not an object of it"), (["budget"], "stop: got 'budget'"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            session(path, stop=stop)
+    assert not path.exists()
+    loop = session(path, classes=np.int64(C), stop=Budget(5), fit=lambda _: pytest.fail("trained for nothing"))
+    assert loop.room == 2
+    for size in (2.5, 2.0, None, 0, "2"):
+        for ask in (loop.query, lambda size: loop.run(lambda _: [], size), lambda size: loop.step(lambda _: [], size)):
+            with pytest.raises(InputError, match=r"size: got .*, expected a whole number of at least 1"):
+                ask(size)
+    assert len(events(path)) == 1
+    loop.fit = fit
+    assert len(loop.query(np.int64(2)).numbers) == 2  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match=r"size: got 2\.5"):
+        loop.query(2.5)  # pyright: ignore[reportArgumentType]
 
 
 def test_refusals_are_not_written_down(tmp_path: Path) -> None:

@@ -324,6 +324,8 @@ def broken() -> nn.Sequential:
     [
         ({"batch_size": 37}, "37 points are asked for, 36 are left"),
         ({"batch_size": 0}, "batch_size: got 0"),
+        ({"batch_size": 2.0}, "batch_size: got 2.0, expected a whole number of at least 1"),
+        ({"batch_size": None}, "batch_size: got None"),
         ({"candidates": []}, "1 points are asked for, 0 are left"),
         ({"candidates": [1, 40]}, "numbers of points from 0 to 39: got 40"),
         ({"candidates": [-1]}, "numbers of points from 0 to 39: got -1"),

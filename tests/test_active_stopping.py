@@ -148,6 +148,13 @@ def test_a_budget_goes_by_the_labels_of_now(tmp_path: Path) -> None:
     assert free.room is None
 
 
+@pytest.mark.parametrize("wrong", [0, 2.5, None])
+def test_rules_count_in_whole_numbers(wrong: Any) -> None:
+    for make in (Budget, lambda k: Plateau("accuracy", rounds=k), lambda k: Kappa(rounds=k), lambda k: Kappa(points=k)):
+        with pytest.raises(InputError, match="expected a whole number of at least 1"):
+            make(wrong)
+
+
 def test_sessions_end_when_nothing_is_left(tmp_path: Path) -> None:
     _, true = pool()
     loop = session(tmp_path / "s.jsonl", strategy=Random())

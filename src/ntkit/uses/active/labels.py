@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,26 @@ def as_numbers(values: Any, n: int, what: str = "points", *, twice: bool = False
     return torch.from_numpy(numbers)
 
 
+def as_count(value: Any, what: str, least: int = 1) -> int:
+    """How many, as a plain int; integers of numpy and torch are taken.
+
+    Args:
+        value: a whole number; 2.0 is none, since a slice would not take it either.
+        what: it counts, for messages.
+        least: smallest that makes sense.
+
+    Raises:
+        InputError: if it is no whole number, or smaller.
+    """
+    try:
+        found = operator.index(value)
+    except TypeError:
+        found = least - 1
+    if found < least:
+        raise InputError(f"{what}: got {value!r}, expected a whole number of at least {least}")
+    return found
+
+
 def as_candidates(candidates: Any, labels: Tensor, size: int) -> Tensor:
     """Numbers of the points that may be chosen, in rising order.
 
@@ -84,8 +105,6 @@ def as_candidates(candidates: Any, labels: Tensor, size: int) -> Tensor:
         found = as_numbers(candidates, len(labels), "candidates").sort().values
         if bool((labels[found] >= 0).any()):
             raise InputError(f"point {int(found[labels[found] >= 0][0])} has a label already: it is no candidate")
-    if size < 1:
-        raise InputError(f"batch_size: got {size!r}, expected a positive number")
     if size > len(found):
         raise InputError(f"{size} points are asked for, {len(found)} are left without a label")
     return found

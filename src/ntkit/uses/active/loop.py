@@ -6,7 +6,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,10 @@ from ntkit.errors import InputError, ModelError, StoreError
 from ntkit.tangent.examples import Examples
 from ntkit.tangent.identity import architecture, content, digest
 from ntkit.uses.active.journal import VERSION, Journal
-from ntkit.uses.active.labels import as_numbers
+from ntkit.uses.active.labels import as_count, as_numbers
 from ntkit.uses.active.registry import as_strategy
 from ntkit.uses.active.stopping import Finding, StoppingRule, require_metric
+from ntkit.uses.active.strategy import require
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +82,7 @@ class Loop:
         classes: int,
         y: Any = None,
         evaluate: Evaluate | None = None,
-        stop: Sequence[StoppingRule] = (),
+        stop: StoppingRule | Sequence[StoppingRule] = (),
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin a session, or go on with the one that is in the journal.
@@ -96,12 +97,12 @@ class Loop:
             classes: number of classes C.
             y: labels to begin with, (n,), -1 where there is none. When a session goes on: None, or the same.
             evaluate: measures every trained network; what it returns is written down.
-            stop: rules that say when to stop. They only say so: `query` answers all the same, `run` ends.
+            stop: rules that say when to stop, or one. They only say so: `query` answers all the same, `run` ends.
             settings: of whoever begins the session, as JSON: written down, and given back when it goes on.
 
         Raises:
-            InputError: if the labels do not fit, a point has a NaN in it, the strategy is none, or two rules of one
-                kind would measure under one name.
+            InputError: if the labels do not fit, there are not two classes or more, a point has a NaN in it, the
+                strategy or a rule is none, or two rules of one kind would measure under one name.
             StoreError: if the journal is damaged, or of other points, classes or first labels.
 
         Warns:
@@ -109,17 +110,19 @@ class Loop:
         """
         self.strategy = strategy = as_strategy(strategy)
         self.fit, self.X = fit, X
-        self.evaluate, self.rules = evaluate, tuple(stop)
+        self.evaluate, self.rules = evaluate, tuple(stop) if isinstance(stop, Iterable) else (stop,)
+        for rule in self.rules:
+            require("stop", rule, StoppingRule, "Budget(100), or a list of such")
         names = [rule.name for rule in self.rules if type(rule).measure is not StoppingRule.measure]
         if len(set(names)) < len(names):
             raise InputError(f"one rule of each kind that measures: got {', '.join(sorted(names))}")
-        self.n, self.classes = len(Examples(X)), classes
+        self.n, self.classes = len(Examples(X)), as_count(classes, "classes", 2)
         self._journal = Journal(journal)
         self._labels = np.full(self.n, -1)
         self._skipped: set[int] = set()
         self._pending: list[tuple[int, float, int]] = []
         examples = Examples(X) if self._journal.events else _Numbers(X)  # what has begun goes on
-        facts = {"version": VERSION, "points": self.n, "classes": classes, "data": content(examples)}
+        facts = {"version": VERSION, "points": self.n, "classes": self.classes, "data": content(examples)}
         first = [] if y is None else self._first(y)
         if not self._journal.events:
             self._journal.add("start", **facts, strategy=_named(strategy), labels=first, settings=dict(settings or {}))
@@ -154,7 +157,7 @@ class Loop:
         fit: Fit,
         *,
         evaluate: Evaluate | None = None,
-        stop: Sequence[StoppingRule] = (),
+        stop: StoppingRule | Sequence[StoppingRule] = (),
     ) -> Loop:
         """Go on with the session of a journal, as `Loop(...)` does; but never begin one.
 
@@ -248,14 +251,16 @@ class Loop:
             size: how many, if none are waiting.
 
         Raises:
-            InputError: if more are asked for than are left, or a rule looks at what is not measured.
+            InputError: if the size is no whole number, more are asked for than are left, or a rule looks at what is not
+                measured.
             ModelError: if the network has not what the strategy needs, or is built in another way than before.
             StoreError: if the journal cannot be written.
         """
+        size = as_count(size, "size")
         if self._pending:
             return self._asked(0.0, 0.0)
         free = np.setdiff1d(np.flatnonzero(self._labels < 0), self.skipped)
-        if not 1 <= size <= len(free):
+        if size > len(free):
             raise InputError(f"{size} points are asked for, {len(free)} are left without a label")
         self._journal.check()  # before the network is trained for nothing
         if self.evaluate is None:
@@ -388,8 +393,9 @@ class Loop:
             Why it ended, in words.
 
         Raises:
-            InputError: if an answer is no class.
+            InputError: if the size is no whole number, or an answer is no class.
         """
+        size = as_count(size, "size")
         while True:
             left, room = int((self._labels < 0).sum()) - len(self._skipped), self.room
             if not self._pending and not left:
@@ -398,7 +404,7 @@ class Loop:
                 return self.reasons
             if not self._pending and rounds is not None and self.rounds >= rounds:
                 return (f"{self.rounds} rounds",)
-            asked = self.query(min(size, left, left if room is None else room))
+            asked = self.query(size if self._pending else min(size, left, left if room is None else room))
             if progress is not None:
                 progress(asked)
             if asked.reasons:

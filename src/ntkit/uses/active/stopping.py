@@ -11,6 +11,7 @@ import torch
 
 from ntkit.errors import InputError
 from ntkit.solve.losses import CrossEntropy, Loss, as_loss
+from ntkit.uses.active.labels import as_count
 from ntkit.uses.active.lookahead import LookAhead
 from ntkit.uses.active.objectives import MostLikelyChange
 
@@ -73,6 +74,14 @@ class Budget(StoppingRule):
 
     labels: int
 
+    def __post_init__(self) -> None:
+        """Check the number.
+
+        Raises:
+            InputError: if it is no positive whole number.
+        """
+        as_count(self.labels, "labels")
+
     def left(self, labels: int) -> int:  # noqa: D102
         return max(self.labels - labels, 0)
 
@@ -123,7 +132,7 @@ class Plateau(StoppingRule):
         Raises:
             InputError: if it is not positive.
         """
-        _positive("rounds", self.rounds)
+        as_count(self.rounds, "rounds")
 
     def reason(self, history: Sequence[Finding]) -> str | None:  # noqa: D102
         sign = -1.0 if self.smaller_is_better else 1.0
@@ -162,8 +171,8 @@ class Kappa(StoppingRule):
         Raises:
             InputError: if they are not positive, or kappa is more than 1.
         """
-        _positive("rounds", self.rounds)
-        _positive("points", self.points)
+        as_count(self.rounds, "rounds")
+        as_count(self.points, "points")
         if not self.least <= 1:
             raise InputError(f"kappa is at most 1: got least={self.least!r}")
 
@@ -258,11 +267,6 @@ class MaxPredictedChange(StoppingRule):
         if found is None or found > self.most:
             return None
         return f"the most telling label would move an output by {found:.3g} in the mean (root of squares)"
-
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise InputError(f"{name}: got {value!r}, expected a positive number")
 
 
 def require_metric(name: str | None, metrics: Mapping[str, float]) -> None:

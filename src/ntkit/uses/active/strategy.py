@@ -15,7 +15,7 @@ from ntkit.solve.losses import as_loss
 from ntkit.tangent.linearize import Tangent, linearize
 from ntkit.tangent.readout import Logits
 from ntkit.uses.active.geometry import Geometry, WithOutputs
-from ntkit.uses.active.labels import as_candidates, as_labels, as_weights, draw
+from ntkit.uses.active.labels import as_candidates, as_count, as_labels, as_weights, draw
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -211,10 +211,11 @@ class Strategy(ABC):
         Raises:
             InputError: if anything does not fit.
         """
+        size = as_count(batch_size, "batch_size")
         tangent = linearize(model, readout=Logits(self.select))
         n = len(tangent.examples(X))
         labels = as_labels(y, n, self.missing_label)
-        numbers = as_candidates(candidates, labels, batch_size)
+        numbers = as_candidates(candidates, labels, size)
         weights = torch.ones(n, dtype=torch.float64) if sample_weight is None else as_weights(sample_weight, n)
         generator = torch.Generator().manual_seed(draw(self.random_state, labels))
-        return Round(tangent, X, labels, weights, numbers, batch_size, generator)
+        return Round(tangent, X, labels, weights, numbers, size, generator)
