@@ -375,6 +375,8 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
         (lambda: active.Flips(0), "labels looked at: got 0"),
         (lambda: LookAhead(kernel=active.LastLayer()).query(*pool(), Odd()), "no last layer"),
         (lambda: LookAhead(kernel=active.Given(lambda m, x: x)).query(*pool(), network()), "got Tensor"),
+        (lambda: active.Given(torch.eye(N)), r"function.*got Tensor\. Wrap features \(n, D\) as FeatureKernel"),
+        (lambda: active.Given(np.eye(N)), r"got ndarray.*a matrix as DenseKernel\(matrix\)"),
         (lambda: LookAhead(kernel=active.Given(DenseKernel(torch.eye(7)))).query(*pool(), network()), "got 7"),
         (
             lambda: LookAhead(kernel=active.Given(DenseKernel(torch.zeros(N, N)))).query(*pool(), network()),

@@ -197,17 +197,35 @@ class Given(Geometry):
 
     what: Kernel | Callable[[nn.Module, Any], Kernel]
 
+    def __post_init__(self) -> None:
+        """Check what is given.
+
+        Raises:
+            InputError: if it is neither a kernel nor a function.
+        """
+        if not callable(self.what):
+            _as_kernel(self.what, "Given takes a Kernel, or a function that makes one")
+
     def of(self, tangent: Tangent, x: Any) -> Kernel:  # noqa: D102
         if isinstance(self.what, Kernel):
             return self.what
         with untouched(tangent.model), torch.no_grad():
             found = self.what(tangent.model, x)
-        if not isinstance(found, Kernel):
-            raise InputError(
-                f"a function for Given makes a Kernel: got {type(found).__name__}. Wrap features (n, D) as "
-                "FeatureKernel(features), a matrix as DenseKernel(matrix)"
-            )
+        return _as_kernel(found, "a function for Given makes a Kernel")
+
+
+def _as_kernel(found: Any, expected: str) -> Kernel:
+    """A kernel as it is.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    if isinstance(found, Kernel):
         return found
+    raise InputError(
+        f"{expected}: got {type(found).__name__}. Wrap features (n, D) as FeatureKernel(features), a matrix as "
+        "DenseKernel(matrix)"
+    )
 
 
 def _of_all_logits(readout: Readout, tangent: Tangent) -> Readout:
