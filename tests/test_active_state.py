@@ -380,3 +380,16 @@ def test_a_warm_start_ends_where_training_from_scratch_does() -> None:
     larger = LookAhead(loss=active.SquareLoss(), kernel=last, missing_label=-1, reg=1e-1)
     other = LookAheadState(larger, x, y, model, learned=nobody)
     assert float((other.change(more, label) - hidden @ (warm - first)).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("one", [1.0, np.float64(1), np.int64(1), torch.tensor(1)], ids=lambda v: type(v).__name__)
+def test_a_class_may_be_any_whole_number(one: object) -> None:
+    """As labels come out of an array."""
+    _, y = pool()
+    plain, other = (make(active.CrossEntropy(), active.LastLayer(), y) for _ in range(2))
+    for state, label in ((plain, 1), (other, one)):
+        assert state.change(5, label).shape == (N, C)  # pyright: ignore[reportArgumentType]
+        state.add(5, label)  # pyright: ignore[reportArgumentType]
+        state.relabel(3, label)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(other.predict(), plain.predict(), rtol=0, atol=0)
+    assert np.array_equal(other.labels, plain.labels)

@@ -147,8 +147,8 @@ class LookAheadState:
         Raises:
             InputError: if the point has a label already, or either number is out of range.
         """
-        self._check(number, label, labelled=False)
-        label = int(self.scene.outputs[number].argmax()) if label is None else label
+        self._check(number, labelled=False)
+        label = int(self.scene.outputs[number].argmax()) if label is None else self._class(label)
         return self._moved(self.posterior.response(number), number, label)
 
     def add(self, number: int, label: int) -> None:
@@ -157,7 +157,8 @@ class LookAheadState:
         Raises:
             InputError: if the point has a label already, or either number is out of range.
         """
-        self._check(number, label, labelled=False)
+        self._check(number, labelled=False)
+        label = self._class(label)
         misfit = self._misfit(number, label)
         self._move(self.posterior.add(number), misfit)
         self._labels[number] = label
@@ -168,7 +169,7 @@ class LookAheadState:
         Raises:
             InputError: if the point has none.
         """
-        self._check(number, None, labelled=True)
+        self._check(number, labelled=True)
         misfit = self._misfit(number, int(self._labels[number]))
         self._move(self.posterior.remove(number), misfit)
         self._labels[number] = -1
@@ -179,7 +180,8 @@ class LookAheadState:
         Raises:
             InputError: if it has none, or the class is out of range.
         """
-        self._check(number, label, labelled=True)
+        self._check(number, labelled=True)
+        label = self._class(label)
         change = self._pull(self._first, number, label) - self._pull(self._first, number, int(self._labels[number]))
         moved = self.posterior.moved(torch.tensor([number]), change[None])
         self.scene = replace(self.scene, outputs=self.scene.outputs + moved)
@@ -214,13 +216,17 @@ class LookAheadState:
     def _move(self, response: Tensor, misfit: Tensor) -> None:
         self.scene = replace(self.scene, outputs=self.scene.outputs + _apply(response, misfit))
 
-    def _check(self, number: int, label: int | None, *, labelled: bool) -> None:
-        n, count = self._first.shape
-        as_numbers([number], n)
-        if label is not None and label not in range(count):
-            raise InputError(f"labels are classes from 0 to {count - 1}: got {label}")
+    def _check(self, number: int, *, labelled: bool) -> None:
+        as_numbers([number], len(self._labels))
         if (int(self._labels[number]) >= 0) != labelled:
             raise InputError(f"point {number} has {'no label' if labelled else 'a label already'}")
+
+    def _class(self, label: int) -> int:
+        """A class as a plain int: 1.0 is in a range, too, and would be taken for a soft target."""
+        count = self._first.shape[1]
+        if label not in range(count):
+            raise InputError(f"labels are classes from 0 to {count - 1}: got {label}")
+        return int(label)
 
 
 def _apply(response: Tensor, misfit: Tensor) -> Tensor:
