@@ -266,9 +266,17 @@ def test_a_call_without_objects() -> None:
     for labelled, classes, message in (
         ([3, 8], [0], "one class"), ([3, 3], [0, 1], "different numbers"), ([N], [0], "from 0 to 39"),
         ([0.5], [0], "from 0 to 39"), ([3], [0.5], "got 0.5"), ([3], [7], "classes from 0 to 2"),
+        ([3, 8, 20], [0, 1, np.nan], "every labelled point has a class: got nan for point 20"),
+        ([3, 8], [None, 1], "every labelled point has a class: got None for point 3"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             active.select(model, x, labelled, classes)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_class_that_stands_for_no_label_is_refused_among_labels() -> None:
+    """The point would be one without a label, and could be chosen."""
+    with pytest.raises(InputError, match="got 0 for point 3, which stands for no label"):
+        active.select(network(), pool()[0], [8, 3], [1, 0], strategy=LookAhead(missing_label=0))
 
 
 @pytest.mark.parametrize("name", [name for name in active.NAMES if name not in ("random", "bald", "epig")])

@@ -10,7 +10,7 @@ import numpy as np
 
 from ntkit.errors import InputError
 from ntkit.tangent.examples import Examples
-from ntkit.uses.active.labels import as_numbers
+from ntkit.uses.active.labels import as_labels, as_numbers
 from ntkit.uses.active.lookahead import LookAhead
 from ntkit.uses.active.registry import as_strategy
 
@@ -76,6 +76,13 @@ def select(
     if tuple(numbers.shape) != classes.shape:
         raise InputError(
             f"every labelled point has one class: got {len(numbers)} numbers and classes of shape {classes.shape}"
+        )
+    missing = as_labels(classes, len(numbers), rule.missing_label) < 0
+    if bool(missing.any()):
+        place = int(missing.nonzero()[0])
+        raise InputError(
+            f"every labelled point has a class: got {classes.tolist()[place]} for point {int(numbers[place])}, which "
+            "stands for no label"
         )
     known = dict(zip(numbers.tolist(), classes.tolist(), strict=True))
     labels = [known.get(i, rule.missing_label) for i in range(n)]
