@@ -102,6 +102,81 @@ def test_tables_that_do_not_fit(tmp_path: Path) -> None:
         CSV().write(path, NUMBERS, SCORES[:2])
 
 
+def test_cells_that_stand_in_no_column_are_refused(tmp_path: Path) -> None:
+    """With a separator too many, what would be read is what stands beside the answer."""
+    path = tmp_path / "q.csv"
+    path.write_text("ntkit_id,text,label\n1,of 3,cat\n2,of 3, 2,cat\n")
+    with pytest.raises(InputError, match="line 3 has more cells than the 3 of the first line: a text with a ','"):
+        CSV(NAMES).read(path)
+    path.write_text("ntkit_id,text,label\n1,of 3,2,\n")  # would be class 2
+    with pytest.raises(InputError, match="line 2 has more cells"):
+        CSV().read(path)
+    for head in ("ntkit_id,label,label", "ntkit_id,label,ntkit_id,label"):
+        path.write_text(f"{head}\n1,cat,dog\n")
+        with pytest.raises(InputError, match="there are 2 columns"):
+            CSV(NAMES).read(path)
+
+
+@pytest.mark.parametrize("kind", [CSV, LabelStudio, Argilla])
+def test_questions_that_cannot_be_written(tmp_path: Path, kind: Any) -> None:
+    path = tmp_path / "q"
+    for guess in (-1, 3):
+        with pytest.raises(InputError, match=f"got {guess}, expected one of 0 to 2"):
+            written(kind(NAMES), path, guesses=[0, guess, 1])
+    with pytest.raises(InputError, match=r"got -1, expected one of 0, 1, 2"):
+        written(kind(), path, guesses=[0, -1, 1])
+    for score in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match="that of point 4 is not"):
+            kind(NAMES).write(path, NUMBERS, [1.0, score, 2.0], items=ITEMS)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "message"),
+    [
+        (LabelStudio(), {"data": [1]}, r"data: expected an object, got \[1\]"),
+        (LabelStudio(), {"data": {"ntkit_id": 1}, "annotations": ["x"]}, 'annotations are objects: got "x"'),
+        (LabelStudio(), {"data": {"ntkit_id": 1}, "annotations": [{"result": 3}]}, "result: expected a list, got 3"),
+        (LabelStudio(), {"data": {"ntkit_id": 1}, "annotations": [{"result": [3]}]}, "results are objects: got 3"),
+        (
+            LabelStudio(),
+            {"data": {"ntkit_id": 1}, "annotations": [{"result": [
+                {"type": "choices", "from_name": "label", "value": {"choices": "cat"}}
+            ]}]},
+            'choices: expected a list, got "cat"',
+        ),
+        (
+            LabelStudio(),
+            {"data": {"ntkit_id": 1}, "annotations": [{"result": [
+                {"type": "choices", "from_name": "animal", "value": {"choices": ["cat"]}}
+            ]}]},
+            "no answer is one to the tag 'label', those that are there are to animal",
+        ),
+        (Argilla(), {"id": "1", "responses": [1]}, r"responses: expected an object, got \[1\]"),
+        (Argilla(), {"id": "1", "responses": {"label": "cat"}}, 'label: expected a list, got "cat"'),
+        (Argilla(), {"id": "1", "responses": {"label": ["cat"]}}, 'responses are objects: got "cat"'),
+    ],
+)  # fmt: skip
+def test_files_of_another_shape(tmp_path: Path, kind: Exchange, task: dict[str, Any], message: str) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps([task]))
+    with pytest.raises(InputError, match=message):
+        kind.read(path)
+
+
+def test_null_is_no_answer(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    for responses in (None, {}, {"label": None}, {"label": []}):
+        path.write_text(json.dumps([{"id": "1", "responses": responses}]))
+        assert Argilla().read(path) == Answers([], [], [])
+    path.write_text(json.dumps([{"id": "1", "responses": {"label": [{"value": "2", "status": None}]}}]))
+    assert Argilla().read(path) == Answers([1], [2], [])
+    part = {"type": "choices", "from_name": "label", "value": None}
+    for done in (None, [], [{"result": None}], [{"result": [part]}]):
+        path.write_text(json.dumps([{"data": {"ntkit_id": 1}, "annotations": done}]))
+        assert LabelStudio().read(path) == Answers([], [], [])
+
+
 def test_spaces_around_names_do_not_matter(tmp_path: Path) -> None:
     names = ["cat", " dog", "owl "]
     path = written(CSV(names), tmp_path / "q.csv")
@@ -187,7 +262,8 @@ def test_argilla(tmp_path: Path) -> None:
             path.write_text(json.dumps(records), encoding="utf-8")
             nothing = status == "submitted" and value is None
             assert kind.read(path) == (Answers([17], [0], []) if nothing else expected)
-    assert Argilla(NAMES, question="other").read(path) == Answers([], [], [])
+    with pytest.raises(InputError, match=r"no answer is one to the question 'other', those .* are to animal"):
+        Argilla(NAMES, question="other").read(path)
 
 
 def test_files_by_functions(tmp_path: Path) -> None:

@@ -403,7 +403,7 @@ def test_what_is_wrong_is_said_and_nothing_is_written(place: Path) -> None:
     assert "begin one with" in refused("status", place / "none.jsonl")
     assert "NUMBER=CLASS" in refused("tell", session, "--label", "3")
     assert "expected one of cat, dog, owl" in refused("tell", session, "--label", "30=cow")
-    assert "nothing to tell" in refused("tell", session)
+    assert "nothing to tell: hand in a file" in refused("tell", session)
     assert "from 0 to 59" in refused("tell", session, "--label", "30=cat", "--label", "60=cat")
     assert "has a label" in refused("tell", session, "--label", "30=cat", "--skip", "0")
     assert "100 points are asked for" in refused("ask", session, "--count", "100")
@@ -431,6 +431,7 @@ def test_answers_that_have_not_been_told_are_kept(place: Path) -> None:
     session, questions = begin(place, "--labels", "first"), place / "q.csv"
     run("ask", session, "--count", 4, "--out", questions)
     run("ask", session, "--out", questions)  # nothing is filled in yet
+    assert "q.csv has no answer yet" in refused("tell", session, questions)
     answer(place, questions, leave=1, skip=1)
     filled, before = questions.read_bytes(), session.read_bytes()
     assert "has not been told: 3, the first to point" in refused("ask", session, "--out", questions)

@@ -170,7 +170,11 @@ def tell(
             numbers.append(number)
             classes.append(c)
         if not numbers and not skipped and not unlabel:
-            raise InputError("nothing to tell: fill in the label column, or say --label NUMBER=CLASS")
+            raise InputError(
+                "nothing to tell: hand in a file of questions, or say --label NUMBER=CLASS"
+                if answers is None
+                else f"nothing to tell: {answers} has no answer yet; in a table fill in the column label"
+            )
         found.loop.tell(numbers, classes, skipped=skipped, unlabelled=unlabel or [])
         left = len(found.loop.waiting)
         say(f"{len(numbers)} labels, {len(skipped)} skipped, {len(unlabel or [])} taken back; {left} questions wait")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,12 +90,15 @@ class Exchange(ABC):
             guesses: the network's own classes, shown as a suggestion.
 
         Raises:
-            InputError: if there is not one score (item, guess) for each point.
+            InputError: if there is not one finite score (item, guess) for each point, or a guess is no class.
             StoreError: if the file cannot be written.
         """
         points, worth = [int(i) for i in numbers], [float(s) for s in scores]
         if len(worth) != len(points) or (guesses is not None and len(guesses) != len(points)):
             raise InputError(f"one score and one guess for each of {len(points)} points: got {len(worth)} scores")
+        bad = [i for i, score in zip(points, worth, strict=True) if not math.isfinite(score)]
+        if bad:
+            raise InputError(f"scores are finite numbers: that of point {bad[0]} is not. Leave the point out")
         shown = [_item(items, i) for i in points]
         said = [None if guesses is None else self.name(int(guesses[k])) for k in range(len(points))]
         text = self._written(points, worth, shown, said)
@@ -143,7 +147,15 @@ class Exchange(ABC):
         """Numbers and answers; None for what could not be labelled."""
 
     def name(self, label: int) -> str:
-        """A class as people see it."""
+        """A class as people see it.
+
+        Raises:
+            InputError: if there is none of that number.
+        """
+        most = math.inf if self.names is None else len(self.names) - 1
+        if not 0 <= label <= most:
+            expected = "0, 1, 2, ..." if self.names is None else f"0 to {most}"
+            raise InputError(f"a guess is a class by its number: got {label}, expected one of {expected}")
         return str(label) if self.names is None else str(self.names[label])
 
     def parse(self, answer: object) -> int:
@@ -199,7 +211,15 @@ class CSV(Exchange):
         names = table.fieldnames or []
         if NUMBER not in names or "label" not in names:
             raise InputError(f"{place}: expected the columns {NUMBER} and label, got {', '.join(names) or 'none'}")
+        twice = [name for name in (NUMBER, "label") if names.count(name) > 1]
+        if twice:
+            raise InputError(f"{place}: there are {names.count(twice[0])} columns {twice[0]}: keep one")
         for row in table:
+            if None in row:  # where the further cells are put: all behind a stray separator would be read wrong
+                raise InputError(
+                    f"{place}: line {table.line_num} has more cells than the {len(names)} of the first line: a text "
+                    f"with a {separator!r} in it stands in quotes"
+                )
             answer = (row["label"] or "").strip()
             if not answer:
                 continue
@@ -236,25 +256,29 @@ class LabelStudio(Exchange):
         return {"from_name": self.choices, "to_name": self.shown, "type": "choices", "value": {"choices": [name]}}
 
     def _read(self, text: str, place: Path) -> Iterable[tuple[int, str | None]]:
+        mine, others = False, set[str]()
         for task in _records(text, place):
             done = task.get("annotations") or []
             if not isinstance(done, list):
                 raise InputError(f"{place}: annotations are a list: export from Label Studio as JSON, not JSON-MIN")
-            number = _number((task.get("data") or {}).get(NUMBER), place)
-            for annotation in done:
+            number = _number(_part(task, "data", dict, place).get(NUMBER), place)
+            for annotation in _objects(done, "annotations", place):
                 if annotation.get("was_cancelled"):
                     yield number, None
                     continue
-                chosen = [
-                    choice
-                    for part in annotation.get("result") or []
-                    if part.get("type") == "choices" and part.get("from_name") == self.choices
-                    for choice in part["value"]["choices"]
-                ]
+                chosen = []
+                for part in _objects(_part(annotation, "result", list, place), "results", place):
+                    if part.get("type") == "choices" and part.get("from_name") == self.choices:
+                        chosen += _part(_part(part, "value", dict, place), "choices", list, place)
+                    elif part.get("type") == "choices":
+                        others.add(str(part.get("from_name")))
                 if len(chosen) > 1:
                     raise InputError(f"{place}: point {number} has {len(chosen)} choices: expected one class")
                 if chosen:
+                    mine = True
                     yield number, chosen[0]
+        if others and not mine:
+            raise _no_answer(place, "tag", self.choices, others, "LabelStudio(choices=...)")
 
 
 @dataclass(frozen=True)
@@ -287,14 +311,19 @@ class Argilla(Exchange):
         return json.dumps(records, indent=1, ensure_ascii=False)
 
     def _read(self, text: str, place: Path) -> Iterable[tuple[int, str | None]]:
+        mine, others = False, set[str]()
         for record in _records(text, place):
-            number = _number(record.get("id"), place)
-            for response in (record.get("responses") or {}).get(self.question, []):
-                value, status = response.get("value"), response.get("status", "submitted")
+            number, responses = _number(record.get("id"), place), _part(record, "responses", dict, place)
+            others.update(name for name in responses if name != self.question)
+            for response in _objects(_part(responses, self.question, list, place), "responses", place):
+                value, status = response.get("value"), response.get("status") or "submitted"
+                mine = True
                 if status == "discarded":
                     yield number, None
                 elif status == "submitted" and value is not None:
                     yield number, value
+        if others and not mine:
+            raise _no_answer(place, "question", self.question, others, "Argilla(question=...)")
 
 
 FORMATS: dict[str, type[Exchange]] = {"csv": CSV, "labelstudio": LabelStudio, "argilla": Argilla}
@@ -377,6 +406,38 @@ def _records(text: str, place: Path) -> list[dict[str, Any]]:
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise InputError(f"{place}: expected a list of tasks")
     return found
+
+
+def _part(whole: dict[str, Any], name: str, kind: type, place: Path) -> Any:
+    """A part of a task, empty where it is left out or null.
+
+    Raises:
+        InputError: if it is of another kind.
+    """
+    found = whole.get(name)
+    if found is not None and not isinstance(found, kind):
+        expected = "a list" if kind is list else "an object"
+        raise InputError(f"{place}: {name}: expected {expected}, got {json.dumps(found)[:40]}")
+    return kind() if found is None else found
+
+
+def _objects(found: list[Any], what: str, place: Path) -> list[dict[str, Any]]:
+    """Entries of a list as they are.
+
+    Raises:
+        InputError: if one is no object.
+    """
+    bad = [one for one in found if not isinstance(one, dict)]
+    if bad:
+        raise InputError(f"{place}: {what} are objects: got {json.dumps(bad[0])[:40]}")
+    return found
+
+
+def _no_answer(place: Path, what: str, name: str, others: set[str], reader: str) -> InputError:
+    return InputError(
+        f"{place}: no answer is one to the {what} {name!r}, those that are there are to {', '.join(sorted(others))}: "
+        f"give that {what} the name {name!r}, or read them with {reader}"
+    )
 
 
 def _from_zero_to_one(scores: list[float]) -> list[float]:
