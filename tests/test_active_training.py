@@ -16,7 +16,7 @@ from sklearn.neural_network import MLPClassifier
 from torch import nn
 from torch.nn import functional
 
-from ntkit.errors import InputError
+from ntkit.errors import InputError, ModelError
 from ntkit.uses.active import CrossEntropy, Loss, SquareLoss
 from ntkit.uses.active.loop import Loop, UntrainedWarning
 from ntkit.uses.active.training import Refit, Training, as_network
@@ -120,6 +120,62 @@ def test_what_cannot_be_trained_on() -> None:
     for loss in (CrossEntropy(), SquareLoss()):
         with pytest.raises(InputError, match=r"classes from 0 to 2.*got 3"):
             Training(pool()[0], network, loss=loss, steps=1, batch_size=1)(y)
+
+
+def test_points_that_the_network_cannot_take_are_said_before_training() -> None:
+    x, steps = pool()[0], []
+
+    def counted(parameters: Any) -> torch.optim.Optimizer:
+        steps.append(1)
+        return torch.optim.Adam(parameters)
+
+    for data, message in (
+        (x.double(), r"parameters are torch.float32, the examples torch.float64: convert one"),
+        (x.long(), r"fails on examples of shapes \[\(1, 5\)\].*Long and Float"),
+        (x[:, :4], r"fails on examples of shapes \[\(1, 4\)\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Training(data, network, optimizer=counted)(some())
+    with pytest.raises(ModelError, match=r"model\.eval"):  # no running statistics: it could not be asked afterwards
+        Training(x, lambda: nn.Sequential(nn.BatchNorm1d(5, track_running_stats=False), network()))(some())
+    assert not steps
+
+
+def mixing() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, C))
+
+
+def test_batch_norm_trains_on_two_labels_or_more() -> None:
+    one = np.where(np.arange(N) == 7, 1, -1)
+    for labels, size in ((one, 64), (some(), 1)):
+        with pytest.raises(InputError, match="BatchNorm cannot train on a batch of one example"):
+            Training(pool()[0], mixing, steps=1, batch_size=size)(labels)
+    images = pool()[0].view(N, 1, 5, 1)  # with places enough one example will do
+    made = Training(images, lambda: nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(5, C)), steps=1)(one)
+    assert not made.training
+
+    def failing() -> nn.Module:
+        model = mixing()
+        model.register_forward_pre_hook(lambda module, _: int("x") if module.training else None)
+        return model
+
+    with pytest.raises(ValueError, match="invalid literal"):  # of the user's own
+        Training(pool()[0], failing, steps=1)(some())
+
+
+@pytest.mark.parametrize("estimator", [LogisticRegression(), MLPClassifier((7,), random_state=0, max_iter=300, tol=1)])
+def test_classifiers_take_points_in_every_form(estimator: Any) -> None:
+    """And the network that is made takes them as well."""
+    from ntkit.uses.active import Margin
+
+    whole = (4 * pool()[0]).round()
+    expected = Refit(estimator, whole.double().numpy(), C)(some())
+    for data in (whole.double(), whole.long(), whole.long().numpy(), whole.long().tolist(), whole):
+        model = Refit(estimator, data, C)(some())
+        x = data if isinstance(data, torch.Tensor) else torch.as_tensor(data)
+        tolerance = 1e-3 if x.dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(model(x).double(), expected(whole.double()), rtol=tolerance, atol=tolerance)
+        assert len(Margin(missing_label=-1).query(x, some(), model)) == 1
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -12,11 +12,13 @@ from torch import nn
 from ntkit.errors import InputError
 from ntkit.solve.losses import CrossEntropy, Loss, as_loss
 from ntkit.tangent.examples import Examples
-from ntkit.tangent.readout import logits
+from ntkit.tangent.linearize import linearize
+from ntkit.tangent.readout import Logits, logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from ntkit.tangent.examples import Batch
     from ntkit.tangent.readout import Select
 
 # scikit-learn's names of what stands between the layers of its multi-layer perceptron.
@@ -73,31 +75,38 @@ class Training:
             labels: (n,), -1 where there is none.
 
         Raises:
-            InputError: if there is no label, there are not n numbers, or the network has no output for one of them.
+            InputError: if there is no label, there are not n numbers, the network cannot take the points, has no output
+                for a label, or has BatchNorm and a batch is one example.
+            ModelError: if its outputs are not finite, or depend on other points in evaluation mode.
         """
         examples, known = Examples(self.X), _known(labels, len(Examples(self.X)))
         classes = torch.from_numpy(np.asarray(labels)[known.numpy()]).long()
-        largest = int(classes.max())
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(self.seed)
-            model = self.network().train()
+            model = self.network()
+            self._check(model, examples.pick(known[:1].tolist()), int(classes.max()))
+            model.train()
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
             optimizer = self.optimizer(model.parameters())
             scheduler = None if self.schedule is None else self.schedule(optimizer)
             for some in self._batches(len(known)):
                 batch = examples.batch(known[some].tolist(), device)
                 optimizer.zero_grad()
-                outputs = logits(batch.call(model), self.select)
-                if largest >= outputs.shape[1]:  # whichever batch it is in; on a GPU torch would take the process down
-                    raise InputError(
-                        f"labels are classes from 0 to {outputs.shape[1] - 1}, one for each of the network's "
-                        f"{outputs.shape[1]} outputs: got {largest}"
-                    )
+                outputs = logits(_called(model, batch), self.select)
                 self.loss.value(outputs, classes[some].to(device)).backward()
                 optimizer.step()
                 if scheduler is not None:
                     scheduler.step()
         return model.eval()
+
+    def _check(self, model: nn.Module, x: Any, largest: int) -> None:
+        """What torch would say in its own words in the middle of training, on a GPU by taking the process down."""
+        count = linearize(model.eval(), readout=Logits(self.select)).outputs(x).shape[1]
+        if largest >= count:
+            raise InputError(
+                f"labels are classes from 0 to {count - 1}, one for each of the network's {count} outputs: got "
+                f"{largest}"
+            )
 
     def _batches(self, n: int) -> Iterator[torch.Tensor]:
         """Places of the examples of every step, in a random order; a new one where less than a batch is left of it."""
@@ -110,6 +119,19 @@ class Training:
             yield some
 
 
+def _called(model: nn.Module, batch: Batch) -> Any:
+    """The output of a model in training mode; there BatchNorm may need more than one example."""
+    try:
+        return batch.call(model)
+    except ValueError as error:
+        if batch.size > 1 or not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+            raise
+        raise InputError(
+            "BatchNorm cannot train on a batch of one example, got one label or batch_size=1: label two points first, "
+            "or take a larger batch_size"
+        ) from error
+
+
 @dataclass(frozen=True, eq=False)
 class Refit:
     """Fits a clone of a scikit-learn or skorch classifier, and gives it as a network of logits.
@@ -119,7 +141,7 @@ class Refit:
 
     Attributes:
         estimator: not changed. With a number for its `random_state` the same labels give the same network.
-        X: all n points, as the estimator takes them.
+        X: all n points, as the estimator takes them; tensors and lists, too.
         classes: C; scikit-learn's estimators must have seen each once.
     """
 
@@ -135,9 +157,13 @@ class Refit:
         """
         from sklearn.base import clone
 
-        known = _known(labels, len(self.X)).numpy()
+        known, X = _known(labels, len(self.X)).numpy(), self.X
+        if isinstance(X, torch.Tensor):
+            X = X.detach().cpu()  # as an array the type of its numbers is kept: the network has the same
+        if isinstance(X, (torch.Tensor, list)):
+            X = np.asarray(X)
         fresh: Any = clone(self.estimator)
-        return as_network(fresh.fit(self.X[known], np.asarray(labels)[known]), self.classes)
+        return as_network(fresh.fit(X[known], np.asarray(labels)[known]), self.classes)
 
 
 def as_network(fitted: Any, classes: int) -> nn.Module:
@@ -182,7 +208,18 @@ def as_network(fitted: Any, classes: int) -> nn.Module:
         layer.weight = nn.Parameter(torch.from_numpy(np.ascontiguousarray(weight.T)))
         layer.bias = nn.Parameter(torch.from_numpy(np.array(bias, dtype=weight.dtype)))
         layers += [layer, between()]
-    return nn.Sequential(*layers[:-1]).eval()
+    return _Layers(*layers[:-1]).eval()
+
+
+class _Layers(nn.Sequential):
+    """Layers that take whole numbers as well, as scikit-learn does."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.dtype = next(self.parameters()).dtype
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input if input.is_floating_point() else input.to(self.dtype))
 
 
 def _known(labels: np.ndarray, n: int) -> torch.Tensor:
