@@ -375,6 +375,49 @@ class Features:
         return FeatureKernel(x)
 
 
+class Noted(nn.Module):
+    """What trains it may note things down on it."""
+
+    def __init__(self, rate: float, name: str) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(rate)
+        self.add_module(name, fit(START))
+        self.last = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self, self.last)(self.drop(x))
+
+
+def test_a_network_is_another_by_its_modules_and_not_by_notes_on_them(tmp_path: Path) -> None:
+    path, true, losses = tmp_path / "s.jsonl", pool()[1], iter(range(9))
+
+    def noted(y: np.ndarray, rate: float = 0.1, name: str = "head") -> nn.Module:
+        model = Noted(rate, name).eval()
+        model.best_loss = float(next(losses))
+        model.drop.note = "of a part as well"  # pyright: ignore[reportArgumentType]
+        model.load_state_dict({f"{name}.{key}": tensor for key, tensor in fit(y).state_dict().items()})
+        return model
+
+    def wide(_: np.ndarray) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, C)).double().eval()
+
+    loop = session(path, strategy=Random(), fit=noted)
+    for _ in range(3):
+        loop.step(lambda numbers: true[numbers].tolist(), 2)
+    before = path.read_bytes()
+    for other in (lambda y: noted(y, rate=0.2), lambda y: noted(y, name="top"), wide):
+        with pytest.raises(ModelError, match="built in another way"):
+            session(path, strategy=Random(), fit=other).query(2)
+    assert path.read_bytes() == before
+    old = Journal(tmp_path / "old.jsonl")  # as journals were that knew networks by all their attributes
+    for event in Journal(path).events:
+        kind, facts = event["event"], {name: value for name, value in event.items() if name != "event"}
+        if kind == "query":
+            facts["network"] = {"built": "abc", "parameters": facts["network"]["parameters"]}
+        old.add(kind, **facts)
+    assert len(session(tmp_path / "old.jsonl", strategy=Random(), fit=noted).query(2).numbers) == 2
+
+
 def test_as_many_outputs_as_classes(tmp_path: Path) -> None:
     for classes in (2, 4):
         path = tmp_path / f"{classes}.jsonl"

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from ntkit.errors import InputError, ModelError, StoreError
 from ntkit.tangent.examples import Examples
-from ntkit.tangent.identity import architecture, content, digest
+from ntkit.tangent.identity import content, digest
 from ntkit.uses.active.journal import VERSION, Journal
 from ntkit.uses.active.labels import as_count, as_numbers
 from ntkit.uses.active.registry import as_strategy
@@ -426,11 +427,13 @@ class Loop:
             ModelError: if it is built in another way.
         """
         mine = {
-            "built": architecture(model),
+            "modules": _modules(model),
             "parameters": digest([item for pair in model.state_dict().items() for item in pair]),
         }
         before = [event for event in self._journal.events if event["event"] == "query"]
-        if before and before[-1]["network"]["built"] != mine["built"]:
+        if (
+            before and before[-1]["network"].get("modules", mine["modules"]) != mine["modules"]
+        ):  # old journals have none
             raise ModelError(
                 "the network is built in another way than at the last question of this session: go on with the same "
                 "modules, or begin a session with Loop(y=loop.labels) in another journal"
@@ -525,6 +528,23 @@ def _class(answer: Any) -> int | None:
     except (TypeError, ValueError):
         return None
     return int(value) if value.is_integer() else None
+
+
+def _modules(model: nn.Module) -> str:
+    """How a network is built, as a digest: names and kinds of its modules, names and shapes of what they keep.
+
+    Of torch's own modules their settings as well (a stride, a rate of dropout), which make another function of the same
+    parameters. Not attributes in general, as a kernel on disk has them: a training may note down on a module what it
+    has found (its best loss, an epoch), and that is no other network.
+    """
+    lines = []
+    for name, module in model.named_modules():
+        kind = type(module)
+        settings = module.extra_repr() if kind.__module__.startswith("torch.nn.") else ""
+        lines.append(f"{name} {kind.__qualname__}({settings})")
+    kept = model.state_dict().items()
+    lines += [f"{name} {tuple(tensor.shape)}" for name, tensor in kept if isinstance(tensor, Tensor)]
+    return digest(["\n".join(lines)])
 
 
 def _named(strategy: Strategy) -> str:
