@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from test_active_loop import START, fit, pool, session
 
 from ntkit.errors import InputError
-from ntkit.uses.active import LookAhead, MostLikelyChange, SquareLoss, UntrainedWarning
+from ntkit.uses.active import CrossEntropy, LookAhead, Margin, MostLikelyChange, SquareLoss, UntrainedWarning
 from ntkit.uses.active.stopping import (
     Budget,
     Finding,
@@ -97,6 +98,23 @@ def test_uncertainty_and_predicted_change_are_those_of_the_network() -> None:
     assert MaxPredictedChange(1.0, rule).reason(told([0.5])) is None  # came into the session later
     with pytest.raises(InputError, match="MostLikelyChange"):
         MaxPredictedChange(0.1, LookAhead())
+
+
+def test_rules_go_by_the_loss_of_the_strategy() -> None:
+    x, model = pool()[0], fit(START)
+    change = LookAhead(objective=MostLikelyChange(), loss=SquareLoss())
+    for strategy, loss in (
+        (Margin(SquareLoss()), SquareLoss()),
+        (Margin(), CrossEntropy()),
+        (Random(), CrossEntropy()),
+    ):
+        now = replace(strategy, missing_label=-1).round(x, START, model)
+        assert MeanUncertainty().measure(now) == MeanUncertainty(loss=loss).measure(now)
+        assert MaxPredictedChange(0.1).measure(now) == MaxPredictedChange(0.1, replace(change, loss=loss)).measure(now)
+    square, cross = (Margin(loss, missing_label=-1).round(x, START, model) for loss in (SquareLoss(), CrossEntropy()))
+    for rule in (MeanUncertainty(), MaxPredictedChange(0.1)):
+        assert rule.measure(square) != pytest.approx(rule.measure(cross), rel=0.01)
+    assert MeanUncertainty(loss=SquareLoss()).measure(cross) == MeanUncertainty().measure(square)
 
 
 def test_sessions_stop_and_say_why(tmp_path: Path) -> None:

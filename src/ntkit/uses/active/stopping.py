@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ntkit.errors import InputError
-from ntkit.solve.losses import CrossEntropy, Loss, as_loss
+from ntkit.solve.losses import Loss, as_loss
 from ntkit.uses.active.labels import as_count
 from ntkit.uses.active.lookahead import LookAhead
 from ntkit.uses.active.objectives import MostLikelyChange
@@ -204,11 +204,11 @@ class MeanUncertainty(StoppingRule):
 
     Attributes:
         most: that counts as small.
-        loss: what outputs say about the classes.
+        loss: what outputs say about the classes; by default the strategy's, and cross-entropy where it has none.
     """
 
     most: float = 0.05
-    loss: Loss = field(default_factory=CrossEntropy)
+    loss: Loss | None = None
 
     def __post_init__(self) -> None:
         """Take torch's loss for ours.
@@ -216,10 +216,11 @@ class MeanUncertainty(StoppingRule):
         Raises:
             InputError: if it is neither.
         """
-        object.__setattr__(self, "loss", as_loss(self.loss))
+        if self.loss is not None:
+            object.__setattr__(self, "loss", as_loss(self.loss))
 
     def measure(self, now: Round) -> float:  # noqa: D102
-        p = self.loss.probabilities(now.outputs()[now.labels < 0])
+        p = (self.loss or now.loss).probabilities(now.outputs()[now.labels < 0])
         return float(torch.special.entr(p).sum(1).mean()) / math.log(p.shape[1])
 
     def reason(self, history: Sequence[Finding]) -> str | None:  # noqa: D102
@@ -238,11 +239,12 @@ class MaxPredictedChange(StoppingRule):
 
     Attributes:
         most: that counts as nothing, in units of the outputs (logits for cross-entropy).
-        strategy: its loss, kernel, ridge and targets are used; its objective has to be `MostLikelyChange`.
+        strategy: its loss, kernel, ridge and targets are used; its objective has to be `MostLikelyChange`. By default
+            one with the loss of the session's strategy, and cross-entropy where that has none.
     """
 
     most: float
-    strategy: LookAhead = field(default_factory=lambda: LookAhead(objective=MostLikelyChange()))
+    strategy: LookAhead | None = None
 
     def __post_init__(self) -> None:
         """Check the objective.
@@ -250,7 +252,7 @@ class MaxPredictedChange(StoppingRule):
         Raises:
             InputError: if it measures something else than the change of outputs.
         """
-        if not isinstance(self.strategy.objective, MostLikelyChange):
+        if self.strategy is not None and not isinstance(self.strategy.objective, MostLikelyChange):
             raise InputError(
                 "a predicted change is one of outputs: expected LookAhead(objective=MostLikelyChange()), got "
                 f"{type(self.strategy.objective).__name__}"
@@ -258,8 +260,9 @@ class MaxPredictedChange(StoppingRule):
 
     def measure(self, now: Round) -> float:
         """Cost: that of scores of all candidates."""
-        scene = self.strategy.look(now)
-        largest = float(self.strategy.objective.scores(scene, now.candidates).max())
+        strategy = self.strategy or LookAhead(objective=MostLikelyChange(), loss=now.loss)
+        scene = strategy.look(now)
+        largest = float(strategy.objective.scores(scene, now.candidates).max())
         return largest / len(scene.targets) ** 0.5
 
     def reason(self, history: Sequence[Finding]) -> str | None:  # noqa: D102

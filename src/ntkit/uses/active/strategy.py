@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ntkit.errors import InputError
-from ntkit.solve.losses import as_loss
+from ntkit.solve.losses import CrossEntropy, Loss, as_loss
 from ntkit.tangent.linearize import Tangent, linearize
 from ntkit.tangent.readout import Logits
 from ntkit.uses.active.geometry import Geometry, WithOutputs
@@ -38,6 +38,7 @@ class Round:
         candidates: numbers of the points that may be chosen, in rising order.
         size: how many.
         generator: for what is drawn.
+        loss: that the network is trained with, as far as the strategy knows it.
     """
 
     tangent: Tangent
@@ -47,6 +48,7 @@ class Round:
     candidates: Tensor
     size: int
     generator: torch.Generator
+    loss: Loss = field(default_factory=CrossEntropy)
 
     @property
     def labelled(self) -> Tensor:
@@ -218,4 +220,4 @@ class Strategy(ABC):
         numbers = as_candidates(candidates, labels, size)
         weights = torch.ones(n, dtype=torch.float64) if sample_weight is None else as_weights(sample_weight, n)
         generator = torch.Generator().manual_seed(draw(self.random_state, labels))
-        return Round(tangent, X, labels, weights, numbers, size, generator)
+        return Round(tangent, X, labels, weights, numbers, size, generator, as_loss(getattr(self, "loss", None)))
