@@ -68,8 +68,8 @@ class Design(Strategy):
         """
         super().__post_init__()
         require_kernel(self.kernel)
-        if self.sigma is not None and not self.sigma > 0:
-            raise InputError(f"sigma is the labels' noise: got {self.sigma!r}, expected a positive number or None")
+        if self.sigma is not None:
+            _require_noise(self.sigma, "a positive number or None")
 
     @abstractmethod
     def start(self, columns: Columns, now: Round) -> Chosen:
@@ -87,6 +87,11 @@ class Design(Strategy):
             for number in now.labelled.tolist():
                 chosen.take(number)
         return in_turn(chosen, now)
+
+
+def _require_noise(sigma: float, expected: str) -> None:
+    if not 0 < sigma < float("inf"):
+        raise InputError(f"sigma is the labels' noise: got {sigma!r}, expected {expected}")
 
 
 def in_turn(chosen: Chosen, now: Round) -> Picked:
@@ -339,8 +344,7 @@ class Bait(Strategy):
         """
         super().__post_init__()
         require_kernel(self.kernel)
-        if not self.sigma > 0:
-            raise InputError(f"sigma is the labels' noise: got {self.sigma!r}, expected a positive number")
+        _require_noise(self.sigma, "a positive number")
 
     def choose(self, now: Round) -> Picked:  # noqa: D102
         n = len(now.labels)

@@ -13,7 +13,7 @@ from ntkit.kernel.base import DenseKernel
 from ntkit.kernel.features import FeatureKernel
 from ntkit.solve.losses import CrossEntropy, Loss
 from ntkit.uses.active.geometry import LEAST, Geometry, Hidden, posterior, scale
-from ntkit.uses.active.labels import as_numbers
+from ntkit.uses.active.labels import as_count, as_numbers
 from ntkit.uses.active.objectives import IntegratedVariance, Objective, Scene
 from ntkit.uses.active.picks import Greedy, Picked, Picks
 from ntkit.uses.active.strategy import Round, Strategy, require, require_kernel
@@ -57,10 +57,11 @@ class LookAhead(Strategy):
         require("objective", self.objective, Objective, f"IntegratedVariance() or MostLikelyChange(){by_name}")
         require("batch", self.batch, Picks, "Greedy(), Power() or TopK()")
         require_kernel(self.kernel)
-        if not self.reg >= LEAST:
-            raise InputError(f"reg is relative to the kernel's diagonal: got {self.reg!r}, expected at least {LEAST}")
-        if self.target_size < 1:
-            raise InputError(f"target_size: got {self.target_size!r}, expected a positive number")
+        if not LEAST <= self.reg < float("inf"):
+            raise InputError(
+                f"reg is relative to the kernel's diagonal: got {self.reg!r}, expected a number of at least {LEAST}"
+            )
+        as_count(self.target_size, "target_size")
 
     def choose(self, now: Round) -> Picked:  # noqa: D102
         return self.batch.choose(self.objective, self.look(now), now.candidates, now.size, now.generator)

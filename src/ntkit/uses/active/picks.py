@@ -124,8 +124,7 @@ class Power(Picks):
         Raises:
             InputError: if it is negative or no number.
         """
-        if not 0 <= self.beta < float("inf"):
-            raise InputError(f"the exponent of power sampling: got beta={self.beta!r}, expected a number of at least 0")
+        require_power(self.beta)
 
     def choose(  # noqa: D102
         self, objective: Objective, scene: Scene, candidates: Tensor, size: int, generator: torch.Generator
@@ -157,6 +156,16 @@ def checked(scores: Tensor, numbers: Tensor) -> Tensor:
             "outputs have a NaN there, or are too large for their type"
         )
     return scores
+
+
+def require_power(beta: float) -> None:
+    """The exponent of power sampling.
+
+    Raises:
+        InputError: if it is negative, infinite or no number.
+    """
+    if not 0 <= beta < float("inf"):
+        raise InputError(f"the exponent of power sampling: got beta={beta!r}, expected a number of at least 0")
 
 
 def drawn_by_power(scores: Tensor, beta: float, size: int, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,7 @@ from ntkit.solve.losses import CrossEntropy, Loss
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import logits
 from ntkit.tangent.untouched import untouched
+from ntkit.uses.active.labels import as_count
 from ntkit.uses.active.picks import Picked, one_after_the_other
 from ntkit.uses.active.strategy import Round, Strategy
 
@@ -44,10 +45,18 @@ class Dropout(Members):
     Dropout is that of torch's modules, attention and recurrent layers included; all else stays in evaluation mode.
 
     Attributes:
-        samples: how many times.
+        samples: how many times, two or more.
     """
 
     samples: int = 20
+
+    def __post_init__(self) -> None:
+        """Check the number.
+
+        Raises:
+            InputError: if it is not two or more: one network does not disagree.
+        """
+        as_count(self.samples, "samples", 2)
 
     def outputs(self, now: Round) -> Tensor:
         """Cost: `samples` forward passes.
@@ -142,6 +151,15 @@ class EPIG(Strategy):
     members: Members = field(default_factory=Dropout)
     loss: Loss = field(default_factory=CrossEntropy)
     target_size: int = 200
+
+    def __post_init__(self) -> None:
+        """Check the loss and the number.
+
+        Raises:
+            InputError: if the loss is none, or there are no targets.
+        """
+        super().__post_init__()
+        as_count(self.target_size, "target_size")
 
     def choose(self, now: Round) -> Picked:
         """Cost: candidates x targets x C^2 for each member."""

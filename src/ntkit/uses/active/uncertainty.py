@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ntkit.solve.losses import CrossEntropy, Loss
-from ntkit.uses.active.picks import Picked, drawn_by_power, one_after_the_other
+from ntkit.uses.active.picks import Picked, drawn_by_power, one_after_the_other, require_power
 from ntkit.uses.active.strategy import Round, Strategy
 
 if TYPE_CHECKING:
@@ -77,6 +77,15 @@ class PowerMargin(Margin):
     """
 
     beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the loss and the power.
+
+        Raises:
+            InputError: if the loss is none, or the power is negative or no number.
+        """
+        super().__post_init__()
+        require_power(self.beta)
 
     def choose(self, now: Round) -> Picked:  # noqa: D102
         scores = self.scores(self.loss.probabilities(now.outputs()[now.candidates]))
