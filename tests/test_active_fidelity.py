@@ -26,16 +26,17 @@ def pool() -> tuple[Tensor, np.ndarray, np.ndarray]:
     return x, y, classes
 
 
-def ridge(first: np.ndarray):
+def ridge(first: np.ndarray, weights: np.ndarray | None = None):
     """Fits a linear network exactly, with the ridge that the look-ahead has for the first labels."""
     x, _, _ = pool()
-    phi = torch.cat([x, torch.ones(N, 1).double()], 1)
-    weight = REG * float(phi[torch.from_numpy(first >= 0)].square().sum(1).mean())
+    phi, begun = torch.cat([x, torch.ones(N, 1).double()], 1), torch.from_numpy(first >= 0)
+    each = torch.ones(N).double() if weights is None else torch.from_numpy(weights)
+    weight = REG * float(phi[begun].square().sum(1).mean() * each[begun].mean())
 
     def fit(y: np.ndarray) -> nn.Module:
         known = torch.from_numpy(y >= 0)
-        some, target = phi[known], torch.eye(C).double()[torch.from_numpy(y)[known]]
-        solution = torch.linalg.solve(some.T @ some + weight * torch.eye(6).double(), some.T @ target)
+        some, target, w = phi[known], torch.eye(C).double()[torch.from_numpy(y)[known]], each[known, None]
+        solution = torch.linalg.solve(some.T @ (w * some) + weight * torch.eye(6).double(), some.T @ (w * target))
         model = nn.Linear(5, C).double().eval()
         with torch.no_grad():
             model.weight.copy_(solution[:5].T)
@@ -45,14 +46,15 @@ def ridge(first: np.ndarray):
     return fit
 
 
-def test_exact_where_the_network_is_linear() -> None:
+@pytest.mark.parametrize("weights", [None, np.linspace(0.2, 3, N)], ids=["alike", "weighted"])
+def test_exact_where_the_network_is_linear(weights: np.ndarray | None) -> None:
     """Ridge regression is in balance: one label more moves it to that of all labels, as the look-ahead says."""
     x, y, classes = pool()
     rule = LookAhead(loss=active.SquareLoss(), kernel=active.LastLayer(), reg=REG, missing_label=-1)
     numbers = list(range(10, 22))
     ticks: list[tuple[int, int]] = []
     found = fidelity(
-        rule, x, y, ridge(y), generator=torch.Generator(), candidates=numbers,
+        rule, x, y, ridge(y, weights), generator=torch.Generator(), candidates=numbers, sample_weight=weights,
         labels=[int(classes[i]) for i in numbers], progress=lambda *tick: ticks.append(tick),
     )  # fmt: skip
     torch.testing.assert_close(found.predicted, found.actual, rtol=1e-8, atol=0)

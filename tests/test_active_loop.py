@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +374,31 @@ def test_another_strategy_is_said_and_written_down(tmp_path: Path) -> None:
 class Features:
     def __call__(self, model: nn.Module, x: Tensor) -> FeatureKernel:
         return FeatureKernel(x)
+
+
+def test_weights_of_labels_are_the_sessions(tmp_path: Path) -> None:
+    path, true, weights = tmp_path / "s.jsonl", pool()[1], np.linspace(0.1, 5, N)
+    rule = LookAhead(loss=SquareLoss())
+    loop = session(path, sample_weight=weights)
+    asked = loop.query(4).numbers
+    expected = replace(rule, missing_label=-1).query(pool()[0], START, fit(START), None, 4, weights)
+    assert np.array_equal(asked, expected)
+    assert not np.array_equal(asked, session(tmp_path / "plain.jsonl").query(4).numbers)
+    loop.label(asked, true[asked])
+    whole = loop.query(4).numbers
+    again = session(tmp_path / "again.jsonl", sample_weight=weights)
+    again.label(again.query(4).numbers, true[asked])
+    again = Loop.resume(tmp_path / "again.jsonl", pool()[0], rule, fit, sample_weight=weights)
+    assert np.array_equal(again.query(4).numbers, whole)
+    for other in (None, weights * 2):
+        with pytest.raises(StoreError, match="another sample_weight"):
+            session(path, sample_weight=other)
+    with pytest.raises(StoreError, match="another sample_weight: got None"):
+        Loop.resume(path, pool()[0], rule, fit)
+    with pytest.raises(InputError, match="40 positive numbers"):
+        session(tmp_path / "new.jsonl", sample_weight=weights[:-1])
+    assert not (tmp_path / "new.jsonl").exists()
+    assert "weights" not in events(tmp_path / "plain.jsonl")[0]  # as before there were any
 
 
 class Noted(nn.Module):

@@ -13,7 +13,7 @@ from ntkit.errors import InputError
 from ntkit.tangent.examples import Examples
 from ntkit.tangent.linearize import linearize
 from ntkit.tangent.readout import Logits
-from ntkit.uses.active.labels import as_labels, as_numbers
+from ntkit.uses.active.labels import as_labels, as_numbers, as_weights
 from ntkit.uses.active.lookahead import LookAhead
 from ntkit.uses.active.state import LookAheadState
 from ntkit.uses.active.strategy import require
@@ -70,6 +70,7 @@ def fidelity(
     generator: torch.Generator,
     candidates: int | Sequence[int] = 20,
     labels: Sequence[int] | None = None,
+    sample_weight: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Agreement:
     """Train with and without some candidates, and compare what changes with what the look-ahead says.
@@ -84,6 +85,8 @@ def fidelity(
         generator: draws candidates.
         candidates: their number, or which.
         labels: the class that each of them gets; the likeliest by default.
+        sample_weight: n weights of labels in the loss, those of the candidates included; 1 by default. `fit` has to
+            train with the same.
         progress: called with (networks trained, networks in all).
 
     Cost: one training for each candidate, and one more.
@@ -99,8 +102,10 @@ def fidelity(
     free = (known < 0).nonzero()[:, 0]
     numbers = _candidates(candidates, known, generator)
     given = None if labels is None else _classes(labels, len(numbers))
+    weights = None if sample_weight is None else as_weights(sample_weight, len(known))
     model = fit(known.numpy().copy())
-    state, start = LookAheadState(strategy, X, y, model), _outputs(model, X, strategy)
+    state = LookAheadState(strategy, X, y, model, sample_weight=weights)
+    start = _outputs(model, X, strategy)
     if given is not None and max(given) >= start.shape[1]:
         raise InputError(f"labels are classes from 0 to {start.shape[1] - 1}: got {max(given)}")
     before = _said(start, strategy)

@@ -17,7 +17,7 @@ from ntkit.errors import InputError, ModelError, StoreError
 from ntkit.tangent.examples import Examples
 from ntkit.tangent.identity import content, digest
 from ntkit.uses.active.journal import VERSION, Journal
-from ntkit.uses.active.labels import as_count, as_numbers
+from ntkit.uses.active.labels import as_count, as_numbers, as_weights
 from ntkit.uses.active.registry import as_strategy
 from ntkit.uses.active.stopping import Finding, StoppingRule, require_metric
 from ntkit.uses.active.strategy import require
@@ -73,7 +73,7 @@ class Loop:
     has stopped, whenever it was killed. Training is yours: `fit` gets the labels and gives a network.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (all of a session is said where it begins)
         self,
         X: Any,
         strategy: str | Strategy,
@@ -84,6 +84,7 @@ class Loop:
         y: Any = None,
         evaluate: Evaluate | None = None,
         stop: StoppingRule | Sequence[StoppingRule] = (),
+        sample_weight: Any = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin a session, or go on with the one that is in the journal.
@@ -99,12 +100,14 @@ class Loop:
             y: labels to begin with, (n,), -1 where there is none. When a session goes on: None, or the same.
             evaluate: measures every trained network; what it returns is written down.
             stop: rules that say when to stop, or one. They only say so: `query` answers all the same, `run` ends.
+            sample_weight: n weights of labels in the loss, as a strategy's `query` takes them; 1 by default. The same
+                have to be given when a session goes on. `fit` is yours: it has to train with them.
             settings: of whoever begins the session, as JSON: written down, and given back when it goes on.
 
         Raises:
             InputError: if the labels do not fit, there are not two classes or more, a point has a NaN in it, the
                 strategy or a rule is none, or two rules of one kind would measure under one name.
-            StoreError: if the journal is damaged, or of other points, classes or first labels.
+            StoreError: if the journal is damaged, or of other points, classes, weights or first labels.
 
         Warns:
             ChangedStrategyWarning: if the session has had another strategy.
@@ -118,20 +121,26 @@ class Loop:
         if len(set(names)) < len(names):
             raise InputError(f"one rule of each kind that measures: got {', '.join(sorted(names))}")
         self.n, self.classes = len(Examples(X)), as_count(classes, "classes", 2)
+        self._weights = None if sample_weight is None else as_weights(sample_weight, self.n)
         self._journal = Journal(journal)
         self._labels = np.full(self.n, -1)
         self._skipped: set[int] = set()
         self._pending: list[tuple[int, float, int]] = []
         examples = Examples(X) if self._journal.events else _Numbers(X)  # what has begun goes on
         facts = {"version": VERSION, "points": self.n, "classes": self.classes, "data": content(examples)}
+        if self._weights is not None:
+            facts["weights"] = digest([self._weights])
         first = [] if y is None else self._first(y)
         if not self._journal.events:
             self._journal.add("start", **facts, strategy=_named(strategy), labels=first, settings=dict(settings or {}))
         begun = self._journal.events[0]
-        for name, meaning in (("points", "number of points"), ("classes", "number of classes"), ("data", "data")):
-            if begun.get(name) != facts[name]:
+        for name, meaning in (
+            ("points", "number of points"), ("classes", "number of classes"), ("data", "data"),
+            ("weights", "sample_weight"),
+        ):  # fmt: skip
+            if begun.get(name) != facts.get(name):
                 raise StoreError(
-                    f"{self._journal.path} is a session with another {meaning}: got {facts[name]}, it has "
+                    f"{self._journal.path} is a session with another {meaning}: got {facts.get(name)}, it has "
                     f"{begun.get(name)}. Choose another journal"
                 )
         if y is not None and first != begun["labels"]:
@@ -159,17 +168,21 @@ class Loop:
         *,
         evaluate: Evaluate | None = None,
         stop: StoppingRule | Sequence[StoppingRule] = (),
+        sample_weight: Any = None,
     ) -> Loop:
         """Go on with the session of a journal, as `Loop(...)` does; but never begin one.
 
         Raises:
             InputError: if there is none.
-            StoreError: if the journal is damaged, or of other points.
+            StoreError: if the journal is damaged, or of other points or weights.
         """
         events = Journal(journal).events
         if not events:
             raise InputError(f"there is no session {os.fspath(journal)}: begin one with Loop(..., journal=...)")
-        return cls(X, strategy, fit, journal=journal, classes=events[0]["classes"], evaluate=evaluate, stop=stop)
+        return cls(
+            X, strategy, fit, journal=journal, classes=events[0]["classes"], evaluate=evaluate, stop=stop,
+            sample_weight=sample_weight,
+        )  # fmt: skip
 
     @property
     def labels(self) -> np.ndarray:
@@ -272,7 +285,7 @@ class Loop:
         trained = time.perf_counter()
         network = self._network(model)
         y = np.where(self._labels < 0, np.nan, self._labels)
-        now = replace(self.strategy, missing_label=float("nan")).round(self.X, y, model, free, size)
+        now = replace(self.strategy, missing_label=float("nan")).round(self.X, y, model, free, size, self._weights)
         picked = self.strategy.choose(now)
         done = time.perf_counter()
         count = now.outputs().shape[1]
