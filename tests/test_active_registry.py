@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -148,3 +150,10 @@ def test_convolutions_are_averaged_over_places() -> None:
     hidden = model[1](model[0](x))
     torch.testing.assert_close(parts[0], hidden.mean((2, 3)).detach())
     torch.testing.assert_close(parts[1], model[3](model[2](hidden)).detach())
+
+
+def test_the_page_says_of_every_strategy_whether_it_was_run() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "active.md").read_text(encoding="utf-8")
+    (missing,) = [part for part in page.split("\n\n") if "Not run anywhere" in part]
+    for name in NAMES:
+        assert (f"\n| {name} |" in page) != (f"`{name}`" in missing), name
