@@ -155,6 +155,9 @@ def tell(
     ] = None,
     skip: Annotated[list[int] | None, typer.Option(metavar="NUMBER", help="A point that cannot be labelled.")] = None,
     unlabel: Annotated[list[int] | None, typer.Option(metavar="NUMBER", help="Take a label back.")] = None,
+    unasked: Annotated[
+        bool, typer.Option("--unasked", help="Answers of the file to points never asked for, too.")
+    ] = False,
 ) -> None:
     """Write labels down, from a file of this session's questions or one by one: all, or none if one is wrong."""
     with in_plain_words():
@@ -163,7 +166,7 @@ def tell(
         found = Session.resume(session)
         numbers, classes, skipped = [], [], list(skip or [])
         if answers is not None:
-            read = found.answers(found.exchange(kind, answers), answers)
+            read = found.answers(found.exchange(kind, answers), answers, unasked=unasked)
             numbers, classes, skipped = read.numbers, read.labels, [*skipped, *read.skipped]
         for text in label or []:
             number, c = found.label(text)

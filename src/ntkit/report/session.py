@@ -215,20 +215,18 @@ class Session:
                 "Hand it in with `ntkit active tell` before you ask again, or choose another file"
             )
 
-    def answers(self, kind: Exchange, path: Path) -> Answers:
-        """What a file says, to questions of this session.
+    def answers(self, kind: Exchange, path: Path, *, unasked: bool = False) -> Answers:
+        """What a file says, to questions of this session; `unasked` takes answers to other points as well.
 
         Raises:
             InputError: if it cannot be read, or has an answer to what was never asked: it is another session's then.
         """
         found, asked = kind.read(path), self.loop.asked
-        stray = [(number, label) for number, label in self._new(found) if number not in asked]
-        if stray:
-            number, label = stray[0]
-            meant = f"--skip {number}" if label is None else f"--label {number}={kind.name(label)}"
+        stray = [number for number, _ in self._new(found) if number not in asked]
+        if stray and not unasked:
             raise InputError(
                 f"{path}: {len(stray)} of its answers are to points that this session has never asked for, the first "
-                f"to point {number}: is this another session's file? Say {meant} if it is meant"
+                f"to point {stray[0]}: is this another session's file? Say --unasked if they are meant"
             )
         return found
 
