@@ -384,10 +384,10 @@ def test_weights_of_labels_are_the_sessions(tmp_path: Path) -> None:
     expected = replace(rule, missing_label=-1).query(pool()[0], START, fit(START), None, 4, weights)
     assert np.array_equal(asked, expected)
     assert not np.array_equal(asked, session(tmp_path / "plain.jsonl").query(4).numbers)
-    loop.label(asked, true[asked])
+    loop.label(asked.tolist(), true[asked].tolist())
     whole = loop.query(4).numbers
     again = session(tmp_path / "again.jsonl", sample_weight=weights)
-    again.label(again.query(4).numbers, true[asked])
+    again.label(again.query(4).numbers.tolist(), true[asked].tolist())
     again = Loop.resume(tmp_path / "again.jsonl", pool()[0], rule, fit, sample_weight=weights)
     assert np.array_equal(again.query(4).numbers, whole)
     for other in (None, weights * 2):
@@ -419,7 +419,7 @@ def test_a_network_is_another_by_its_modules_and_not_by_notes_on_them(tmp_path: 
 
     def noted(y: np.ndarray, rate: float = 0.1, name: str = "head") -> nn.Module:
         model = Noted(rate, name).eval()
-        model.best_loss = float(next(losses))
+        model.best_loss = float(next(losses))  # pyright: ignore[reportArgumentType]
         model.drop.note = "of a part as well"  # pyright: ignore[reportArgumentType]
         model.load_state_dict({f"{name}.{key}": tensor for key, tensor in fit(y).state_dict().items()})
         return model
@@ -471,7 +471,7 @@ def test_numbers_that_count_nothing_are_refused_before_anything_is_trained(tmp_p
     for size in (2.5, 2.0, None, 0, "2"):
         for ask in (loop.query, lambda size: loop.run(lambda _: [], size), lambda size: loop.step(lambda _: [], size)):
             with pytest.raises(InputError, match=r"size: got .*, expected a whole number of at least 1"):
-                ask(size)
+                ask(size)  # pyright: ignore[reportArgumentType]
     assert len(events(path)) == 1
     loop.fit = fit
     assert len(loop.query(np.int64(2)).numbers) == 2  # pyright: ignore[reportArgumentType]

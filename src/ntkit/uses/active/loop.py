@@ -247,7 +247,7 @@ class Loop:
         history, spent = self.history, self._spent
         now = Finding(spent, history[-1].metrics if history else {}, {})
         limits = [rule for rule in self.rules if rule.left(spent) is not None]
-        others = [rule for rule in self.rules if rule not in limits and not self._waits(rule, history)]
+        others = [rule for rule in self.rules if rule.left(spent) is None and not self._waits(rule, history)]
         return (*_reasons(limits, [*history, now]), *_reasons(others, history))
 
     @property
