@@ -6,6 +6,7 @@ Writes which_readout.svg into the folder that is given, or into the current one.
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 import ntkit
 
+warnings.simplefilter("ignore", ntkit.FidelityWarning)  # which kernels are poor is what is asked here
 pixels, digits = load_digits(return_X_y=True)
 x, y = torch.tensor(pixels[:1000] / 16, dtype=torch.float32), torch.tensor(digits[:1000])
 one_hot = F.one_hot(y, 10).float()

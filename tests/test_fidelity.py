@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from functools import cache
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import ntkit
-from ntkit.errors import InputError
+from ntkit.errors import FidelityWarning, InputError
 from ntkit.kernel.fidelity import Fidelity
+from ntkit.solve.spectrum import spectrum
 from tests import oracles
 from tests.cases import mlp, normal
 
@@ -54,6 +56,12 @@ def direct(theta: Tensor, kernel: Tensor) -> float:
     return oracles.relative_error(torch.kron(kernel.contiguous(), torch.eye(c, dtype=theta.dtype)), theta)
 
 
+def _quietly(kernel: ntkit.TangentKernel, examples: int, seed: int) -> Fidelity:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FidelityWarning)
+        return measure(kernel, examples, seed)
+
+
 def measure(kernel: ntkit.TangentKernel, examples: int = 10**6, seed: int = 0) -> Fidelity:
     return kernel.fidelity(examples=examples, generator=torch.Generator().manual_seed(seed))
 
@@ -61,6 +69,7 @@ def measure(kernel: ntkit.TangentKernel, examples: int = 10**6, seed: int = 0) -
 # ---------------------------------------------------------------- the whole sample gives the error itself
 
 
+@pytest.mark.filterwarnings("ignore:another reduced kernel")
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "rectangular"])
 @pytest.mark.parametrize("kind", ["pntk", "first", "trace", "random"])
 def test_all_examples_give_the_error_itself(kind: str, symmetric: bool) -> None:
@@ -96,6 +105,7 @@ def test_one_output_is_exact() -> None:
     assert found.eigenvalue_error <= 1e-10
 
 
+@pytest.mark.filterwarnings("ignore:another reduced kernel")
 def test_a_rectangular_sample_of_different_lengths() -> None:
     torch.manual_seed(0)
     model = mlp().double().eval()
@@ -148,6 +158,47 @@ def test_in_words() -> None:
     found = measure(reduced(he_network(16, 0), normal(INPUTS)(12)), 6)
     assert f"{found.error:.3f} +- {found.standard_error:.3f}" in str(found)
     assert f"{found.floor:.3f}" in str(found)
+
+
+def test_what_is_left_open_is_not_warned_of() -> None:
+    """The error of this sample is far above the floor's, and not by two of its standard errors."""
+    model, x = trained("ce", steps=50)
+    poor = reduced(model, x)
+    found = [_quietly(poor, 3, seed) for seed in range(20)]
+    doubtful = [
+        seed for seed, f in enumerate(found) if f.error > 1.4 * f.floor and f.error - f.floor <= 2 * f.standard_error
+    ]
+    assert doubtful
+    for seed in doubtful:
+        measure(poor, 3, seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_is_not_warned_of(dtype: torch.dtype) -> None:
+    """Of a linear network the blocks are multiples of the identity: every reduced kernel is exact, as the floor is."""
+    torch.manual_seed(0)
+    for kind in ("pntk", "first", "trace"):
+        found = measure(reduced(nn.Linear(5, 3).to(dtype), normal(5)(12).to(dtype), kind=kind))
+        assert max(found.error, found.floor) < 1e-3
+
+
+# ---------------------------------------------------------------- condition numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "rectangular"])
+def test_a_singular_sample_has_no_condition_number(dtype: torch.dtype, symmetric: bool) -> None:
+    """Five examples in four dimensions, where rounding alone keeps the last eigenvalue from zero."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 4).to(dtype), normal(3)(5).to(dtype)
+    kernel = reduced(model, x, None if symmetric else normal(3, seed=2)(5).to(dtype))
+    found = measure(kernel)
+    assert (found.condition, found.condition_reduced) == (math.inf, math.inf)
+    if symmetric:
+        assert spectrum(kernel).condition_number == math.inf
+    fewer = measure(kernel, 4)
+    assert math.isfinite(fewer.condition)
+    assert math.isfinite(fewer.condition_reduced)
 
 
 # ---------------------------------------------------------------- refusals
@@ -253,7 +304,11 @@ def test_cross_entropy_training_spoils_the_sum_of_logits() -> None:
     """
     start = he_network(128, 0, d=16)
     model, x = trained("ce")
-    before, after = measure(reduced(start, x[:20])), measure(reduced(model, x[:20]))
+    before = measure(reduced(start, x[:20]))  # without a warning, which would be an error here
+    kernel, generator = reduced(model, x[:20]), torch.Generator().manual_seed(0)
+    with pytest.warns(FidelityWarning, match=r"much better: .*Use Logits\(\) with trace=True.*RandomLogits") as said:
+        after = kernel.fidelity(examples=20, generator=generator)
+    assert said[0].filename == __file__
     assert before.error <= 1.15 * before.floor
     assert after.error >= 1.4 * after.floor
     assert after.error >= 1.6 * before.error

@@ -372,6 +372,8 @@ class TangentKernel(Kernel):
             examples: number s of examples drawn; their exact C x C blocks cost s forward and s*C backward passes.
             generator: draws them.
 
+        Warns with `FidelityWarning` where another reduced kernel would do much better.
+
         Raises:
             InputError: if this kernel is not a reduced one, or fewer than 2 examples are asked for.
         """

@@ -6,13 +6,15 @@ Proven bounds hold at initialisation; after training the error depends on the lo
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ntkit.errors import InputError
+from ntkit.errors import FidelityWarning, InputError
 from ntkit.tangent.linearize import Tangent
 from ntkit.tangent.readout import Logits, Loss
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 # A kernel whose error is this many times that of the trace kernel is worth a warning: another would do better.
 MUCH_WORSE = 1.4
+# And one whose error is below this stands well enough for the full one, whatever another would do.
+POOR = 0.1
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,20 @@ def measure_fidelity(kernel: TangentKernel, *, examples: int, generator: torch.G
     difference = whole - 2 * outputs * reduced * trace + outputs * reduced.square()
     error, error_se = relative_error(difference, whole, rows, symmetric=kernel.symmetric)
     floor, floor_se = relative_error(whole - outputs * trace.square(), whole, rows, symmetric=kernel.symmetric)
-    top, condition = _extremes(exact, kernel.symmetric)
-    top_reduced, condition_reduced = _extremes(reduced, kernel.symmetric)
-    return Fidelity(error, error_se, floor, floor_se, top, top_reduced, condition, condition_reduced, examples, outputs)
+    top, condition = _extremes(exact, kernel.symmetric, kernel.dtype)
+    top_reduced, condition_reduced = _extremes(reduced, kernel.symmetric, kernel.dtype)
+    found = Fidelity(
+        error, error_se, floor, floor_se, top, top_reduced, condition, condition_reduced, examples, outputs
+    )
+    doubt = 0.0 if math.isnan(error_se) else 2 * error_se  # what the sample leaves open
+    if error > max(POOR, MUCH_WORSE * floor) and error - floor > doubt:
+        warnings.warn(
+            f"another reduced kernel would do much better: {found}. Use Logits() with trace=True, or for less work an "
+            "estimate of it, RandomLogits(draws, generator) with trace=True and enough draws",
+            FidelityWarning,
+            stacklevel=3,
+        )
+    return found
 
 
 def relative_error(squares: Tensor, whole: Tensor, population: int, *, symmetric: bool) -> tuple[float, float]:
@@ -146,8 +161,14 @@ def relative_error(squares: Tensor, whole: Tensor, population: int, *, symmetric
     return estimate, float(variance.sqrt())
 
 
-def _extremes(matrix: Tensor, symmetric: bool) -> tuple[float, float]:
-    """Largest eigenvalue (or singular value) and condition number."""
+def _extremes(matrix: Tensor, symmetric: bool, dtype: torch.dtype) -> tuple[float, float]:
+    """Largest eigenvalue (or singular value) and condition number of a matrix that was computed in `dtype`.
+
+    What cannot be told from zero counts as zero: see `ntkit.solve.symmetric.SymmetricMatrix.tolerance`, which is out of
+    reach from here.
+    """
     values = torch.linalg.eigvalsh(matrix) if symmetric else torch.linalg.svdvals(matrix).flip(0)
     top, bottom = float(values[-1]), float(values[0])
-    return top, top / bottom if bottom > 0 else float("inf")
+    noise = torch.finfo(dtype).eps * float(torch.linalg.matrix_norm(matrix)) / math.sqrt(len(matrix))
+    resolution = max(len(matrix) * torch.finfo(matrix.dtype).eps * top, noise)
+    return top, top / bottom if bottom > resolution else float("inf")
