@@ -232,5 +232,30 @@ def test_a_dataset_is_read_only_as_far_as_it_is_needed() -> None:
     assert set(data.asked) <= {0, 1, 2, 4}
 
 
+def test_a_trial_is_made_of_examples_that_differ() -> None:
+    x, y = X.clone(), torch.arange(6)
+    assert Examples(x).for_a_trial(3) == [0, 1, 2]
+    x[1] = x[0]
+    assert Examples(x).for_a_trial(3) == [0, 5, 1]
+    assert Examples(x).contrast == (5, {0})
+    assert Examples((x, y), with_targets=True).for_a_trial(2) == [0, 5]
+    assert Examples((x, y > 3), with_targets=True).contrast == (5, {0, 1})
+    assert Examples((X, torch.zeros(6)), with_targets=True).contrast == (1, {0})
+    assert Examples({"x": X, "mask": torch.ones(6)}).contrast == (1, {0})
+    assert Examples(X[:1].expand(4, 5)).for_a_trial(3) == [0, 1, 2]
+    assert Examples(X[:1].expand(4, 5)).contrast == (1, set())
+    for few, numbers in ((1, [0, 0, 0]), (2, [0, 1, 0])):
+        assert Examples(X[:few]).for_a_trial(3) == numbers
+    many = torch.zeros(1000)
+    many[400:] = 1
+    assert many[Examples(many).for_a_trial(2)].tolist() == [0, 1]
+
+
+def test_few_examples_are_looked_at_for_one_that_differs() -> None:
+    data = Listed([X[0]] * 1000)
+    assert Examples(data).contrast == (1, set())
+    assert len(data.asked) <= 20
+
+
 def test_examples_of_examples() -> None:
     assert len(Examples(Examples(X))) == 6

@@ -221,6 +221,96 @@ def test_mixing_is_seen_in_few_examples_too(refusal: Refusal, n: int) -> None:
         ntkit.TangentKernel(ntkit.linearize(build(refusal)), refusal.data()[:n])
 
 
+def behind_equal(data: Tensor, equal: int) -> Tensor:
+    """The same with the first few examples equal to the first of all."""
+    return torch.cat([data[:1].expand(equal, *data.shape[1:]), data[equal:]])
+
+
+@pytest.mark.parametrize("refusal", MIXING, ids=lambda r: r.name)
+@pytest.mark.parametrize("equal", [2, 3, LONG - 1])
+def test_mixing_is_seen_behind_equal_examples(refusal: Refusal, equal: int) -> None:
+    model = build(refusal)
+    seen = calls(model)
+    with pytest.raises(ModelError):
+        ntkit.TangentKernel(ntkit.linearize(model), behind_equal(refusal.data(), equal))
+    assert sum(seen) <= 12
+
+
+@pytest.mark.filterwarnings("ignore::ntkit.errors.SlowRouteWarning")
+@pytest.mark.parametrize("refusal", MIXING, ids=lambda r: r.name)
+@pytest.mark.parametrize("equal", [1, 5])
+def test_mixing_is_seen_in_the_columns(refusal: Refusal, equal: int) -> None:
+    """One row, or equal ones, cannot show it, though batch statistics of them may be nothing that can be computed."""
+    data = refusal.data()
+    with pytest.raises(ModelError if "batch_norm" not in refusal.name else InputError):
+        ntkit.TangentKernel(ntkit.linearize(build(refusal)), data[:1].expand(equal, *data.shape[1:]), data)
+
+
+@pytest.mark.parametrize("make", [linear, mlp], ids=["linear", "mlp"])
+def test_equal_examples_are_no_mixing(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = make().double(), X[:1].expand(5, 5)
+    kernel = ntkit.empirical_ntk(model, x)
+    assert oracles.relative_error(kernel, oracles.entk(model, x, x, lambda y: y, list(model.parameters()))) <= 1e-12
+
+
+BROADCAST = ntkit.Loss(lambda output, target: (output - target).square().mean(1))  # (N, 1) - (N,) is (N, N)
+
+
+@pytest.mark.parametrize("targets", [[0.0] * 4 + [1.0] * 4, [0.0] * 7 + [1.0], [1.0] + [0.0] * 7])
+def test_a_loss_that_broadcasts_is_refused_whatever_the_order_of_the_targets(targets: list[float]) -> None:
+    torch.manual_seed(0)
+    model, data = mlp(c=1).double(), (normal(5)(8), torch.tensor(targets, dtype=torch.float64))
+    with pytest.raises(ModelError, match=r"differ by .*a loss of \(N, 1\) outputs and \(N,\) targets that broadcast"):
+        ntkit.TangentKernel(ntkit.linearize(model, readout=BROADCAST), data)
+
+
+def test_mixing_that_a_trial_cannot_show_is_seen_in_the_first_batch() -> None:
+    """One target among many differs from the others: it is not among the few that are looked at."""
+    torch.manual_seed(0)
+    model, targets = mlp(c=1).double(), torch.zeros(LONG, dtype=torch.float64)
+    targets[77] = 100.0
+    kernel = ntkit.TangentKernel(ntkit.linearize(model, readout=BROADCAST), (normal(5)(LONG), targets))
+    with pytest.raises(ModelError, match=rf"alone and in a batch of {LONG}"):
+        kernel.dense()
+
+
+def test_other_targets_of_the_same_examples_are_no_mixing() -> None:
+    """What the trial saw of the first example holds for its target alone."""
+    torch.manual_seed(0)
+    tangent = ntkit.linearize(mlp().double(), readout=ntkit.Loss(nn.CrossEntropyLoss(reduction="none")))
+    first, second = (ntkit.TangentKernel(tangent, (X, (torch.arange(6) + shift) % 3)).dense() for shift in (0, 1))
+    assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("use", ["outputs", "vjp", "jvp", "jacobian"])
+@pytest.mark.parametrize("refusal", MIXING, ids=lambda r: r.name)
+def test_mixing_is_refused_by_every_use(refusal: Refusal, use: str) -> None:
+    tangent, data = ntkit.linearize(build(refusal)), refusal.data()
+    with pytest.raises(ModelError):
+        {
+            "outputs": lambda: tangent.outputs(data),
+            "vjp": lambda: tangent.vjp(data, torch.ones(len(data), 3)),
+            "jvp": lambda: tangent.jvp(data, torch.ones(tangent.count)),
+            "jacobian": lambda: tangent.jacobian(data),
+        }[use]()
+
+
+def test_outputs_are_checked_once() -> None:
+    torch.manual_seed(0)
+    model = mlp().double()
+    seen = calls(model)
+    tangent = ntkit.linearize(model)
+    for _ in range(3):
+        tangent.outputs(X)
+        tangent.vjp(X, torch.ones(6, 3))
+    assert seen == [3, 2, 1, 6, 2, *[6] * 5]  # the check, and K of the first vjp; else what is asked for
+    after_a_trial = ntkit.TangentKernel(ntkit.linearize(model), X).tangent
+    seen.clear()
+    after_a_trial.outputs(X)
+    assert seen == [6]
+
+
 @pytest.mark.parametrize("use", ["outputs", "jacobian"])
 @pytest.mark.parametrize("refusal", [r for r in NUMBERS if r.name.startswith("output")], ids=lambda r: r.name)
 def test_other_uses_refuse_too(refusal: Refusal, use: str) -> None:

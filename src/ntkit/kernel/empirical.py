@@ -99,6 +99,8 @@ class TangentKernel(Kernel):
         self._cols = self._rows if x2 is None else tangent.examples(x2)
         self._symmetric = x2 is None
         self._anatomy = tangent.anatomy(self._rows)
+        if x2 is not None:  # where the rows are one example, or equal, the columns show whether examples are mixed
+            tangent.anatomy(self._cols)
         self.scalars = 1 if trace else self._anatomy.scalars
 
     @property

@@ -8,6 +8,7 @@ PyTorch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
 from ntkit.errors import InputError
+from ntkit.tangent.structure import flatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+# Examples that are looked at for one that differs from the first: the second, and some that are spread over all.
+LOOKED = 16
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,11 @@ class Batch:
         """What has to be equal for two batches to take the same path through a model: shapes without N, and types."""
         named = [*enumerate(self.arguments), *sorted(self.keywords.items(), key=lambda item: item[0])]
         return tuple((name, tuple(t.shape[1:]), t.dtype) if isinstance(t, Tensor) else (name, t) for name, t in named)
+
+    def begins_with(self, one: Batch) -> bool:
+        """Whether the first example is that of another batch."""
+        mine, theirs = (flatten((b.arguments, b.keywords, b.targets))[0] for b in (self, one))
+        return len(mine) == len(theirs) and all(_equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors among the arguments."""
@@ -89,6 +99,41 @@ class Examples:
         if self.with_targets:
             return Batch(size, members[:-1], {}, members[-1])
         return Batch(size, members)
+
+    @cached_property
+    def contrast(self) -> tuple[int, frozenset[int]]:
+        """An example that differs from the first in as many members as one of a few does, and those members.
+
+        Equal examples, or equal targets, cannot show that a model mixes them. Cost: reads two examples, and `LOOKED`
+        more where the second does not differ in all members.
+        """
+        last = self.size - 1
+        spread = {round(step * last / LOOKED) for step in range(1, LOOKED)} - {0, 1}
+        other, most = min(1, last), frozenset[int]()
+        for numbers in ([other], [last, *sorted(spread - {last})]):
+            members = self._members([0, *numbers])
+            differing = [(t[1:] != t[:1]).reshape(len(numbers), -1).any(1).tolist() for t in members if t.numel()]
+            for number, differs in zip(numbers, zip(*differing, strict=True), strict=False):
+                found = frozenset(member for member, here in enumerate(differs) if here)
+                if len(found) > len(most):
+                    other, most = number, found
+            if len(most) == len(differing):
+                break
+        return other, most
+
+    def for_a_trial(self, count: int) -> list[int]:
+        """Numbers of `count` examples, three at most, that show whether a model mixes them.
+
+        The first of all, one that differs from it, and another; some come again where there are fewer.
+        """
+        other = self.contrast[0]
+        return [0, other, (2 if other == 1 else 1) % self.size][:count]
+
+    def _members(self, numbers: Sequence[int]) -> list[Tensor]:
+        """What some examples are made of; their targets where those count."""
+        some = self.batch(numbers)
+        leaves, _ = flatten((some.arguments, some.keywords, some.targets if self.with_targets else None))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def pick(self, numbers: Sequence[int]) -> Any:
         """Some examples as data of the same kind."""
@@ -144,6 +189,11 @@ def _length(data: Any) -> int:
 def _take(t: Tensor, index: slice | Sequence[int], device: torch.device | None) -> Tensor:
     part = t[index if isinstance(index, slice) else list(index)].detach()
     return outside_inference(part if device is None else part.to(device))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether the first examples of two batches are equal in a member."""
+    return torch.equal(a[:1], b[:1]) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
 
 
 def outside_inference(t: Tensor) -> Tensor:

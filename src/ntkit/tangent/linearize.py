@@ -29,7 +29,15 @@ from ntkit.tangent.generic import generic_rows
 from ntkit.tangent.identity import architecture, describe
 from ntkit.tangent.images import OVERWRITTEN
 from ntkit.tangent.readout import Logits, Readout
-from ntkit.tangent.trial import Anatomy, check_scalars, disagreements, examine, run_model, true_products
+from ntkit.tangent.trial import (
+    Anatomy,
+    check_independence,
+    check_scalars,
+    disagreements,
+    examine,
+    run_model,
+    true_products,
+)
 from ntkit.tangent.untouched import check_evaluation, fixed
 from ntkit.tangent.workspace import keep_freed_memory
 
@@ -83,6 +91,8 @@ class Tangent:
     selection: Selection
     # What trials have found out, by the signature of their examples. A memo, not state: it only saves time.
     _anatomies: dict[tuple, Anatomy] = field(default_factory=dict, init=False, repr=False)
+    # In which members examples differed where an example was the same alone and beside others.
+    _seen: dict[tuple, frozenset[int]] = field(default_factory=dict, init=False, repr=False)
     _generic_parts: dict[tuple, tuple[Part, ...]] = field(default_factory=dict, init=False, repr=False)
     _forward_mode: dict[tuple, bool] = field(default_factory=dict, init=False, repr=False)
     _innermost: dict[tuple, tuple[int, bool]] = field(default_factory=dict, init=False, repr=False)
@@ -137,11 +147,30 @@ class Tangent:
         Raises:
             InputError: if they are of the wrong kind, empty, or of different lengths.
         """
-        return Examples(x, with_targets=self.readout.needs_targets)
+        wanted = self.readout.needs_targets
+        return x if isinstance(x, Examples) and x.with_targets == wanted else Examples(x, with_targets=wanted)
+
+    def check(self, x: Any) -> None:
+        """Refuse a model whose examples influence each other. Cost: once forward passes of six, nothing after a trial.
+
+        Raises:
+            InputError: if the examples are wrong, or the model cannot take them.
+            ModelError: if it mixes them.
+        """
+        examples = self.examples(x)
+        self._check(examples, examples.batch([0], self.device))
+
+    def _check(self, examples: Examples, some: Batch) -> None:
+        key, members = (some.signature, self.device), examples.contrast[1]
+        if key not in self._seen or members - self._seen[key]:
+            with fixed(self.model):
+                check_independence(self.model, self.selection, self.readout, examples, self.device)
+            self._seen[key] = self._seen.get(key, frozenset()) | members
 
     def outputs(self, x: Any, *, batch: int = 256) -> Tensor:
         """The scalars themselves, (N, K). Cost: N forward passes."""
         examples = self.examples(x)
+        self.check(examples)
         found: Tensor | None = None
         with fixed(self.model), torch.no_grad():
             for start in range(0, len(examples), batch):
@@ -173,6 +202,10 @@ class Tangent:
                 anatomy = examine(self.model, self.selection, self.readout, examples, self.device)
             announce(anatomy)
             self._anatomies[key] = anatomy
+            if anatomy.first is not None:
+                self._seen[key] = self._seen.get(key, frozenset()) | examples.contrast[1]
+        elif self._anatomies[key].first is not None:  # what is all generic is computed one example at a time
+            self._check(examples, some)
         return self._anatomies[key]
 
     def parts(self, x: Any) -> tuple[Part, ...]:
@@ -265,6 +298,7 @@ class Tangent:
             raise Deviation(OVERWRITTEN)
         scalars = self.readout.scalars(output, some.targets)
         check_scalars(scalars, some)
+        anatomy.check_company(some, scalars.detach())
         for record in capture.records:
             record.check_inputs()
         run_backward(scalars, capture.records)
@@ -312,6 +346,7 @@ class Tangent:
             InputError: if `cotangents` is not (N, K).
         """
         examples, how = self.examples(x), (self.model, self.selection, self.readout)
+        self.check(examples)
         with fixed(self.model):
             total = torch.zeros(self.count, dtype=self.dtype, device=self.device)
             key = self._key(examples)
@@ -341,6 +376,7 @@ class Tangent:
             raise InputError(f"a direction in parameter space has shape ({self.count},): got {tuple(tangent.shape)}")
         directions = self.selection.split(outside_inference(tangent.to(self.device, self.dtype)))
         examples, how = self.examples(x), (self.model, self.selection, self.readout)
+        self.check(examples)
         parts = []
         with fixed(self.model):
             key = self._key(examples)

@@ -82,6 +82,7 @@ class Sides:
         """
         if (start, stop) not in self._found:
             some = self._examples.pick(range(start, stop))
+            self._exact.check(some)  # before anybody looks
             with _Look(self._pile) as look:
                 self._exact.outputs(some, batch=stop - start)
             self._found[start, stop] = look.found

@@ -87,6 +87,7 @@ class Anatomy:
         cotangents: bytes of the cotangents of all uses, for one example and one scalar.
         sizes: of every parameter's factor.
         parts: how the factors of a batch belong together.
+        first: the first example and its scalars in the trial, alone or beside one other; None where all is generic.
     """
 
     script: list[Step]
@@ -98,6 +99,22 @@ class Anatomy:
     cotangents: int = 0
     sizes: list[PartSize] = field(default_factory=list, repr=False)
     parts: list[Part] = field(default_factory=list, repr=False)
+    first: tuple[Batch, Tensor] | None = field(default=None, repr=False)
+
+    def check_company(self, some: Batch, scalars: Tensor) -> None:
+        """The scalars of a batch that begins with the trial's first example are, of this one, those of the trial.
+
+        A batch has more company than a trial, and other targets. Cost: one comparison of an example.
+
+        Raises:
+            ModelError: if they are not.
+        """
+        if self.first is None:
+            return
+        alone, expected = self.first
+        if some.begins_with(alone) and scalars.shape[1] == expected.shape[1]:
+            allowed = tolerance(scalars.dtype) * (float(scalars.abs().max()) or 1.0)
+            check_scalars_agree(scalars[:1], expected, allowed, f"alone and in a batch of {some.size}")
 
 
 def part_sizes(factors: Sequence[tuple[Source, Factor]], scalars: int) -> list[PartSize]:
@@ -138,7 +155,7 @@ def _tried(
     model: nn.Module, selection: Selection, readout: Readout, examples: Examples, device: torch.device, count: int
 ) -> Anatomy:
     """One trial on `count` examples and on one more."""
-    numbers = [i % len(examples) for i in range(count + 1)]
+    numbers = examples.for_a_trial(count + 1)
     more, few = examples.batch(numbers, device), examples.batch(numbers[:count], device)
     plain = _plain_run(model, selection, readout, few)
     try:
@@ -558,6 +575,7 @@ def _guarded(
         cotangents // (few + 1),
         part_sizes(kept, plain.scalars.shape[1]),
         partition(kept),
+        (alone, plain.scalars[:1]),
     )
 
 
@@ -636,9 +654,9 @@ def check_scalars_agree(a: Tensor, b: Tensor, allowed: float, how: str) -> None:
     if not difference <= allowed:
         raise ModelError(
             f"the model's outputs for the same examples differ by {difference:.3g} {how}: either examples influence "
-            "each other (batch statistics, attention or sorting across the batch), or the model is random or keeps "
-            "state between calls. A tangent kernel needs a fixed function of each example: call model.eval() and "
-            "remove what mixes or remembers examples"
+            "each other (batch statistics, attention or sorting across the batch, a loss of (N, 1) outputs and (N,) "
+            "targets that broadcast), or the model is random or keeps state between calls. A tangent kernel needs a "
+            "fixed function of each example: call model.eval() and remove what mixes or remembers examples"
         )
 
 
@@ -693,6 +711,27 @@ def _spread_reasons(generic: dict[str, str], sources: list[Source]) -> None:
             if reasons and missing:
                 generic.update(dict.fromkeys(missing, reasons[0]))
                 changed = True
+
+
+def check_independence(
+    model: nn.Module, selection: Selection, readout: Readout, examples: Examples, device: torch.device
+) -> None:
+    """Examples give the same in batches of one, two and three, as a trial would find. Cost: their forward passes.
+
+    Raises:
+        ModelError: if it does not.
+        InputError: if the model cannot be run on the examples.
+    """
+    numbers, found = examples.for_a_trial(3), []
+    for count in (3, 2):
+        some = examples.batch(numbers[:count], device)
+        with torch.no_grad():
+            found.append(readout.scalars(run_model(model, selection, some), some.targets))
+        check_scalars(found[-1], some)
+    more, few = found
+    allowed = tolerance(few.dtype) * (float(few.abs().max()) or 1.0)
+    check_scalars_agree(few, more[:2], allowed, "in a batch of 2 and of 3")
+    _check_alone(model, selection, readout, examples.batch(numbers[1:2], device), more[1:2])
 
 
 def _check_alone(
