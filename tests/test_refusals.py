@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +79,30 @@ def moving_average(m: Any, x: Tensor) -> Tensor:
     return m.f(x - m.mean)
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: in training a branch is left out, example by example."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.f, self.p = nn.Linear(5, 5), p
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = (torch.rand(len(x), 1) >= self.p).to(x) if self.training else 1.0
+        return x + keep * self.f(x)
+
+
+class Wrapped(DropPath):
+    """The same behind a decorator, as transformers has them."""
+
+    @functools.wraps(DropPath.forward)
+    def forward(self, *args: Any) -> Any:
+        return DropPath.forward(self, *args)
+
+
+class Blocks(nn.Sequential):
+    """In training mode, of torch's own code: what matters is whether its members are."""
+
+
 EVAL, MIXED = r"model\.eval\(\)", r"outputs for the same examples differ.*examples influence each other.*eval\(\)"
 
 MODE = [
@@ -97,6 +122,8 @@ MODE = [
             "dropout.*MultiheadAttention"),
     Refusal("dropout/many", lambda: nn.Sequential(linear(), *(nn.Dropout(0.1) for _ in range(6))), ModelError,
             r"1 \(Dropout\).*4 \(Dropout\) and 2 more"),
+    Refusal("drop_path/one", lambda: nn.Sequential(DropPath(0.1), linear()), ModelError,
+            rf"its forward looks at self\.training: 0 \(DropPath\).*{EVAL}"),
     Refusal("both", lambda: nn.Sequential(linear(), nn.BatchNorm1d(3), nn.Dropout()), ModelError,
             "batch statistics.*dropout is active"),
 ]  # fmt: skip
@@ -271,7 +298,7 @@ def test_mixing_that_a_trial_cannot_show_is_seen_in_the_first_batch() -> None:
     model, targets = mlp(c=1).double(), torch.zeros(LONG, dtype=torch.float64)
     targets[77] = 100.0
     kernel = ntkit.TangentKernel(ntkit.linearize(model, readout=BROADCAST), (normal(5)(LONG), targets))
-    with pytest.raises(ModelError, match=rf"alone and in a batch of {LONG}"):
+    with pytest.raises(ModelError, match="alone and in company"):
         kernel.dense()
 
 
@@ -358,13 +385,39 @@ def test_an_undefined_gradient_is_not_called_a_slow_route() -> None:
         lambda: nn.Sequential(linear(), nn.Tanh(), nn.Linear(3, 3)).train(),
         lambda: nn.Sequential(linear(), nn.LayerNorm(3)).train(),
         lambda: nn.Sequential(linear(), nn.BatchNorm1d(3), nn.Dropout()).eval(),
+        lambda: nn.Sequential(DropPath(0.1), linear()).eval(),
+        lambda: Blocks(Net(lambda m, x: m.f(x), f=linear())).train(),
+        lambda: nn.TransformerEncoderLayer(5, 1, 4, dropout=0.0, batch_first=True).train(),
     ],
-    ids=["dropout of nothing", "training without consequence", "layer norm", "eval"],
+    ids=[
+        "dropout of nothing",
+        "training without consequence",
+        "layer norm",
+        "eval",
+        "drop path in eval",
+        "modules of one's own",
+        "torch's own code",
+    ],
 )
 def test_accepted(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = make().double()
-    assert ntkit.empirical_ntk(model, X).shape == (18, 18)
+    x = X if isinstance(model, nn.Sequential) else X[:, None]
+    tangent = ntkit.linearize(model, readout=ntkit.Logits(select=lambda output: output.flatten(1)[:, :3]))
+    assert ntkit.TangentKernel(tangent, x).dense().shape == (18, 18)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stochastic_depth_is_refused_whatever_it_drops(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(DropPath(0.1), DropPath(0.1), linear()).double().train()
+    with pytest.raises(ModelError, match=r"0 \(DropPath\), 1 \(DropPath\)"):
+        ntkit.linearize(model)
+
+
+def test_a_forward_behind_a_decorator_is_looked_at() -> None:
+    with pytest.raises(ModelError, match=r"self\.training: the model \(Wrapped\)"):
+        ntkit.linearize(Wrapped(0.1))
 
 
 def counts(m: Any, x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from ntkit.tangent.images import OVERWRITTEN
 from ntkit.tangent.readout import Logits, Readout
 from ntkit.tangent.trial import (
     Anatomy,
+    check_alone,
     check_independence,
     check_scalars,
     disagreements,
@@ -57,7 +58,8 @@ def linearize(model: nn.Module, *, readout: Readout | None = None, parameters: C
             bool, a name pattern such as "head.*", a submodule, a parameter, or an iterable of those.
 
     Raises:
-        ModelError: if BatchNorm or Dropout are in training mode, or a parameter is not of a floating point type.
+        ModelError: if BatchNorm, Dropout or modules that ask for the mode are in training mode, or a parameter is not
+            of a floating point type.
         InputError: if no parameter is selected.
     """
     if not isinstance(model, nn.Module):
@@ -298,7 +300,9 @@ class Tangent:
             raise Deviation(OVERWRITTEN)
         scalars = self.readout.scalars(output, some.targets)
         check_scalars(scalars, some)
-        anatomy.check_company(some, scalars.detach())
+        if anatomy.first is not None and not anatomy.expects(some, scalars.detach()):
+            # it is mixed with others, or the parameters have changed since
+            check_alone(self.model, self.selection, self.readout, anatomy.first[0], scalars[:1].detach())
         for record in capture.records:
             record.check_inputs()
         run_backward(scalars, capture.records)

@@ -101,20 +101,15 @@ class Anatomy:
     parts: list[Part] = field(default_factory=list, repr=False)
     first: tuple[Batch, Tensor] | None = field(default=None, repr=False)
 
-    def check_company(self, some: Batch, scalars: Tensor) -> None:
-        """The scalars of a batch that begins with the trial's first example are, of this one, those of the trial.
+    def expects(self, some: Batch, scalars: Tensor) -> bool:
+        """Whether a batch that begins with the trial's first example has its scalars; any other is as expected.
 
         A batch has more company than a trial, and other targets. Cost: one comparison of an example.
-
-        Raises:
-            ModelError: if they are not.
         """
-        if self.first is None:
-            return
-        alone, expected = self.first
-        if some.begins_with(alone) and scalars.shape[1] == expected.shape[1]:
-            allowed = tolerance(scalars.dtype) * (float(scalars.abs().max()) or 1.0)
-            check_scalars_agree(scalars[:1], expected, allowed, f"alone and in a batch of {some.size}")
+        if self.first is None or scalars.shape[1] != self.scalars or not some.begins_with(self.first[0]):
+            return True
+        allowed = tolerance(scalars.dtype) * (float(scalars.abs().max()) or 1.0)
+        return float((scalars[:1] - self.first[1]).abs().max()) <= allowed
 
 
 def part_sizes(factors: Sequence[tuple[Source, Factor]], scalars: int) -> list[PartSize]:
@@ -162,7 +157,7 @@ def _tried(
         learned = _learn(model, selection, readout, few, more, plain)
     except (_Hidden, Deviation) as hidden:
         return Anatomy([], dict.fromkeys(selection.names, str(hidden)), {}, plain.scalars.shape[1])
-    _check_alone(model, selection, readout, examples.batch(numbers[1:2], device), learned.scalars[1:2].detach())
+    check_alone(model, selection, readout, examples.batch(numbers[1:2], device), learned.scalars[1:2].detach())
     return _guarded(model, selection, readout, examples.batch([0], device), plain, learned)
 
 
@@ -562,7 +557,7 @@ def _guarded(
         generic.setdefault(name, reason)
     if generic:
         _spread_reasons(generic, [source for source, _ in factors])
-        _check_alone(model, selection, readout, alone, plain.scalars[:1], must_run=True)
+        check_alone(model, selection, readout, alone, plain.scalars[:1], must_run=True)
     kept = [(source, factor) for source, factor in factors if not set(source.leaves) & set(generic)]
     cotangents = sum(g.nbytes for record in learned.records for g in record.cotangents if g is not None)
     return Anatomy(
@@ -731,13 +726,18 @@ def check_independence(
     more, few = found
     allowed = tolerance(few.dtype) * (float(few.abs().max()) or 1.0)
     check_scalars_agree(few, more[:2], allowed, "in a batch of 2 and of 3")
-    _check_alone(model, selection, readout, examples.batch(numbers[1:2], device), more[1:2])
+    check_alone(model, selection, readout, examples.batch(numbers[1:2], device), more[1:2])
 
 
-def _check_alone(
+def check_alone(
     model: nn.Module, selection: Selection, readout: Readout, batch: Batch, company: Tensor, *, must_run: bool = False
 ) -> None:
-    """An example alone must give what it gives in company, where others stand before and perhaps behind it."""
+    """An example alone must give what it gives in company, where others stand before and perhaps behind it.
+
+    Raises:
+        ModelError: if it does not, or is not finite.
+        InputError: if it must run alone and cannot.
+    """
     try:
         with torch.no_grad():
             alone = readout.scalars(run_model(model, selection, batch), batch.targets).detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -95,9 +96,11 @@ def check_evaluation(model: nn.Module) -> None:
     """Refuse modules whose training-mode behaviour makes a per-example derivative meaningless.
 
     Raises:
-        ModelError: naming every BatchNorm that uses the batch's statistics and every active Dropout.
+        ModelError: naming every BatchNorm that uses the batch's statistics, every active Dropout, and every module in
+            training mode whose own code asks for the mode, as stochastic depth does: a trial of a few examples may not
+            meet what it drops.
     """
-    mixing, random = [], []
+    mixing, random, asking = [], [], []
     for name, module in model.named_modules():
         label = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -110,16 +113,28 @@ def check_evaluation(model: nn.Module) -> None:
             random.append(label)
         elif isinstance(module, nn.MultiheadAttention) and module.training and module.dropout > 0:
             random.append(label)
-    if mixing or random:
+        elif module.training and _asks_for_the_mode(module):
+            asking.append(label)
+    if mixing or random or asking:
         causes = []
         if mixing:
             causes.append("batch statistics make an output depend on the other examples: " + _first(mixing))
         if random:
             causes.append("dropout is active: " + _first(random))
+        if asking:
+            causes.append("in training mode, and its forward looks at self.training: " + _first(asking))
         raise ModelError(
             f"the tangent kernel of this model is not defined: {'; '.join(causes)}. "
             "Call model.eval() first (BatchNorm then uses its running statistics)"
         )
+
+
+def _asks_for_the_mode(module: nn.Module) -> bool:
+    """Whether a forward that is not torch's own, whose modules are known, reads `training`."""
+    forward = inspect.unwrap(module.forward)
+    code = getattr(forward, "__code__", None)
+    own = getattr(forward, "__module__", None) or ""
+    return code is not None and not own.startswith("torch.") and "training" in code.co_names
 
 
 def _first(labels: list[str], most: int = 4) -> str:
