@@ -114,6 +114,21 @@ def test_alignment_with_a_vector():
     assert alignment(kernel, y) == alignment(kernel.numpy(), y[:, None].numpy())
 
 
+@pytest.mark.parametrize("c", [2, 3, 5, 7])
+def test_rounding_of_constant_targets_is_no_alignment(c):
+    """One class, less 1/C: the mean is taken out of numbers that are not exact."""
+    for n in (3, 6, 11, 50, 199):
+        y = torch.nn.functional.one_hot(torch.zeros(n, dtype=torch.long), c).double() - 1 / c
+        for kernel, columns in ((gram(n, 20), y), (gram(n * c, 20), y), (gram(n, 20), y[:, 0])):
+            with pytest.raises(InputError, match="once centred, the kernel or the targets are zero"):
+                alignment(kernel, columns)
+
+
+def test_a_constant_column_beside_another_does_not_count():
+    kernel, y = gram(50, 20), torch.cat([torch.full((50, 1), 1e6 / 3, dtype=torch.float64), 1e-9 * normal(50, 1)], 1)
+    assert alignment(kernel, y).centred == pytest.approx(alignment(kernel, y[:, 1]).centred, rel=1e-9)
+
+
 # ---------------------------------------------------------------- drift and CKA
 
 

@@ -115,7 +115,7 @@ def alignment(kernel: Kernel | Tensor | np.ndarray, targets: Tensor | np.ndarray
     if not y.isfinite().all():
         raise InputError("the targets have entries that are not finite (NaN or infinity)")
     outputs = kernel.shape[0] // len(y)
-    flat, centred = (v.reshape(kernel.shape[0], -1) for v in (y, y - y.mean(0)))
+    flat, centred = (v.reshape(kernel.shape[0], -1) for v in (y, _less_their_mean(y)))
     square, products, sums = 0.0, [], []
     for strip in strips(kernel.shape[0]):
         tile = _strip(kernel, strip)
@@ -221,6 +221,12 @@ def _centred(product: float, az: Tensor, bz: Tensor) -> float:
     blocks = [z.reshape(examples, scalars, scalars).sum(0) for z in (az, bz)]
     value = product - 2 * float((az * bz).sum()) / examples + float((blocks[0] * blocks[1]).sum()) / examples**2
     return value if abs(value) > 100 * EPS * abs(product) else 0.0
+
+
+def _less_their_mean(y: Tensor) -> Tensor:
+    """Targets (N, C) less their mean over the examples; zero where rounding alone is left of a column."""
+    centred = y - y.mean(0)
+    return centred * (torch.linalg.vector_norm(centred, dim=0) > 100 * EPS * torch.linalg.vector_norm(y, dim=0))
 
 
 def _strip(kernel: Kernel, rows: slice) -> Tensor:
