@@ -235,6 +235,20 @@ def test_chunks_are_of_even_size(n: int, kilobytes: int) -> None:
     assert max(lengths) - min(lengths) < len(lengths) or len(lengths) == 1
 
 
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_few_rows_meet_many_columns_at_once(rows: int) -> None:
+    """As many are captured at once as of the same examples in the rows."""
+    found = sizes(OuterWork(1, 1, 1, 10, 10))
+    wide, tall = (make_plan(found, *shape, symmetric=False, trace=False, memory=10**9) for shape in (
+        (rows, 1000), (1000, rows)))  # fmt: skip
+    assert wide.chunk == tall.chunk > 100
+    assert wide.block == rows
+    tight = make_plan(found, rows, 1000, symmetric=False, trace=False, memory=10**5)
+    assert 1 < tight.chunk * found.captured <= 10**5
+    got = kernel("mlp", "pntk", symmetric=False, memory=None, n=rows, m=300)
+    assert got.plan().chunk == 300
+
+
 def test_large_weights_are_captured_with_many_examples() -> None:
     part = sizes(OuterWork(1, 1, 1, 10, 10)).parts
     small, large = (Sizes(1, 4, parameters, 10**7, 0, part, 1, 1) for parameters in (10**6, 10**8))

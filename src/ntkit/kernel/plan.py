@@ -230,7 +230,8 @@ def make_plan(found: Sizes, rows: int, cols: int, *, symmetric: bool, trace: boo
     if reused:  # with rows of its own
         chunk = min(chunk, max(FEWEST, capture // each))
     chunk = -(-most // -(-most // chunk))  # of even size: a small one at the end would waste the processor
-    chunk = min(chunk, max(1, block))
+    if symmetric:  # else columns are captured as many at once whatever few rows they meet
+        chunk = min(chunk, max(1, block))
     chunks = -(-NARROW // (chunk * job.scalars)) if reused else 1
     passing = chunk * max(1, min(chunks, memory // (3 * each * chunk)))
     return job.priced(routes, block, chunk, passing, scratch, reused=reused)
