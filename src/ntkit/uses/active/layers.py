@@ -56,6 +56,7 @@ def layer_inputs(tangent: Tangent, x: Any, names: Sequence[str] | None = None, l
             f"the network has no module {unknown[0]!r}: expected some of {', '.join(filter(None, modules))}"
         )
     watched = {n: m for n, m in modules.items() if (isinstance(m, LAYERS) if names is None else n in names)}
+    tangent.check(x)  # before anybody takes notes: its batches are others
     notes = _Notes(len(tangent.examples(x)), names or ())
     hooks = [
         module.register_forward_pre_hook(partial(notes.take, name), with_kwargs=True)
