@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -40,6 +41,12 @@ def words():
 def sequence():
     return nn.Linear(4, 3)
 
+def dead():
+    model = net()
+    model[2] = nn.ReLU()
+    nn.init.constant_(model[1].bias, -1e3)
+    return model
+
 def broken():
     raise RuntimeError("no\\nluck")
 
@@ -47,6 +54,7 @@ def number():
     return 3
 """
 N, M = 12, 6
+TARGETS = np.random.default_rng(1).normal(size=(N, 3))
 
 
 @pytest.fixture
@@ -177,6 +185,35 @@ def test_report(here: Path) -> None:
     assert sorted(path.name for path in (here / "deep").iterdir()) == ["page"]
 
 
+def test_report_of_a_network_that_finds_all_examples_alike(here: Path) -> None:
+    """What is not defined is said to be so, and the rest is there."""
+    save_file(net().state_dict(), "alive.safetensors")
+    code, said, _ = call("report", "nets:dead", "data.npz", "--weights", "alive.safetensors", "--out", "page")
+    assert code == 0
+    assert "not defined" in said
+    study = json.loads(Path("page/results.json").read_text())["study"]
+    collapsed, alive = study["states"]
+    assert [facts["alignment"] for facts in collapsed["kernels"]] == [None] * 4
+    assert collapsed["similarity"] is None
+    assert [facts["alignment"] is None for facts in alive["kernels"]] == [True, False, False, False]
+    assert alive["similarity"] is not None
+    assert [moved["cka"] for moved in study["movements"]] == [None] * 4
+    text = Path("page/index.html").read_text()
+    assert "to one of the two all examples are alike" in text
+    assert not re.search(r"(?i)\bnan\b", text)
+
+
+def test_report_where_the_compared_examples_are_of_one_class(here: Path) -> None:
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(N, 2, 4)), np.sort(np.arange(N) % 3)
+    np.savez("sorted.npz", x_train=x, y_train=y, x_test=x[::2], y_test=y[::2])
+    code, _, _ = call("report", "nets:net", "sorted.npz", "--compared", 4, "--out", "page")
+    assert code == 0
+    (state,) = json.loads(Path("page/results.json").read_text())["study"]["states"]
+    assert state["similarity"] is None
+    assert all(facts["alignment"] is None for facts in state["kernels"])
+
+
 def test_report_of_a_regression_with_one_output_and_a_cut(here: Path) -> None:
     draw = np.random.default_rng(0)
     np.savez("all.npz", x=draw.normal(size=(20, 8)), y=draw.normal(size=20))
@@ -305,6 +342,10 @@ def arrays(**changes: np.ndarray | None) -> dict[str, np.ndarray]:
         ({"y_train": np.zeros((N, 3))}, "differ in shape"),
         ({"y_train": np.zeros(N)}, "differ in shape"),
         ({"y_train": np.full((N, 3), np.inf), "y_test": np.zeros((M, 3))}, "not finite"),
+        ({"x_train": np.ones((N, 2, 4))}, f"all {N} training examples are equal"),
+        ({"y_train": np.full(N, 2)}, "all training examples are of class 2: expected two classes at least"),
+        ({"y_train": np.ones((N, 3)), "y_test": TARGETS[:M]}, "targets of all training examples are equal ([1.0, 1.0"),
+        ({"y_train": TARGETS, "y_test": np.ones((M, 3))}, "targets of all test examples are equal"),
         ({"y_test": None}, "holds the arrays x_test, x_train, y_train"),
         ({"x_test": np.zeros((1, 2, 4)), "y_test": np.zeros(1, int)}, "two test examples"),
     ],
@@ -371,7 +412,7 @@ def test_a_share_outside_its_range(here: Path) -> None:
 
 
 def test_a_regression_too_large_for_memory(here: Path) -> None:
-    x, y = np.zeros((5000, 8), np.float32), np.zeros(5000, int)
+    x, y = np.random.default_rng(0).normal(size=(5000, 8)), np.arange(5000) % 3
     np.savez("large.npz", x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
     assert "--train 4666" in refused("report", "nets:net", "large.npz", "--readout", "logits")
 

@@ -395,7 +395,8 @@ def make_task(model: nn.Module, data: Data) -> Task:
     """The task of a model on data, once its outputs are known to fit the targets.
 
     Raises:
-        InputError: if the model cannot take the examples, or its outputs do not fit the targets.
+        InputError: if the model cannot take the examples, its outputs do not fit the targets, or there is nothing to
+            tell apart: equal examples, one class, constant targets.
     """
     outputs = count_outputs(model, data.x_train)
     y = data.y_train
@@ -412,7 +413,28 @@ def make_task(model: nn.Module, data: Data) -> Task:
             raise InputError(
                 f"y holds the class number {largest}, but the model has {outputs} outputs (0 to {outputs - 1})"
             )
+    _check_variety(data)
     return Task(data.x_train, y, data.x_test, data.y_test, outputs)
+
+
+def _check_variety(data: Data) -> None:
+    if bool((data.x_train == data.x_train[:1]).all()):
+        raise InputError(
+            f"all {len(data.x_train):,} training examples are equal: expected different ones; is x scaled to nothing?"
+        )
+    if not data.y_train.is_floating_point():
+        if bool((data.y_train == data.y_train[0]).all()):
+            raise InputError(
+                f"all training examples are of class {int(data.y_train[0])}: expected two classes at least. If the "
+                "file is sorted by class, give x and y alone, which are cut at random"
+            )
+        return
+    for name, y in (("training", data.y_train), ("test", data.y_test)):
+        if bool((y == y[:1]).all()):
+            raise InputError(
+                f"the targets of all {name} examples are equal ({y[0].tolist()}): expected some that differ, or there "
+                "is no R^2 to score by. For class numbers give integers"
+            )
 
 
 def count_outputs(model: nn.Module, x: Tensor) -> int:

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING
 
 from ntkit.report import pictures
 from ntkit.report.page import Card, Figure, Page, Section, Strip, Table, Tile
-from ntkit.report.words import a_thing, count, distance, number, percent, plus_minus, score, sentence, signed
+from ntkit.report.words import (
+    NOT_DEFINED,
+    a_thing,
+    cosine,
+    count,
+    distance,
+    number,
+    percent,
+    plus_minus,
+    score,
+    sentence,
+    signed,
+)
 from ntkit.uses.convergence import EXPECTED_SLOPE
 from ntkit.uses.study import FIRST, FULL, PSEUDO, TRACE
 
@@ -77,7 +89,7 @@ def summary(study: Study) -> Table:
                     "exact" if facts.fidelity is None else plus_minus(facts),
                     number(facts.spectrum.condition_number),
                     f"{facts.spectrum.entropy_rank:.1f}",
-                    "" if facts.alignment is None else f"{facts.alignment.centred:.2f}",
+                    _aligned(facts, study),
                     fits.get(study.compared, ""),
                     fits.get(study.train_examples, ""),
                 )
@@ -100,6 +112,13 @@ def summary(study: Study) -> Table:
 
 
 # ---------------------------------------------------------------- the parts of the page
+
+
+def _aligned(facts: KernelFacts, study: Study) -> str:
+    """With the labels; the full kernel's is on another scale."""
+    if facts.alignment is None:
+        return "" if facts.label == FULL.label and study.outputs > 1 else NOT_DEFINED
+    return cosine(facts.alignment.centred, 2)
 
 
 def _full(state: State) -> KernelFacts:
@@ -146,7 +165,7 @@ def _findings(study: Study, convergence: Convergence | None) -> list[str]:
             f"reaches {score(study, later)}. So the network "
             + (
                 "did not stay in the regime in which one fixed kernel describes it."
-                if whole.cka < 0.9
+                if whole.cka is None or whole.cka < 0.9
                 else "stayed close to the regime in which one fixed kernel describes it."
             )
         )
@@ -183,6 +202,8 @@ def _moved(study: Study) -> str:
         scale = f"it grew {factor:,.{0 if factor > 10 else 1}f}-fold"
     else:
         scale = f"it shrank to {percent(factor)} of its size"
+    if whole.cka is None:
+        return f"{scale}, and to one of the two all examples are alike, so that there is no shape to compare."
     return (
         f"{scale}, and its shape agrees with the first one only to {percent(whole.cka, 0)} (CKA, 100% is the same)."
         if whole.cka < 0.9
@@ -387,7 +408,7 @@ def _movement(study: Study) -> Section:
                         moved.label,
                         number(moved.drift.relative_change),
                         f"{moved.drift.cosine_distance:.3f}",
-                        f"{moved.cka:.3f}",
+                        cosine(moved.cka, 3),
                     )
                     for moved in study.movements
                 ),

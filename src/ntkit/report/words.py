@@ -35,8 +35,18 @@ def _raised(exponent: int) -> str:
     return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
+NOT_DEFINED = "not defined"
+
+
+def cosine(value: float | None, digits: int) -> str:
+    """An agreement between kernels or with the labels; there is none where a kernel finds all examples alike."""
+    return NOT_DEFINED if value is None else f"{value:.{digits}f}"
+
+
 def score(study: Study, value: float) -> str:
-    """A test score: per cent of right answers, or R^2."""
+    """A test score: per cent of right answers, or R^2; there is no R^2 of targets that are all equal."""
+    if math.isnan(value):
+        return NOT_DEFINED
     return percent(value) if study.score_name == "accuracy" else f"{value:.3f}"
 
 

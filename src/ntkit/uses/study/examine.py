@@ -8,7 +8,8 @@ import math
 import time
 import warnings
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,9 @@ from ntkit.uses.study.facts import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+_Cosine = TypeVar("_Cosine")
 
 # One eigendecomposition of so many rows takes half a minute on two cores; a larger regression gets its ridge from as
 # many of its examples, which changes the best relative ridge little.
@@ -169,7 +172,7 @@ class _Bench:
             layers=self._layers(),
             fits=tuple(fitted.scores(task) for fitted in fits.values()),
             ridge_check=largest.ridge_check(task),
-            similarity=self._similarity(dense) if task.classification else None,
+            similarity=self._similarity(dense),
             evidence=largest.evidence(task) if task.classification and not largest.fit.full else (),
         )
 
@@ -200,7 +203,7 @@ class _Bench:
             seconds=dense[kind.label].seconds,
             mean_diagonal=float(matrix.diagonal().double().mean()),
             spectrum=spectrum(matrix),
-            alignment=alignment(matrix, y) if len(matrix) == len(y) else None,
+            alignment=_if_defined(lambda: alignment(matrix, y)) if len(matrix) == len(y) else None,
             error=0.0 if exact else _relative_error(full, matrix),
             fidelity=fidelity,
         )
@@ -232,15 +235,18 @@ class _Bench:
         traces = {name: float(part.diagonal().double().sum()) for name, part in parts.items()}
         return {name: value / sum(traces.values()) for name, value in traces.items()}
 
-    def _similarity(self, dense: dict[str, _Timed]) -> Similarity:
+    def _similarity(self, dense: dict[str, _Timed]) -> Similarity | None:
+        """None for a regression task, for examples of one class, and where all examples are alike."""
+        y = self.task.y_train[: self.compared]
+        if not self.task.classification or bool((y == y[0]).all()):
+            return None
         timed = dense.get(TRACE.label)
-        x = self.task.x_train[: self.compared]
-        matrix = (
-            DenseKernel(timed.matrix if timed else self._kernel(TRACE, x).dense(), symmetric=True).centred().dense()
-        )
+        kernel = timed.matrix if timed else self._kernel(TRACE, self.task.x_train[: self.compared]).dense()
+        matrix = DenseKernel(kernel, symmetric=True).centred().dense()
+        if float(matrix.trace()) <= 100 * torch.finfo(matrix.dtype).eps * float(kernel.trace()):
+            return None
         scale = matrix.diagonal().clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt()
         cosines = (scale[:, None] * matrix * scale).double()
-        y = self.task.y_train[: self.compared]
         same = y[:, None] == y
         apart = ~torch.eye(len(y), dtype=torch.bool)
         shown = y[:PICTURE_EXAMPLES].argsort(stable=True)
@@ -392,7 +398,17 @@ def _movements(before: dict[str, _Timed], after: dict[str, _Timed], outputs: int
         Movement(
             label=label,
             drift=drift(before[label].matrix, after[label].matrix),
-            cka=cka(before[label].matrix, after[label].matrix, scalars=outputs if label == FULL.label else 1),
+            cka=_if_defined(
+                partial(cka, before[label].matrix, after[label].matrix, scalars=outputs if label == FULL.label else 1)
+            ),
         )
         for label in before
     )
+
+
+def _if_defined(cosine: Callable[[], _Cosine]) -> _Cosine | None:
+    """None where there is no such cosine: a network has collapsed and all its examples are alike, or their targets."""
+    try:
+        return cosine()
+    except InputError:
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -108,11 +109,15 @@ class Task:
         return plain.double() - self.offset
 
     def score(self, outputs: Tensor, y: Tensor) -> float:
-        """Share of examples whose largest output is the right one, or R^2 over all outputs; 1 is perfect."""
+        """Share of examples whose largest output is the right one, or R^2 over all outputs; 1 is perfect.
+
+        Of targets that are all equal there is no R^2: NaN.
+        """
         if self.classification:
             return float((outputs.argmax(1) == y).double().mean())
         y = y.double()
-        return 1 - float((outputs - y).square().sum() / (y - y.mean(0)).square().sum())
+        spread = float((y - y.mean(0)).square().sum())
+        return 1 - float((outputs - y).square().sum()) / spread if spread else math.nan
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,8 @@ class KernelFacts:
         seconds: to compute it.
         mean_diagonal: trace / rows.
         spectrum: its eigenvalues.
-        alignment: with the targets; of reduced kernels only (the full one's is on another scale).
+        alignment: with the targets; of reduced kernels only (the full one's is on another scale), and where all
+            examples are not alike.
         error: ||Theta - k (x) I|| / ||Theta|| with all blocks of the compared examples; 0 for the full kernel itself.
         fidelity: the same for the kernel of all training examples, from a sample of them, with a standard error; None
             for the full kernel.
@@ -284,7 +290,7 @@ class State:
         layers: share of the trace of the full kernel that each layer carries.
         fits: kernel regressions, on the compared examples and on all.
         ridge_check: of the first main kernel.
-        similarity: None for a regression task.
+        similarity: None for a regression task, and where all examples, or their classes, are alike.
         evidence: of the first main kernel, if it is a reduced one; empty for a regression task.
     """
 
@@ -314,12 +320,12 @@ class Movement:
     Attributes:
         label: of the kernel.
         drift: relative change and cosine distance.
-        cka: centred kernel alignment between the two.
+        cka: centred kernel alignment between the two; None where all examples are alike to one of them.
     """
 
     label: str
     drift: Drift
-    cka: float
+    cka: float | None
 
 
 @dataclass(frozen=True)
