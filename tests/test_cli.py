@@ -219,7 +219,7 @@ def test_report_of_a_regression_with_one_output_and_a_cut(here: Path) -> None:
     np.savez("all.npz", x=draw.normal(size=(20, 8)), y=draw.normal(size=20))
     code, said, _ = call("report", "nets:one", "all.npz", "--test-share", 0.25, "--readout", "logits")
     assert code == 0
-    results = json.loads(Path("report/results.json").read_text())
+    results = json.loads(Path("ntkit-report/results.json").read_text())
     assert (results["study"]["train_examples"], results["study"]["test_examples"]) == (15, 5)
     assert results["study"]["score_name"] == "R²"
     assert "cut at random" in results["data"]
@@ -240,13 +240,13 @@ def test_the_fashion_example(here: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     runpy.run_path(str(example), run_name="__main__")
     code, _, _ = call("report", f"{example}:cnn", "f.npz", "--weights", "f.safetensors", "--compared", 6)
     assert code == 0
-    study = json.loads(Path("report/results.json").read_text())["study"]
+    study = json.loads(Path("ntkit-report/results.json").read_text())["study"]
     assert study["parameters"] == 29066
     assert [study["train_examples"], study["test_examples"]] == [40, 20]
 
 
 def test_force_replaces_only_our_own_files(here: Path) -> None:
-    folder = here / "report"
+    folder = here / "ntkit-report"
     folder.mkdir()
     (folder / "mine.txt").write_text("keep")
     (folder / "index.html").write_text("old")
@@ -268,7 +268,7 @@ def test_force_replaces_only_our_own_files(here: Path) -> None:
         ("nets", "MODULE:FUNCTION"),
         ("nope:net", "no module 'nope'"),
         ("nope.py:net", "no file nope.py"),
-        ("nets:nope", "it has net, wide, one, words, sequence, broken, number"),
+        ("nets:nope", "it has net, wide, one, words, sequence, dead, broken, number"),
         ("nets:SIZE", "is a int"),
         ("nets:broken", "RuntimeError: no luck (nets.py, line "),
         ("nets:number", "must return a torch.nn.Module: got int"),
@@ -283,7 +283,7 @@ def test_factories_that_fail(here: Path, factory: str, says: str) -> None:
     for command in (["plan"], ["kernel", "--out", "K.npy"], ["report"]):
         assert says in refused(*command, factory, "data.npz")
     assert sorted(p.name for p in here.glob("*.npy")) == []
-    assert not (here / "report").exists()
+    assert not (here / "ntkit-report").exists()
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def arrays(**changes: np.ndarray | None) -> dict[str, np.ndarray]:
 def test_data_that_do_not_fit(here: Path, changes: dict[str, np.ndarray | None], says: str) -> None:
     np.savez("wrong.npz", **arrays(**changes))  # pyright: ignore[reportArgumentType]
     assert says in refused("report", "nets:net", "wrong.npz")
-    assert not (here / "report").exists()
+    assert not (here / "ntkit-report").exists()
 
 
 def test_one_output_and_class_numbers(here: Path) -> None:
@@ -404,6 +404,22 @@ def test_options_that_mean_nothing(here: Path, options: list[str], says: str) ->
 )
 def test_cuts_that_leave_nothing(here: Path, options: list[str], says: str) -> None:
     assert says in refused("report", "nets:net", "data.npz", *options)
+
+
+@pytest.mark.parametrize("least", [0, 1, -5])
+def test_two_examples_at_least_are_compared(here: Path, least: int) -> None:
+    code, _, said = call("report", "nets:net", "data.npz", "--compared", least)
+    assert code == 2
+    assert "--compared" in said
+    assert not (here / "ntkit-report").exists()
+
+
+def test_an_output_that_the_network_does_not_have(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    np.savez("one.npz", x=draw.normal(size=(20, 8)), y=draw.normal(size=20))
+    monkeypatch.setattr("ntkit.report.own.study", lambda *_, **__: pytest.fail("the study has begun"))
+    assert "has 3 outputs: got SingleLogit(7)" in refused("report", "nets:net", "data.npz", "--readout", "single:7")
+    assert "has 1 outputs: got SingleLogit(1)" in refused("report", "nets:one", "one.npz", "--readout", "single:1")
 
 
 def test_a_share_outside_its_range(here: Path) -> None:

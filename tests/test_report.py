@@ -249,6 +249,8 @@ def test_a_study_needs_states_and_examples() -> None:
     with pytest.raises(InputError, match="got none"):
         study({}, task, generator=torch.Generator())
     short = Task(task.x_train[:1], task.y_train[:1], task.x_test, task.y_test, 3)
+    with pytest.raises(InputError, match="two examples at least: got compared=1"):
+        study({"now": model}, task, effort=Effort(compared=1), generator=torch.Generator())
     with pytest.raises(InputError, match="1 training, 10 test"):
         study({"now": model}, short, generator=torch.Generator())
 

@@ -98,7 +98,9 @@ def report(
     ],
     weights: WeightsOption = None,
     readout: Annotated[str, typer.Option(metavar="READOUT", help=READOUT_HELP + " For the regression on all.")] = "sum",
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for index.html and results.json.")] = Path("report"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for index.html and results.json.")] = Path(
+        "ntkit-report"
+    ),
     force: ForceOption = False,
     train: Annotated[int, typer.Option(help="Training examples at most, drawn at random.")] = 10_000,
     test: Annotated[int, typer.Option(help="Test examples at most, drawn at random.")] = 2_000,
@@ -108,7 +110,7 @@ def report(
             help="Share of test examples where the file holds x and y alone. Default: 0.2.", show_default=False
         ),
     ] = None,
-    compared: Annotated[int, typer.Option(help="Most examples of which the full kernel is computed.")] = 160,
+    compared: Annotated[int, typer.Option(help="Most examples of which the full kernel is computed.", min=2)] = 160,
     seed: SeedOption = 0,
     dtype: TypeOption = "float32",
     memory: Annotated[str, typer.Option(metavar="SIZE", help="Working space for a kernel, beside the matrix.")] = "1GB",

@@ -125,6 +125,7 @@ def run_report(folder: Path, own: Own, *, force: bool = False, listener: Listene
 
 
 def _check_kind(kind: Kind, task: Task) -> None:
+    kind.readout.scalars(torch.zeros(1, task.outputs))  # refuses an output that the network does not have
     rows = len(task.x_train) * (task.outputs if kind == FULL else 1)
     if rows > LARGEST:
         what = f"{len(task.x_train):,} examples" + (f" x {task.outputs} outputs" if kind == FULL else "")

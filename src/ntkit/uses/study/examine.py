@@ -73,7 +73,7 @@ def study(
         listener: is told what is being computed.
 
     Raises:
-        InputError: if there is no state, or the data are too few.
+        InputError: if there is no state, or too few examples are there or to be compared.
         ModelError: if a network cannot be linearized.
 
     Cost: with n compared examples and N in all, per state: the full kernel of n and between M and n examples, 9 (n C)^3
@@ -87,6 +87,8 @@ def study(
             "a study needs two training and two test examples at least: got "
             f"{len(task.x_train)} training, {len(task.x_test)} test examples"
         )
+    if effort.compared < 2:
+        raise InputError(f"a study compares kernels on two examples at least: got compared={effort.compared}")
     if task.outputs == 1:  # one number per pair is all there is: nothing is reduced
         effort = replace(effort, reduced=(), fitted=(), main=(FULL,))
     compared, compared_test = _affordable(next(iter(states.values())), task, effort)
