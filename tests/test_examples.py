@@ -86,13 +86,49 @@ def test_one_input(form: str) -> None:
         (X, Z),
         {"right": Z, "left": X},
         TensorDataset(X, Z, torch.arange(6)),
+        Listed([((x, z), i) for i, (x, z) in enumerate(zip(X, Z, strict=True))]),
         Listed([{"left": x, "right": z} for x, z in zip(X, Z, strict=True)]),
     ],
-    ids=["tuple", "dict", "dataset with a target", "dataset of dicts"],
+    ids=["tuple", "dict", "dataset with a target", "dataset of pairs with a target", "dataset of dicts"],
 )
 def test_two_inputs(data: Any) -> None:
     model = two_inputs()
     assert oracles.relative_error(ntkit.empirical_ntk(model, data), truth(model, (X, Z))) <= 1e-12
+
+
+LABELS = torch.arange(6) % 3
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ({"left": X, "right": Z}, LABELS),
+        (X, Z, LABELS),
+        TensorDataset(X, Z, LABELS),
+        Listed([((x, z), y) for x, z, y in zip(X, Z, LABELS, strict=True)]),
+        Listed([({"left": x, "right": z}, y) for x, z, y in zip(X, Z, LABELS, strict=True)]),
+    ],
+    ids=["dict", "tuple", "dataset", "dataset of pairs", "dataset of dicts"],
+)
+def test_inputs_and_targets(data: Any) -> None:
+    model, loss = two_inputs(), nn.CrossEntropyLoss(reduction="none")
+    tangent = ntkit.linearize(model, readout=ntkit.Loss(loss))
+    parameters = list(model.parameters())
+    rows = []
+    for n in range(6):
+        gradients = torch.autograd.grad(loss(model(X[n : n + 1], Z[n : n + 1]), LABELS[n : n + 1])[0], parameters)
+        rows.append(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+    wanted = torch.stack(rows) @ torch.stack(rows).T
+    kernel = ntkit.TangentKernel(tangent, data)
+    assert oracles.relative_error(kernel.dense(), wanted) <= 1e-12
+    assert oracles.relative_error(kernel.examples([4, 1]), wanted[[4, 1]]) <= 1e-12
+    assert kernel.identity()["rows"]
+
+
+def test_a_dict_with_targets_of_another_length() -> None:
+    tangent = ntkit.linearize(two_inputs(), readout=ntkit.Loss(nn.CrossEntropyLoss(reduction="none")))
+    with pytest.raises(InputError, match=r"got lengths \{'left': 6, 'right': 6, 'the targets': 5\}"):
+        ntkit.TangentKernel(tangent, ({"left": X, "right": Z}, LABELS[:5]))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

@@ -2,7 +2,7 @@
 
 A tensor is one argument of the model, a tuple is its positional arguments, a dict its keyword arguments. A
 `torch.utils.data.Dataset` is read through torch's own collation; there a pair means (input, target), as everywhere in
-PyTorch.
+PyTorch, and the input may be a tuple or a dict.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Examples:
 
         Args:
             data: a tensor, a tuple or dict of tensors with a common first axis, or a `Dataset` with `len`.
-            with_targets: whether the last member of a tuple is the target of a loss rather than an argument.
+            with_targets: whether the last member of a tuple is the target of a loss rather than an argument; the first
+                of two may then be a dict.
 
         Raises:
             InputError: if the data are of another kind, empty, or of different lengths.
@@ -72,7 +73,7 @@ class Examples:
             data = data.data
         self.data = data
         self.with_targets = with_targets
-        self.size = _length(data)
+        self.size = _length(data, with_targets)
         if with_targets and not (isinstance(data, Dataset) or (isinstance(data, tuple) and len(data) >= 2)):
             raise InputError(
                 f"a loss read-out needs targets: got {type(data).__name__}, "
@@ -94,11 +95,9 @@ class Examples:
         if isinstance(data, Tensor):
             return Batch(size, (_take(data, index, device),))
         if isinstance(data, dict):
-            return Batch(size, (), {name: _take(t, index, device) for name, t in data.items()})
+            return Batch(size, (), _take(data, index, device))
         members = tuple(_take(t, index, device) for t in data)
-        if self.with_targets:
-            return Batch(size, members[:-1], {}, members[-1])
-        return Batch(size, members)
+        return _batch(size, members[:-1], members[-1]) if self.with_targets else Batch(size, members)
 
     @cached_property
     def contrast(self) -> tuple[int, frozenset[int]]:
@@ -140,10 +139,8 @@ class Examples:
         data = self.data
         if isinstance(data, Dataset):
             return Subset(data, numbers)
-        if isinstance(data, Tensor):
+        if isinstance(data, (Tensor, dict)):
             return _take(data, numbers, None)
-        if isinstance(data, dict):
-            return {name: _take(t, numbers, None) for name, t in data.items()}
         return tuple(_take(t, numbers, None) for t in data)
 
     def _from_dataset(self, items: Any, size: int, device: torch.device | None) -> Batch:
@@ -154,12 +151,19 @@ class Examples:
             return Batch(size, (items,))
         members = tuple(items)
         inputs, target = (members, None) if len(members) == 1 else (members[:-1], members[-1])
-        if len(inputs) == 1 and isinstance(inputs[0], dict):
-            return Batch(size, (), inputs[0], target)
-        return Batch(size, inputs, {}, target)
+        return _batch(size, inputs, target)
 
 
-def _length(data: Any) -> int:
+def _batch(size: int, inputs: tuple[Any, ...], target: Any) -> Batch:
+    """Inputs and target, where the only input may itself be a dict or a tuple of inputs."""
+    if len(inputs) == 1 and isinstance(inputs[0], dict):
+        return Batch(size, (), inputs[0], target)
+    if len(inputs) == 1 and isinstance(inputs[0], tuple):
+        inputs = inputs[0]
+    return Batch(size, inputs, {}, target)
+
+
+def _length(data: Any, with_targets: bool) -> int:
     if isinstance(data, Dataset):
         if not hasattr(data, "__len__"):
             raise InputError("a Dataset must have a length to index a kernel's rows: got one without __len__")
@@ -167,7 +171,8 @@ def _length(data: Any) -> int:
     else:
         members = {"x": data} if isinstance(data, Tensor) else data
         if isinstance(members, tuple):
-            members = dict(enumerate(members))
+            named = with_targets and len(members) == 2 and isinstance(members[0], dict)
+            members = {**members[0], "the targets": members[1]} if named else dict(enumerate(members))
         if not isinstance(members, dict) or not members:
             raise InputError(
                 f"examples are a tensor, a tuple or dict of tensors, or a Dataset: got {type(data).__name__}. "
@@ -186,7 +191,9 @@ def _length(data: Any) -> int:
     return size
 
 
-def _take(t: Tensor, index: slice | Sequence[int], device: torch.device | None) -> Tensor:
+def _take(t: Any, index: slice | Sequence[int], device: torch.device | None) -> Any:
+    if isinstance(t, dict):
+        return {name: _take(member, index, device) for name, member in t.items()}
     part = t[index if isinstance(index, slice) else list(index)].detach()
     return outside_inference(part if device is None else part.to(device))
 
