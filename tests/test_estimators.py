@@ -73,6 +73,13 @@ def truth(model: nn.Module, reduce: Any, targets: Tensor, *, around: bool, ridge
     return f0_new + change.reshape(M, C)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_targets_of_any_precision(dtype: torch.dtype) -> None:
+    """NumPy has no bfloat16."""
+    got = NTKRegressor(net()).fit(X, Y.to(dtype)).predict(X_NEW)
+    np.testing.assert_allclose(got, NTKRegressor(net()).fit(X, Y.to(dtype).double()).predict(X_NEW))
+
+
 # ---------------------------------------------------------------- scikit-learn's own laws
 
 SMALL = MLP(width=16, depth=1)

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 import ntkit
 from ntkit.errors import InputError
 from ntkit.kernel.base import Kernel
+from ntkit.kernel.closed import RBF
 from ntkit.kernel.empirical import by_module
+from ntkit.kernel.explicit import Features
+from ntkit.kernel.matrixfree import MatrixFreeKernel
 from ntkit.tangent.grain import CPU
 from tests import oracles
 from tests.cases import CASES, Net, mlp, normal, weight
@@ -261,6 +264,56 @@ def test_products_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
     for got in (kernel(KINDS[0], symmetric=False), ntkit.DenseKernel(torch.eye(N * C, M * C))):
         with pytest.raises(InputError, match=r"cannot multiply a kernel of shape \(21, 12\).*expected \(12,\)"):
             got @ torch.zeros(shape)
+
+
+def every_kernel() -> dict[str, Kernel]:
+    """One of each way to multiply and to read tiles, of nine columns."""
+    tangent, x = ntkit.linearize(mlp().double().eval(), readout=ntkit.SumOfLogits()), normal(5)(9)
+    exact = ntkit.TangentKernel(tangent, x)
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "tangent": exact,
+        "matrix-free": MatrixFreeKernel(tangent, x),
+        "dense": ntkit.DenseKernel(exact.dense()),
+        "sum": exact + exact,
+        "features": ntkit.features(tangent, x, size=16, generator=generator),
+        "explicit": Features(lambda x: x)(x),
+        "closed": RBF(1.0)(x),
+    }
+
+
+def test_every_kernel_multiplies_arrays() -> None:
+    v = np.random.default_rng(0).standard_normal((9, 2))
+    v.setflags(write=False)
+    for name, got in every_kernel().items():
+        for right in (v, v[:, 0], v[:, 0].astype(np.float32), np.arange(9)):
+            product = got @ right
+            assert product.dtype == torch.float64, name
+            assert torch.allclose(product, got.dense() @ torch.from_numpy(np.array(right)).double(), rtol=1e-6), name
+        with pytest.raises(InputError, match="multiplied by a tensor or a NumPy array: got list"):
+            got @ [1.0] * 9  # pyright: ignore[reportOperatorIssue]
+        with pytest.raises(InputError, match="cannot multiply a kernel of shape"):
+            got @ v[:5]
+
+
+def test_tiles_are_named_by_slices() -> None:
+    for got in every_kernel().values():
+        with pytest.raises(InputError, match=r"named by slices, as in tile\(slice\(0, 9\).*: got 0"):
+            got.tile(0, slice(1))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("examples", [0, -3, 2.5, True])
+def test_a_plan_is_for_some_examples(examples: Any) -> None:
+    with pytest.raises(InputError, match=f"positive number of examples: got {examples}"):
+        every_kernel()["tangent"].plan(examples)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -float("inf")])
+def test_a_kernel_is_scaled_by_a_finite_number(factor: float) -> None:
+    for got in every_kernel().values():
+        with pytest.raises(InputError, match="scaled by a finite number: got"):
+            factor * got
+        assert torch.equal((got * -2.0).dense(), -2.0 * got.dense())
 
 
 @kinds

@@ -83,6 +83,8 @@ def test_tied_parameters_count_once() -> None:
         ([], r"no parameter takes part.*nothing matches \[\]"),
         (nn.Linear(5, 3), "'Linear' selects no parameter of this model"),
         (nn.Parameter(torch.zeros(3)), "'Parameter' selects no parameter of this model"),
+        (3, "selected by name pattern, module, parameter or predicate: got 3"),
+        (1.5, "selected by name pattern, module, parameter or predicate: got 1.5"),
         ([3], "selected by name pattern, module, parameter or predicate: got 3"),
         ("", "selects no parameter"),
     ],

@@ -140,9 +140,9 @@ def test_random_logits_agree_across_batches_and_calls() -> None:
     assert oracles.relative_error(tight.dense(), whole) <= 1e-12
 
 
-@pytest.mark.parametrize("draws", [0, -3])
-def test_random_logits_need_a_draw(draws: int) -> None:
-    with pytest.raises(InputError, match=f"at least one draw: got {draws}"):
+@pytest.mark.parametrize("draws", [0, -3, 2.5, 3.0, "4", None, True])
+def test_random_logits_need_a_draw(draws: Any) -> None:
+    with pytest.raises(InputError, match=f"at least one draw: got {draws!r}"):
         ntkit.RandomLogits(draws, torch.Generator())
 
 

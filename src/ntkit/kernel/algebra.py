@@ -6,6 +6,7 @@ All are read in tiles as what they are made of is, and carry the gradients that 
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,13 @@ class Scaled(Changed):
     """A kernel times a number."""
 
     def __init__(self, inner: Kernel, factor: float) -> None:
-        """Scale `inner` by `factor`."""
+        """Scale `inner` by `factor`.
+
+        Raises:
+            InputError: if that is not finite.
+        """
+        if not math.isfinite(factor):
+            raise InputError(f"a kernel is scaled by a finite number: got {factor!r}")
         super().__init__(inner)
         self._factor = factor
 

@@ -11,6 +11,7 @@ import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,16 +89,14 @@ class Kernel(ABC):
         size = min(self.shape)
         return torch.cat([self.tile(strip, strip).diagonal() for strip in strips(size)] or [self._empty(0)])
 
-    def __matmul__(self, other: Tensor) -> Tensor:
-        """Product with a vector (columns,) or a block of right-hand sides (columns, R), strip by strip."""
-        if other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
-            raise InputError(
-                f"cannot multiply a kernel of shape {self.shape} by a tensor of shape {tuple(other.shape)}: "
-                f"expected ({self.shape[1]},) or ({self.shape[1]}, R)"
-            )
-        dtype = torch.promote_types(self.dtype, other.dtype)
-        other = other.to(self.device, dtype)
-        products = [self.tile(strip, slice(None)).to(dtype) @ other for strip in strips(self.shape[0])]
+    def __matmul__(self, other: Tensor | np.ndarray) -> Tensor:
+        """Product with a vector (columns,) or a block of right-hand sides (columns, R), strip by strip.
+
+        Raises:
+            InputError: if it is of another shape, or nothing that a kernel is multiplied by.
+        """
+        other = self._operand(other)
+        products = [self.tile(strip, slice(None)).to(other.dtype) @ other for strip in strips(self.shape[0])]
         return torch.cat(products) if products else other.new_zeros(0, *other.shape[1:])
 
     def solve(self, y: Any, ridge: Any = 0.0, *, by: Solver[Solved]) -> Solved:
@@ -118,7 +117,6 @@ class Kernel(ABC):
 
     def to_scipy(self) -> LinearOperator:
         """The kernel as a SciPy `LinearOperator` (on the CPU), for SciPy's iterative solvers and eigensolvers."""
-        import numpy as np
         from scipy.sparse.linalg import LinearOperator
 
         from ntkit.kernel.algebra import Transposed
@@ -144,7 +142,11 @@ class Kernel(ABC):
         return Sum(self, other) if isinstance(other, Kernel) else NotImplemented
 
     def __mul__(self, factor: float | Kernel) -> Kernel:
-        """The kernel scaled by a number, or entry by entry times another kernel: that of the products of features."""
+        """The kernel scaled by a number, or entry by entry times another kernel: that of the products of features.
+
+        Raises:
+            InputError: if the number is not finite, or the other kernel has another shape.
+        """
         from ntkit.kernel.algebra import Product, Scaled
 
         if isinstance(factor, Kernel):
@@ -225,6 +227,23 @@ class Kernel(ABC):
 
         return save_kernel(self, path, dtype=dtype, memory=memory, workers=workers, progress=progress)
 
+    def _operand(self, other: Tensor | np.ndarray) -> Tensor:
+        """What the kernel is multiplied by: on its device, in the wider type of the two.
+
+        Raises:
+            InputError: if it is of another shape, or no tensor or array.
+        """
+        if isinstance(other, np.ndarray):
+            other = torch.from_numpy(np.array(other))  # a copy: torch warns of memory that cannot be written to
+        if not isinstance(other, Tensor):
+            raise InputError(f"a kernel is multiplied by a tensor or a NumPy array: got {type(other).__name__}")
+        if other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
+            raise InputError(
+                f"cannot multiply a kernel of shape {self.shape} by a tensor of shape {tuple(other.shape)}: "
+                f"expected ({self.shape[1]},) or ({self.shape[1]}, R)"
+            )
+        return other.to(self.device, torch.promote_types(self.dtype, other.dtype))
+
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(*shape, dtype=self.dtype, device=self.device)
 
@@ -238,8 +257,10 @@ def bounds(index: slice, size: int) -> tuple[int, int]:
     """Start and stop of a slice over `size` entries.
 
     Raises:
-        InputError: if the slice has a step other than 1.
+        InputError: if it is no slice, or has a step other than 1.
     """
+    if not isinstance(index, slice):
+        raise InputError(f"a tile is named by slices, as in tile(slice(0, 9), slice(30, 60)): got {index!r}")
     start, stop, step = index.indices(size)
     if step != 1:
         raise InputError(f"a kernel is read in tiles of neighbouring rows: got a slice with step {step}, expected 1")
@@ -276,7 +297,8 @@ class DenseKernel(Kernel):
         return self._symmetric
 
     def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
-        return self._matrix[rows, cols]
+        (a, b), (c, d) = bounds(rows, self.shape[0]), bounds(cols, self.shape[1])
+        return self._matrix[a:b, c:d]
 
     def identity(self) -> dict[str, str]:
         """The entries themselves. Cost: reads them once."""

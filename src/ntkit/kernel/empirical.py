@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ntkit.errors import ModelError
+from ntkit.errors import InputError, ModelError
 from ntkit.kernel.base import Kernel, bounds
 from ntkit.kernel.memory import checked_memory
 from ntkit.kernel.plan import Plan, Sizes, make_plan, sizes, span, tile_edge
@@ -18,6 +18,8 @@ from ntkit.tangent.identity import content
 from ntkit.tangent.linearize import Tangent, linearize
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ntkit.kernel.fidelity import Fidelity
     from ntkit.tangent.examples import Examples
     from ntkit.tangent.parameters import Choice
@@ -135,7 +137,12 @@ class TangentKernel(Kernel):
             examples: plan for so many examples like these, rows and columns, instead of those that are there.
 
         Cost: one forward and backward pass of two examples, to count FLOPs.
+
+        Raises:
+            InputError: if the number of examples is not a positive one.
         """
+        if examples is not None and (isinstance(examples, bool) or not isinstance(examples, int) or examples < 1):
+            raise InputError(f"a plan is for a positive number of examples: got {examples!r}")
         flops = self.tangent.count_flops(self._rows)
         rows, cols = (len(self._rows), len(self._cols)) if examples is None else (examples, examples)
         return self._planned(rows, cols, self._symmetric, self._sizes(flops))
@@ -305,12 +312,10 @@ class TangentKernel(Kernel):
             right = self.tangent.derivatives(self._cols, slice(*cols), generic=True)
         return left.gram(right, trace=self.trace)
 
-    def __matmul__(self, other: Tensor) -> Tensor:
+    def __matmul__(self, other: Tensor | np.ndarray) -> Tensor:
         """Product with (columns,) or (columns, R), tile by tile: every example is captured as often as for `dense`."""
-        if other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
-            return super().__matmul__(other)  # which says what is wrong
         n, m, k = len(self._rows), len(self._cols), self.scalars
-        other = other.to(self.device, torch.promote_types(self.dtype, other.dtype))
+        other = self._operand(other)
         out = other.new_zeros(self.shape[0], *other.shape[1:])
         with torch.no_grad():
             plan = self._planned(n, m, self._symmetric)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ntkit.errors import InputError
-from ntkit.kernel.base import Kernel
+from ntkit.kernel.base import Kernel, bounds
 from ntkit.kernel.closed import RBF, vectors, wide
 from ntkit.kernel.features import FeatureKernel, FeatureMap
 from ntkit.kernel.function import KernelFunction, check_rows, checked_factor, is_number, lengths, require_fixed
@@ -29,6 +29,8 @@ from ntkit.tangent.sketch import Sketch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import numpy as np
 
     from ntkit.tangent.linearize import Tangent
 
@@ -104,17 +106,16 @@ class ExplicitKernel(Kernel):
         return self.x2 is None
 
     def tile(self, rows: slice, cols: slice) -> Tensor:  # noqa: D102
-        return self.left[rows] @ self.right[cols].T
+        (a, b), (c, d) = bounds(rows, self.shape[0]), bounds(cols, self.shape[1])
+        return self.left[a:b] @ self.right[c:d].T
 
     def diagonal(self) -> Tensor:  # noqa: D102
         size = min(self.shape)
         return (self.left[:size] * self.right[:size]).sum(1)
 
-    def __matmul__(self, other: Tensor) -> Tensor:
+    def __matmul__(self, other: Tensor | np.ndarray) -> Tensor:
         """Phi (Phi^T other). Cost: 2 (N + M) K D R, and no matrix."""
-        if other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
-            return super().__matmul__(other)  # which says what is wrong
-        other = other.to(self.device, torch.promote_types(self.dtype, other.dtype))
+        other = self._operand(other)
         return self.left.to(other.dtype) @ (self.right.to(other.dtype).T @ other)
 
     def identity(self) -> dict[str, str]:

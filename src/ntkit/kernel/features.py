@@ -318,11 +318,9 @@ class FeatureKernel(Kernel):
             torch.sum(self.features(strip).to(dtype).square(), 1, out=out[strip])
         return out
 
-    def __matmul__(self, other: Tensor) -> Tensor:
+    def __matmul__(self, other: Tensor | np.ndarray) -> Tensor:
         """Phi (Phi^T other). Cost: N*D numbers read twice, 4 N D R FLOPs."""
-        if other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
-            return super().__matmul__(other)  # which says what is wrong
-        other = other.to(self.device, torch.promote_types(self.dtype, other.dtype))
+        other = self._operand(other)
         inner = other.new_zeros(self.size, *other.shape[1:])
         for strip in strips(self.shape[0]):
             inner += self.features(strip).to(other.dtype).T @ other[strip]

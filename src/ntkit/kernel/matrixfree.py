@@ -14,6 +14,8 @@ from ntkit.kernel.plan import span
 from ntkit.tangent.sides import Sides
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ntkit.tangent.linearize import Tangent
 
 # Bytes of activations of one batch: on a CPU few enough to stay near the processor (measured). And its examples.
@@ -60,7 +62,7 @@ class MatrixFreeKernel(TangentKernel):
         rebuild, (kind, *rest) = super().__reduce__()
         return rebuild, (kind if self._exact is None else partial(kind, exact=self._exact), *rest)
 
-    def __matmul__(self, other: Tensor) -> Tensor:
+    def __matmul__(self, other: Tensor | np.ndarray) -> Tensor:
         """Product with (columns,) or (columns, R).
 
         Raises:
@@ -70,9 +72,10 @@ class MatrixFreeKernel(TangentKernel):
         N of the rows, about six forward passes of one example together; the first time with an exact kernel a forward
         pass in float64 as well. Memory: one batch.
         """
-        if self.trace or other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
-            return super().__matmul__(other)  # the trace kernel is no J J^T of one J, and what is wrong is said there
-        columns = other.reshape(len(other), -1).to(self.device, self.dtype)
+        other = self._operand(other)
+        if self.trace:
+            return super().__matmul__(other)  # the trace kernel is no J J^T of one J
+        columns = other.reshape(len(other), -1).to(self.dtype)
         try:
             products = [self._product(column.view(-1, self.scalars)) for column in columns.T]
         except NotImplementedError as error:
@@ -80,7 +83,7 @@ class MatrixFreeKernel(TangentKernel):
                 f"products without the matrix differentiate twice, and torch cannot do that here ({error}): use "
                 "TangentKernel, whose products go tile by tile"
             ) from error
-        return torch.stack(products, 1).reshape(-1, *other.shape[1:]).to(torch.promote_types(self.dtype, other.dtype))
+        return torch.stack(products, 1).reshape(-1, *other.shape[1:]).to(other.dtype)
 
     def _product(self, column: Tensor) -> Tensor:
         """K v for v of shape (M, K), flat."""

@@ -109,11 +109,9 @@ class SavedKernel(Kernel):
                 top, left = i * layout.edge[0], j * layout.edge[1]
                 yield (a, b), (c, d), (whole.T if mirrored else whole)[a - top : b - top, c - left : d - left]
 
-    def __matmul__(self, other: Tensor) -> Tensor:
+    def __matmul__(self, other: Tensor | np.ndarray) -> Tensor:
         """Product with (columns,) or (columns, R). Cost: each stored tile is read once."""
-        if other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
-            return super().__matmul__(other)  # which says what is wrong
-        other = other.to(self.device, torch.promote_types(self.dtype, other.dtype))
+        other = self._operand(other)
         out = other.new_zeros(self.shape[0], *other.shape[1:])
         for tile in self.store.layout.tiles():
             rows, cols = self.store.layout.slices(tile)

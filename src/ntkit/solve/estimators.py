@@ -235,7 +235,7 @@ class _NTKEstimator(BaseEstimator):
             shape = tuple(X.shape)
         else:
             if isinstance(X, Tensor):
-                X = X.detach().cpu().numpy()
+                X = as_array(X)
             X = validate_data(self, X, reset=reset, allow_nd=True, dtype=[np.float64, np.float32])
             shape = X.shape
         if reset:
@@ -535,4 +535,7 @@ def _as_input_of(network: nn.Module, x: Any) -> Any:
 
 def as_array(values: Any) -> Any:
     """What came as a tensor, as an array."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+    if not isinstance(values, Tensor):
+        return values
+    values = values.float() if values.dtype == torch.bfloat16 else values  # which NumPy does not have
+    return values.detach().cpu().numpy()

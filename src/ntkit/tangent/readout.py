@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -127,8 +128,8 @@ class RandomLogits(Readout):
         Raises:
             InputError: if `draws` is not a positive number.
         """
-        if draws < 1:
-            raise InputError(f"RandomLogits needs at least one draw: got {draws}")
+        if isinstance(draws, bool) or not isinstance(draws, Integral) or draws < 1:
+            raise InputError(f"RandomLogits needs a whole number of draws, at least one draw: got {draws!r}")
         seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device).item())
         for name, value in (("draws", draws), ("seed", seed), ("select", select)):
             object.__setattr__(self, name, value)
