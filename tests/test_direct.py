@@ -16,6 +16,7 @@ from ntkit.kernel.base import DenseKernel, Kernel
 from ntkit.solve.direct import Cholesky
 from ntkit.solve.inplace import CholeskyInPlace
 from ntkit.solve.iterative import ConjugateGradients
+from ntkit.solve.regression import regress
 from ntkit.solve.ridge import DEFAULT_GRID, GCV, Absolute, LeaveOneOut, Relative, as_ridge
 from ntkit.solve.symmetric import symmetric_matrix
 from tests import oracles
@@ -334,6 +335,18 @@ def test_relative_ridge_needs_a_positive_diagonal():
     assert Cholesky().factor(torch.zeros(2, 2), Absolute(2)).solve(torch.ones(2)).value.tolist() == pytest.approx(
         [0.5, 0.5]
     )
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1, 100.0])
+def test_a_relative_ridge_of_a_negative_diagonal_says_which_helps(ridge):
+    kernel = -gram(6, 20)
+    for act in (lambda r: Cholesky().factor(kernel, r), lambda r: regress(kernel, torch.arange(6.0), r)):
+        with pytest.raises(
+            NotPositiveDefiniteError, match=r"smallest eigenvalue -.*A ridge that helps: ridge=Abs"
+        ) as caught:
+            act(ridge)
+        assert caught.value.smallest_eigenvalue == pytest.approx(float(torch.linalg.eigvalsh(kernel)[0]))
+        act(Absolute(caught.value.suggested_ridge))
 
 
 def test_a_ridge_object_is_kept():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ntkit.errors import InputError
 from ntkit.kernel.base import STRIP, Kernel, strips
-from ntkit.solve.ridge import FixedRidge, as_fixed_ridge
+from ntkit.solve.ridge import FixedRidge, Relative, as_fixed_ridge
 from ntkit.solve.symmetric import SymmetricMatrix, as_tensor, symmetric_matrix
 
 if TYPE_CHECKING:
@@ -150,6 +150,8 @@ class Cholesky:
 
 def factor(matrix: SymmetricMatrix, ridge: FixedRidge) -> Factorization:
     """`Cholesky.factor` for a matrix that has been read and checked already."""
+    if matrix.mean_diagonal < 0 and isinstance(ridge, Relative):  # in units of less than nothing
+        raise matrix.not_positive_definite(torch.linalg.eigvalsh(matrix.values), 0.0)
     value = ridge.absolute(matrix.mean_diagonal)
     with _ridge_added(matrix.values, value) as shifted:
         lower, info = torch.linalg.cholesky_ex(shifted)
