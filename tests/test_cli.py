@@ -298,6 +298,7 @@ def test_factories_that_fail(here: Path, factory: str, says: str) -> None:
         ("module.pt", "not a plain state dict"),
         ("list.pt", "not a state dict"),
         ("nan.pt", "not finite: 1.weight"),
+        ("whole.pt", "types: 1.weight is torch.int8 in the file and torch.float32 in the model"),
     ],
 )
 def test_weights_that_do_not_fit(here: Path, weights: str, says: str) -> None:
@@ -305,6 +306,7 @@ def test_weights_that_do_not_fit(here: Path, weights: str, says: str) -> None:
     torch.save({"a": torch.zeros(1)}, "names.pt")
     torch.save(net(), "module.pt")
     torch.save([1, 2], "list.pt")
+    torch.save({**net().state_dict(), "1.weight": torch.ones(5, 8, dtype=torch.int8)}, "whole.pt")
     torch.save({**net().state_dict(), "1.weight": torch.full((5, 8), float("nan"))}, "nan.pt")
     (here / "text.safetensors").write_text("hello")
     (here / "text.pt").write_text("hello")

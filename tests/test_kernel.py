@@ -266,6 +266,40 @@ def test_products_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
             got @ torch.zeros(shape)
 
 
+class Mixed(nn.Module):
+    """Two layers in two types."""
+
+    def __init__(self, first: torch.dtype, second: torch.dtype) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 16, dtype=first), nn.Linear(16, 3, dtype=second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.to(self.a.weight.dtype)).tanh().to(self.b.weight.dtype))
+
+
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second", "scale"), [(torch.bfloat16, torch.float32, 1e-3), (torch.float32, torch.bfloat16, 1e3)]
+)
+def test_parameters_of_several_types_give_a_kernel_of_the_widest(
+    first: torch.dtype, second: torch.dtype, scale: float, trace: bool
+) -> None:
+    """What the layer in float32 gives, here nearly all, is not rounded to the type of the other."""
+    torch.manual_seed(0)
+    model, x = Mixed(first, second), torch.randn(6, 5)
+    with torch.no_grad():
+        model.b.weight.mul_(scale)
+    got = ntkit.TangentKernel(ntkit.linearize(model), x, trace=trace)
+    rows = got.tangent.jacobian(x).double()
+    truth = oracles.trace_kernel(rows @ rows.T, C) if trace else rows @ rows.T
+    assert {got.dtype, got.dense().dtype, got.diagonal().dtype, (got @ got.dense()).dtype} == {torch.float32}
+    assert oracles.relative_error(got.dense(), truth) <= 1e-5
+    assert oracles.relative_error(got.diagonal(), truth.diagonal()) <= 1e-5
+    assert got.tangent.vjp(x, torch.ones(6, 3)).dtype == torch.float32
+    v = torch.ones(got.tangent.count)
+    assert oracles.relative_error(got.tangent.jvp(x, v).double().reshape(-1), rows @ v.double()) <= 0.05
+
+
 def every_kernel() -> dict[str, Kernel]:
     """One of each way to multiply and to read tiles, of nine columns."""
     tangent, x = ntkit.linearize(mlp().double().eval(), readout=ntkit.SumOfLogits()), normal(5)(9)

@@ -337,7 +337,7 @@ class TangentKernel(Kernel):
             for a, b in plan.chunks(0, len(self._rows)):
                 norms = self.tangent.derivatives(self._rows, slice(a, b)).squared_norms()
                 found.append(norms.mean(1) if self.trace else norms.reshape(-1))
-        diagonal = torch.cat(found)
+        diagonal = torch.cat(found).to(self.dtype)
         _check_finite(diagonal)
         return diagonal
 

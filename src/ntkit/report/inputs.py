@@ -216,7 +216,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Put the weights of a file into a model: `.safetensors`, or a state dict saved by `torch.save` (`.pt`, `.pth`).
 
     Raises:
-        InputError: if the file is missing or of another kind, or its names or shapes are not the model's.
+        InputError: if the file is missing or of another kind, or its names, shapes or kinds of numbers are not the
+            model's.
     """
     if not path.is_file():
         raise InputError(f"there is no file of weights {path}")
@@ -230,12 +231,18 @@ def load_weights(model: nn.Module, path: Path) -> None:
         for name, t in expected.items()
         if name in given and given[name].shape != t.shape
     ]
+    types = [
+        f"{name} is {given[name].dtype} in the file and {t.dtype} in the model"
+        for name, t in expected.items()
+        if name in given and given[name].is_floating_point() != t.is_floating_point()
+    ]
     problems = [
         f"{label} {_few(names)}"
         for label, names in (
             ("missing in the file:", missing),
             ("unknown to the model:", unexpected),
             ("shapes:", shapes),
+            ("types:", types),
         )
         if names
     ]

@@ -101,6 +101,8 @@ class Derivatives:
         for products, scale in self._products(other, trace=trace, workspace=self._workspace(scratch)):
             # in the order in memory of the first, which is mostly that of all: scalars that went back together have
             # theirs outermost, and adding in another order would take several times as long
+            if total is not None and total.dtype != products.dtype:  # parameters of several types: in the widest
+                total = total.to(torch.promote_types(total.dtype, products.dtype))
             if total is None:
                 total = products if scale is None else products * scale
             else:
@@ -137,7 +139,7 @@ class Derivatives:
         total, workspace = torch.zeros_like(self.outputs), self._workspace(scratch)
         with plain_precision(self.outputs.device):
             for factor in self.factors.values():
-                total += factor.squared_norms(workspace)
+                total = total + factor.squared_norms(workspace)  # in the widest type
         return total
 
     def _workspace(self, scratch: int | None) -> Workspace:

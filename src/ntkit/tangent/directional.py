@@ -76,7 +76,7 @@ def forward_product(
     # of torch's attention kernels only the plain one has a forward derivative
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), Innermost():
         duals = {
-            name: forward_ad.make_dual(parameter.detach(), direction)
+            name: forward_ad.make_dual(parameter.detach(), direction.to(parameter.dtype))
             for name, parameter, direction in zip(selection.names, selection.tensors, directions, strict=True)
         }
 

@@ -111,8 +111,8 @@ class Tangent:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the parameters, and of all derivatives."""
-        return self.selection.tensors[0].dtype
+        """Type of the parameters, the widest where they are of several; kernels and products are of this type."""
+        return self.selection.dtype
 
     @property
     def device(self) -> torch.device:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import reduce
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from ntkit.errors import InputError, ModelError
@@ -31,6 +33,11 @@ class Selection:
     def count(self) -> int:
         """Number of scalar parameters P."""
         return sum(t.numel() for t in self.tensors)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest type among them."""
+        return reduce(torch.promote_types, dict.fromkeys(t.dtype for t in self.tensors))
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """A (P,) vector as tensors of the parameters' shapes."""
