@@ -95,7 +95,7 @@ class Wrapped(DropPath):
     """The same behind a decorator, as transformers has them."""
 
     @functools.wraps(DropPath.forward)
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return DropPath.forward(self, *args)
 
 
