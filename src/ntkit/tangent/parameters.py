@@ -75,8 +75,8 @@ def select(model: nn.Module, choice: Choice | None = None) -> Selection:
     elif callable(choice) and not isinstance(choice, nn.Module):
         chosen = {name for name, p in named.items() if choice(name, p)}
     else:
-        several = isinstance(choice, Iterable) and not isinstance(choice, (str, nn.Module, Tensor))
-        members = list(choice) if several else [choice]
+        single = isinstance(choice, (str, nn.Module, Tensor))
+        members = list(choice) if isinstance(choice, Iterable) and not single else [choice]
         chosen = set().union(*(_named_by(member, named) for member in members))
     if not chosen:
         known = ", ".join(list(named)[:5]) or "none"
