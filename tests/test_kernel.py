@@ -300,6 +300,22 @@ def test_parameters_of_several_types_give_a_kernel_of_the_widest(
     assert oracles.relative_error(got.tangent.jvp(x, v).double().reshape(-1), rows @ v.double()) <= 0.05
 
 
+class Widened(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
+
+
+def test_a_head_in_double_precision_has_the_rounding_of_what_is_below_it() -> None:
+    """Which is no sign of examples that are mixed, nor of gradients that cannot be captured: no warning, no error."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        below = nn.Sequential(nn.Linear(30, 300), nn.Tanh(), nn.LayerNorm(300))
+        model = nn.Sequential(below, Widened(), nn.Linear(300, 3).double()).eval()
+        x = torch.randn(4, 30)
+        rows = oracles.jacobian_rows(model, x, lambda out: out, list(model.parameters())).double()
+        assert oracles.relative_error(ntkit.empirical_ntk(model, x), rows @ rows.T) <= 1e-5
+
+
 def every_kernel() -> dict[str, Kernel]:
     """One of each way to multiply and to read tiles, of nine columns."""
     tangent, x = ntkit.linearize(mlp().double().eval(), readout=ntkit.SumOfLogits()), normal(5)(9)

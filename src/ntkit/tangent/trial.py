@@ -12,7 +12,7 @@ error.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -123,9 +123,15 @@ def part_sizes(factors: Sequence[tuple[Source, Factor]], scalars: int) -> list[P
     return found
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """Relative difference below which two ways of computing the same thing agree: 10 sqrt(eps), a tenth at most."""
-    return min(10 * torch.finfo(dtype).eps ** 0.5, 0.1)
+def tolerance(dtype: torch.dtype, parameters: Iterable[Tensor] = ()) -> float:
+    """Relative difference below which two ways of computing the same thing agree: 10 sqrt(eps), a tenth at most.
+
+    Args:
+        dtype: of what is compared.
+        parameters: that it was computed with: a float64 head on a float32 network has the rounding of float32.
+    """
+    kinds = {dtype, *(p.dtype for p in parameters if p.is_floating_point())}
+    return min(10 * max(torch.finfo(kind).eps for kind in kinds) ** 0.5, 0.1)
 
 
 def examine(
@@ -523,7 +529,7 @@ def _guarded(
     model: nn.Module, selection: Selection, readout: Readout, alone: Batch, plain: _Plain, learned: _Learned
 ) -> Anatomy:
     few = len(plain.scalars)
-    allowed = tolerance(plain.scalars.dtype)
+    allowed = tolerance(plain.scalars.dtype, model.parameters())
     scale = float(plain.scalars.abs().max()) or 1.0
     check_scalars_agree(
         plain.scalars, learned.scalars[:few].detach(), allowed * scale, f"in a batch of {few} and of {few + 1}"
@@ -618,11 +624,12 @@ def captured_products(
     """sum_nk weights[n, k] d f_k(x_n) / d parameter, put together from factors, times each parameter's vector."""
     found: dict[str, Tensor] = {}
     for source, factor in factors:
+        name = next(iter(source.leaves))
+        mine = weights.to(vectors[name].dtype)  # of the parameter, where outputs are of another type
         if source.is_leaf:
-            name = next(iter(source.leaves))
-            products = [(name, factor.weighted_product(weights, vectors[name]).detach())]
+            products = [(name, factor.weighted_product(mine, vectors[name]).detach())]
         else:
-            pulled = pull_back(source, factor.weighted_sum(weights).detach())
+            pulled = pull_back(source, factor.weighted_sum(mine).detach())
             products = [(name, as_matrix(gradient) @ vectors[name]) for name, gradient in pulled]
         for name, product in products:
             found[name] = found[name] + product if name in found else product
@@ -672,7 +679,7 @@ def disagreements(
         ModelError: if a true gradient is NaN or infinite.
     """
     found = captured_products(factors, weights, probes(selection))
-    allowed = tolerance(weights.dtype)
+    allowed = tolerance(weights.dtype, selection.tensors)
     norms = {name: float(true[name].norm()) if name in true else 0.0 for name in selection.names}
     for name, norm in norms.items():
         if not norm < float("inf"):
@@ -724,7 +731,7 @@ def check_independence(
             found.append(readout.scalars(run_model(model, selection, some), some.targets))
         check_scalars(found[-1], some)
     more, few = found
-    allowed = tolerance(few.dtype) * (float(few.abs().max()) or 1.0)
+    allowed = tolerance(few.dtype, model.parameters()) * (float(few.abs().max()) or 1.0)
     check_scalars_agree(few, more[:2], allowed, "in a batch of 2 and of 3")
     check_alone(model, selection, readout, examples.batch(numbers[1:2], device), more[1:2])
 
@@ -746,5 +753,5 @@ def check_alone(
             raise
         return  # some models cannot take a batch of one
     check_scalars(alone, batch)
-    allowed = tolerance(alone.dtype) * (float(company.abs().max()) or 1.0)
+    allowed = tolerance(alone.dtype, model.parameters()) * (float(company.abs().max()) or 1.0)
     check_scalars_agree(company, alone, allowed, "alone and in company")
