@@ -136,7 +136,7 @@ def trust_table() -> list[str]:
 
 
 def cifar_table() -> list[str]:
-    """Areas alone of the run on CIFAR-10, whose curves are not there."""
+    """Areas alone of an earlier run on CIFAR-10, of more strategies, whose curves are not there."""
     path = RESULTS / "cifar-areas.json"
     if not path.exists():
         return []
@@ -167,11 +167,12 @@ def time_table() -> list[str]:
 def speed_table() -> list[str]:
     """Queries of large pools."""
     rows = ["| points | features | labels | picks | time | memory |", "|---|---|---|---|---|---|"]
-    for name in ("million", "hundred-thousand"):
+    for name in ("million", "hundred-thousand", "matrix"):
         path = RESULTS / f"speed-{name}.json"
         if path.exists():
             found = json.loads(path.read_text())
-            counts = " | ".join(f"{found[key]:,}" for key in ("points", "features", "labels", "batch"))
+            sizes = (found[key] for key in ("points", "features", "labels", "batch"))
+            counts = " | ".join(size if isinstance(size, str) else f"{size:,}" for size in sizes)
             rows.append(f"| {counts} | {found['seconds']:.1f} s | {found['peak_mb'] * 2**20 / 1e9:.1f} GB |")
     return rows
 
