@@ -217,7 +217,8 @@ def draw() -> None:
     figure.supylabel("test accuracy, mean of the seeds and its standard error", fontsize=9)
     figure.savefig(PICTURE, metadata={"Date": None})
     plt.close(figure)
-    PICTURE.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", PICTURE.read_text()))  # a hundredth of a point is enough
+    # a hundredth of a point is enough, but not of what stands as text
+    PICTURE.write_text(re.sub(r"(?<!>)(\d\.\d\d)\d+", r"\1", PICTURE.read_text()))
 
 
 def _beside(found: Any) -> str:

@@ -238,7 +238,7 @@ def draw() -> None:
     right.legend(loc="best", frameon=False, fontsize=8)
     figure.savefig(PICTURE, metadata={"Date": None})
     plt.close(figure)
-    PICTURE.write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", PICTURE.read_text()))  # a hundredth of a point is enough
+    PICTURE.write_text(re.sub(r"(?<!>)(\d\.\d\d)\d+", r"\1", PICTURE.read_text()))  # a hundredth of a point is enough
 
 
 def main() -> None:

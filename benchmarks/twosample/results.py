@@ -107,7 +107,7 @@ def draw() -> None:
         head, body = svg.split(">", 1)
         # on its own, outside a page, a picture has no ground
         svg = f'{head}><rect width="100%" height="100%" fill="white"/>{body}'
-        (PICTURES / f"shift_{data}.svg").write_text(re.sub(r"(\d\.\d\d)\d+", r"\1", svg))
+        (PICTURES / f"shift_{data}.svg").write_text(re.sub(r"(?<!>)(\d\.\d\d)\d+", r"\1", svg))
 
 
 def main() -> None:
