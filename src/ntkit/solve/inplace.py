@@ -50,8 +50,8 @@ class _Halves(Kernel):
     def diagonal(self) -> Tensor:
         return torch.from_numpy(self._diagonal)
 
-    def __matmul__(self, other: Tensor) -> Tensor:
-        right = other.double()
+    def __matmul__(self, other: Tensor | np.ndarray) -> Tensor:
+        right = self._operand(other)
         out = self.diagonal().view(-1, *[1] * (right.ndim - 1)) * right
         for strip in strips(self.shape[0]):
             # float64 for a strip at a time
