@@ -131,8 +131,8 @@ def test_points_that_the_network_cannot_take_are_said_before_training() -> None:
 
     for data, message in (
         (x.double(), r"parameters are torch.float32, the examples torch.float64: convert one"),
-        (x.long(), r"fails on examples of shapes \[\(1, 5\)\].*Long and Float"),
-        (x[:, :4], r"fails on examples of shapes \[\(1, 4\)\]"),
+        (x.long(), r"fails on examples of shapes \[\(3, 5\)\].*Long and Float"),
+        (x[:, :4], r"fails on examples of shapes \[\(3, 4\)\]"),
     ):
         with pytest.raises(InputError, match=message):
             Training(data, network, optimizer=counted)(some())

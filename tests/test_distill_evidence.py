@@ -189,6 +189,6 @@ def test_when_the_filter_helps_is_what_the_page_says() -> None:
 
 def test_storage_was_measured() -> None:
     found = record("storage")
-    assert (found["examples"], found["classes"]) == (storage.N, storage.C) == (128_000, 1000)
+    assert (found["examples"], found["classes"]) == (storage.N, storage.C) == (1_280_000, 1000)
     sizes = {name: facts["table_mb"] for name, facts in found["tables"].items()}
     assert sizes["the top 20 in float16"] * 50 == pytest.approx(sizes["all in float32"], rel=0.01)
