@@ -402,7 +402,7 @@ def test_thumbnails_are_for_images_alone() -> None:
         (1.2e6, "1.2·10⁶"),
         (3.4e-5, "3.4·10⁻⁵"),
         (math.inf, "∞"),
-        (math.nan, "-"),
+        (math.nan, "not defined"),
     ],
 )
 def test_numbers_in_words(value: float, text: str) -> None:

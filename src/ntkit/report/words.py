@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from ntkit.uses.study import KernelFacts, Study
 
 
+# what stands in the place of a number or a cosine that is not there
+NOT_DEFINED = "not defined"
+
+
 def count(value: int) -> str:
     """A whole number with thousands apart."""
     return f"{value:,}"
@@ -20,9 +24,9 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, without an exponent where that stays short; a dash for what is not defined."""
+    """Three significant digits, without an exponent where that stays short."""
     if math.isnan(value):
-        return "-"
+        return NOT_DEFINED
     if math.isinf(value):
         return "∞"
     if value != 0 and not 1e-3 <= abs(value) < 1e4:
@@ -33,9 +37,6 @@ def number(value: float) -> str:
 
 def _raised(exponent: int) -> str:
     return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-NOT_DEFINED = "not defined"
 
 
 def cosine(value: float | None, digits: int) -> str:

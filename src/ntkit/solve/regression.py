@@ -27,6 +27,8 @@ from ntkit.solve.symmetric import SymmetricMatrix, as_kernel, as_tensor, symmetr
 # Of the error on examples left out, GCV may say a half: it varies by a few tens of per cent where it holds, and falls
 # to nothing where it does not.
 BELIEVED = 2.0
+# Entries of U are wrong by the rounding of float64, and S_nn, a sum of their squares, by that squared.
+LOST = 1e3 * torch.finfo(torch.float64).eps ** 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,8 +192,7 @@ class KernelRegression:
         weights = self._weights(ridge)
         if self._block == 1:
             return self.left_out(weights)
-        weighted = self.eigenvectors @ (weights[:, None] * self.rotated)
-        block = self._block
+        weighted, block = self._residuals(weights), self._block
         rows = self.eigenvectors.reshape(-1, block, self.matrix.size)  # (N, C, n)
         blocks = torch.cat([(rows[s] * weights) @ rows[s].transpose(1, 2) for s in strips(len(rows), 256)])
         return torch.linalg.solve(blocks, weighted.reshape(-1, block))
@@ -201,24 +202,23 @@ class KernelRegression:
 
         Exact for ridge regression, S = ridge (K + ridge I)^-1 and its multiples, row by row: of a full kernel, one
         output of one example. For other S (training for a while) it is the same formula, used to see what GCV hides.
-        NaN where S_nn is rounding: such a row is fitted whatever its target. Cost: n^2 (C + 1).
+        Cost: n^2 (C + 1).
         """
-        diagonal = torch.cat([self.eigenvectors[s].square() @ left for s in strips(self.matrix.size)])
-        lost = diagonal.abs() <= torch.finfo(torch.float64).eps * left.abs().max()
-        diagonal = diagonal.masked_fill(lost, torch.nan)
-        return (self.eigenvectors @ (left[:, None] * self.rotated)) / diagonal[:, None]
+        return self._residuals(left) / self._own(left)[:, None]
 
     def believed(self, score: float, left: Tensor) -> float:
         """A GCV score where it can be believed, else what it stands for: the mean square of `left_out`.
 
         GCV is leave-one-out with every S_nn replaced by their mean. Where S lives on a few modes that mean says
         nothing: two copies of an example with one label make a mode in which there is no residual, and the score 0.
-        Infinite where that is unknown as well.
+        Infinite where that is unknown as well: where S_nn is what rounding of U leaves, the row is fitted whatever its
+        target.
         """
-        missed = float(self.left_out(left).square().sum()) / (len(self.targets) // self._block)
-        if score * BELIEVED >= missed:
-            return score
-        return missed if missed < math.inf else math.inf  # NaN too
+        own = self._own(left)
+        if bool((own.abs() <= LOST * left.abs().max()).any()):
+            return math.inf
+        missed = float((self._residuals(left) / own[:, None]).square().sum()) / (len(self.targets) // self._block)
+        return score if score * BELIEVED >= missed else missed
 
     def leave_one_out(self, ridge: float) -> float:
         """Mean over the examples of the squared leave-one-out residual, summed over the outputs; absolute ridge."""
@@ -302,6 +302,14 @@ class KernelRegression:
         self.require_positive_definite(ridge)
         shifted = self.eigenvalues + ridge
         return shifted[0] / shifted
+
+    def _residuals(self, left: Tensor) -> Tensor:
+        """S y for S = U diag(left) U^T."""
+        return self.eigenvectors @ (left[:, None] * self.rotated)
+
+    def _own(self, left: Tensor) -> Tensor:
+        """The diagonal of S, in strips."""
+        return torch.cat([self.eigenvectors[s].square() @ left for s in strips(self.matrix.size)])
 
     def _by_example(self, columns: Tensor) -> Tensor:
         return columns.reshape(-1, self.outputs)

@@ -73,10 +73,10 @@ class PathRecorder:
                 written.
         """
         self._examples = Examples(x)
-        self._labels = None if labels is None else torch.as_tensor(labels).cpu()
-        if self._labels is not None and self._labels.is_floating_point():
-            raise InputError(f"labels are classes, whole numbers: got {self._labels.dtype}")
-        self._labels = None if self._labels is None else self._labels.long()
+        classes = None if labels is None else torch.as_tensor(labels).cpu()
+        if classes is not None and classes.is_floating_point():
+            raise InputError(f"labels are classes, whole numbers: got {classes.dtype}")
+        self._labels = None if classes is None else classes.long()
         if self._labels is not None and self._labels.shape != (len(self._examples),):
             raise InputError(f"labels are {len(self._examples)} classes: got shape {tuple(self._labels.shape)}")
         self.schedule = Every() if schedule is None else schedule
