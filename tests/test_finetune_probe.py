@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -316,6 +318,28 @@ def words(*rows: finetune.Row, validation: int = 10_000) -> str:
     energies = tuple(r.energy for r in rows)
     cut = finetune.Split(net(), "fc")
     return finetune.Sweep(rows, energies, validation, False, cut, {}).recommendation
+
+
+def test_the_picture_has_room_for_features_that_go_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Farther than the energy is large, as with large rates."""
+    from ntkit.report import finetuning
+
+    seen, drawn = [], finetuning.drawn
+
+    @contextmanager
+    def watched(*arguments: Any) -> Iterator[Any]:
+        with drawn(*arguments) as drawing:
+            yield drawing
+            seen.append(drawing.axes.get_ylim())
+
+    monkeypatch.setattr(finetuning, "drawn", watched)
+    rows = (row(0, 0.5, 3.0, 0.9), row(4, 0.2, 2.0, 0.8))
+    found = finetune.Sweep(rows, (0.5, 0.2), 100, False, finetune.Split(net(), "fc"), {})
+    finetuning.plot_energy(found)
+    ((bottom, top),) = seen
+    assert bottom == 0
+    assert top > max(*(one.change.relative_distance for one in rows), 0.5)
+    assert rows[0].change.relative_distance > 0.5
 
 
 def test_the_recommendation_in_words() -> None:

@@ -303,10 +303,10 @@ def plot_energy(found: Sweep) -> str:
         axes.plot(epochs, found.energies, color=BLUE, label="energy")
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlabel("epochs of probing")
-        axes.set_ylim(bottom=0)
         taus = [row.tau for row in found.rows]
         axes.plot(taus, [row.change.relative_distance for row in found.rows], "o-", color=ORANGE,
                   label="features move by (1 = their length)")  # fmt: skip
+        axes.set_ylim(bottom=0)  # when all is there: it ends the search for the other limit
         axes.grid()
         axes.legend(loc="best")
     return drawing.svg
